@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bundles: what is written is read back, and nothing else is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tts_policy.core.bundle import (
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    BundleError,
+    load_bundle,
+    save_bundle,
+    save_pruner,
+)
+
+
+def _edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = bundle / MODEL_FILE
+    data = yaml.safe_load(path.read_text())
+    change(data)
+    path.write_text(yaml.safe_dump(data))
+
+
+def _put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(data: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = value
+
+    return change
+
+
+def test_saving_what_was_loaded_gives_the_same_bundle(bundle: Path, tmp_path: Path) -> None:
+    loaded = load_bundle(bundle)
+    copy = tmp_path / 'copy'
+    samplers = {name: spec for name, (spec, _) in loaded.samplers.items()}
+    pruners = {name: pruner for name, (_, pruner) in loaded.samplers.items() if pruner}
+    save_bundle(copy, loaded.name, loaded.network, samplers, pruners)
+    for file in sorted(p.name for p in bundle.iterdir()):
+        assert (copy / file).read_bytes() == (bundle / file).read_bytes(), file
+
+
+def test_a_sampler_without_a_pruner_runs_dense_only(bundle: Path) -> None:
+    from tts_policy.core.policy import TestTimeSparsePolicy
+
+    _edit(bundle, lambda data: data['samplers']['ddim5'].pop('pruner'))
+    policy = TestTimeSparsePolicy.from_bundle(bundle, 'ddim5')
+    assert policy.max_sparsity == policy.recommended_sparsity == 0.0
+    with pytest.raises(ValueError, match='no pruner'):
+        policy.check_sparsity(0.5)
+
+
+def test_a_pruner_can_be_replaced(bundle: Path) -> None:
+    pruner = load_bundle(bundle).sampler('ddim5')[1]
+    assert pruner is not None
+    with torch.no_grad():
+        pruner.bias.fill_(0.5)
+    save_pruner(bundle, 'ddim5', pruner)
+    again = load_bundle(bundle).sampler('ddim5')[1]
+    assert again is not None and (again.bias == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        (_put('format', value=2), "format 1 expected, got '2'"),
+        (_put('weights', 'file', value='../policy.safetensors'), 'must lie in the bundle'),
+        (_put('weights', 'file', value='/etc/passwd'), 'must lie in the bundle'),
+        (_put('weights', 'file', value='absent.safetensors'), 'expected at .*got nothing'),
+        (_put('weights', 'sha256', value='0' * 64), 'sha256 0000'),
+        (_put('weights', value='policy'), 'weights need file and sha256'),
+        (_put('network', 'width', value=64), 'size mismatch'),
+        (_put('network', 'width', value='wide'), 'model.yaml'),
+        (_put('network', 'depth', value=3), 'depth'),
+        (_put('observation', 'joints', value=['a', 'a', 'b']), 'must not repeat a name'),
+        (_put('observation', 'period_s', value=0), r'period_s must be in'),
+        (_put('action', 'execute', value=8), 'execute must be at most .* 7, got 8'),
+        (_put('samplers', value={}), 'samplers must name at least one'),
+        (_put('samplers', 'ddim5', 'scheduler', 'kind', value='x'), "got 'x'"),
+        (_put('samplers', 'ddim5', 'recommended_sparsity', value=0.9), 'recommended_sparsity'),
+        (_put('samplers', 'ddim5', 'pruner', 'spec', 'steps', value=4), 'pruner of'),
+    ],
+)
+def test_a_bundle_that_contradicts_itself_is_refused(
+    bundle: Path, change: Callable[[dict[str, Any]], None], reason: str
+) -> None:
+    _edit(bundle, change)
+    with pytest.raises(BundleError, match=reason) as caught:
+        load_bundle(bundle)
+    assert '\n' not in str(caught.value)
+
+
+def test_missing_bundle_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r'expected at .*absent/model\.yaml, got nothing'):
+        load_bundle(tmp_path / 'absent')
+
+
+def test_a_weight_file_that_links_out_of_the_bundle_is_refused(
+    bundle: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / 'outside.safetensors'
+    (bundle / WEIGHTS_FILE).rename(outside)
+    (bundle / WEIGHTS_FILE).symlink_to(outside)
+    with pytest.raises(BundleError, match='must lie in the bundle'):
+        load_bundle(bundle)
+
+
+def test_model_file_cannot_construct_objects(bundle: Path, tmp_path: Path) -> None:
+    marker = tmp_path / 'executed'
+    path = bundle / MODEL_FILE
+    path.write_text(f'!!python/object/apply:os.mkdir ["{marker}"]\n')
+    with pytest.raises(BundleError, match='not YAML'):
+        load_bundle(bundle)
+    assert not marker.exists()
+
+
+def test_weights_that_are_not_finite_are_refused(bundle: Path) -> None:
+    import hashlib
+
+    state = load_file(bundle / WEIGHTS_FILE)
+    state['denoiser.head.bias'][0] = float('nan')
+    save_file(state, bundle / WEIGHTS_FILE)
+    digest = hashlib.sha256((bundle / WEIGHTS_FILE).read_bytes()).hexdigest()
+    _edit(bundle, _put('weights', 'sha256', value=digest))
+    with pytest.raises(BundleError, match=r'finite weights expected.*denoiser\.head\.bias'):
+        load_bundle(bundle)
+
+
+def test_truncated_weights_are_refused(bundle: Path) -> None:
+    path = bundle / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BundleError, match='sha256'):
+        load_bundle(bundle)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy sees and what it commands: the contract between a robot and a model bundle.
+
+Everything here is plain data. The ROS side reads joint names, image sizes and the period from it;
+the model side reads dimensions. Neither knows the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+class ContractError(ValueError):
+    """A contract that cannot be met; the message names the field, what was expected and got."""
+
+
+@dataclass(frozen=True)
+class CameraSpec:
+    """One camera: `key` names it in the window; images are uint8 RGB [height, width, 3]."""
+
+    key: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ObservationSpec:
+    """An observation window of `steps` samples, `period_s` seconds apart, newest last."""
+
+    cameras: tuple[CameraSpec, ...]
+    joints: tuple[str, ...]
+    steps: int
+    period_s: float
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """A chunk of absolute joint set-points.
+
+    Index 0 of the horizon belongs to the oldest observation of the window. Set-point a, counted
+    from the newest observation, is due at observation time + (a + offset_steps) * period_s.
+    """
+
+    joints: tuple[str, ...]
+    horizon: int
+    execute: int
+    offset_steps: int
+
+
+@dataclass(frozen=True)
+class PolicyContract:
+    """Observation and action contract of one policy."""
+
+    observation: ObservationSpec
+    action: ActionSpec
+
+    def __post_init__(self) -> None:
+        """Refuse a contract no robot could meet.
+
+        Raises
+        ------
+        ContractError
+            naming the field.
+
+        """
+        obs, act = self.observation, self.action
+        for name, value in (
+            ('observation.steps', obs.steps),
+            ('action.horizon', act.horizon),
+            ('action.execute', act.execute),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024:
+                raise ContractError(f'{name} must be an integer in [1, 1024], got {value!r}')
+        if act.offset_steps not in (0, 1):
+            raise ContractError(f'action.offset_steps must be 0 or 1, got {act.offset_steps!r}')
+        if not 0.001 <= obs.period_s <= 10.0:
+            raise ContractError(
+                f'observation.period_s must be in [0.001, 10] s, got {obs.period_s!r}'
+            )
+        if act.execute > self.usable_actions:
+            raise ContractError(
+                f'action.execute must be at most horizon - steps + 1 = {self.usable_actions}, '
+                f'got {act.execute}'
+            )
+        for name, joints in (
+            ('observation.joints', obs.joints),
+            ('action.joints', act.joints),
+            ('observation.cameras', tuple(camera.key for camera in obs.cameras)),
+        ):
+            if not joints or not all(isinstance(joint, str) and joint for joint in joints):
+                raise ContractError(f'{name} must be a list of names, got {joints!r}')
+            if len(set(joints)) != len(joints):
+                raise ContractError(f'{name} must not repeat a name, got {list(joints)}')
+        if 'joints' in (camera.key for camera in obs.cameras):
+            raise ContractError("observation.cameras: the key 'joints' is taken, choose another")
+        for camera in obs.cameras:
+            if not (16 <= camera.height <= 2048 and 16 <= camera.width <= 2048):
+                raise ContractError(
+                    f'camera {camera.key!r} must be 16 to 2048 pixels a side, '
+                    f'got {camera.height} x {camera.width}'
+                )
+
+    @property
+    def usable_actions(self) -> int:
+        """Set-points of a chunk from the newest observation on: horizon - steps + 1."""
+        return self.action.horizon - self.observation.steps + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as they stand in model.yaml."""
+        data = asdict(self)
+        data['observation']['cameras'] = [asdict(camera) for camera in self.observation.cameras]
+        data['observation']['joints'] = list(self.observation.joints)
+        data['action']['joints'] = list(self.action.joints)
+        return data
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> PolicyContract:
+        """Inverse of `to_dict`.
+
+        Raises
+        ------
+        ContractError
+            for a missing or unknown field, or a value out of range.
+
+        """
+        try:
+            obs = dict(data['observation'])
+            obs['cameras'] = tuple(CameraSpec(**camera) for camera in obs['cameras'])
+            obs['joints'] = tuple(obs['joints'])
+            act = dict(data['action'])
+            act['joints'] = tuple(act['joints'])
+            return PolicyContract(ObservationSpec(**obs), ActionSpec(**act))
+        except (KeyError, TypeError) as error:
+            raise ContractError(f'observation/action contract is malformed: {error}') from error

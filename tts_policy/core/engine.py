@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executors of the denoising loop: the masked one, and the plain dense one it is measured by.
+
+`denoise_masked` never calls a block that the plan reuses. Runs of consecutive reused blocks are
+one addition of a sum, and a sum is formed once a tick: within a tick a cell is written at most
+once, before anything in the tick reads it, so equal sources mean equal sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tts_policy.core.denoiser import BlockKind, Denoiser
+from tts_policy.core.lattice import Lattice
+from tts_policy.core.memory import ConditionalMemory
+from tts_policy.core.plan import Plan, Reuse, resolve_sources
+from tts_policy.core.scheduler import NoiseScheduler
+
+
+def _noise(lattice: Lattice, step: int) -> Tensor | None:
+    return lattice.step_noise[step] if len(lattice.step_noise) else None
+
+
+def denoise_dense(
+    denoiser: Denoiser, scheduler: NoiseScheduler, memory: ConditionalMemory, lattice: Lattice
+) -> Tensor:
+    """Plain loop over every block of every step; reads the held noise and caches nothing.
+
+    Returns normalised actions [1, T, A].
+    """
+    x = lattice.initial_noise
+    for step in range(scheduler.spec.steps):
+        tokens = denoiser.embed(x)
+        for layer in range(denoiser.spec.layers):
+            cond = memory.conditioning(step, layer)
+            for block in denoiser.layer_blocks(layer):
+                tokens = tokens + block(tokens, cond)
+        x = scheduler.step(step, x, denoiser.predict(tokens), _noise(lattice, step))
+    return x
+
+
+class MaskedStep:
+    """Runs the cells of single denoising steps of one tick against the lattice."""
+
+    def __init__(self, denoiser: Denoiser, memory: ConditionalMemory, lattice: Lattice) -> None:
+        self._denoiser, self._memory, self._lattice = denoiser, memory, lattice
+        self._cells = lattice.features.flatten(0, 1)
+        self._sums: dict[bytes, Tensor] = {}
+
+    def run(
+        self, step: int, tokens: Tensor, computed: NDArray[np.bool_], sources: NDArray[np.int64]
+    ) -> Tensor:
+        """Residual blocks of one step: tokens [1, T, D] in and out.
+
+        computed: bool [N]; sources: flat cell index [N], read where a block is reused.
+        """
+        for is_computed, run in groupby(range(len(computed)), key=computed.__getitem__):
+            blocks = list(run)
+            if is_computed:
+                tokens = self._compute(step, tokens, blocks)
+            else:
+                tokens = tokens + self._sum(sources[blocks[0] : blocks[-1] + 1])
+        return tokens
+
+    def _compute(self, step: int, tokens: Tensor, blocks: list[int]) -> Tensor:
+        features = self._lattice.features[step]
+        for layer, run in groupby(blocks, key=lambda block: block // len(BlockKind)):
+            cond = self._memory.conditioning(step, layer)
+            for block in run:
+                residual = self._denoiser.blocks[block](tokens, cond)
+                features[block].copy_(residual[0])
+                tokens = tokens + residual
+        return tokens
+
+    def _sum(self, sources: NDArray[np.int64]) -> Tensor:
+        if len(sources) == 1:
+            return self._cells[sources[0]]
+        key = sources.tobytes()
+        if key not in self._sums:
+            index = torch.from_numpy(sources).to(self._cells.device, non_blocking=True)
+            self._sums[key] = self._cells.index_select(0, index).sum(0)
+        return self._sums[key]
+
+
+def denoise_masked(
+    denoiser: Denoiser,
+    scheduler: NoiseScheduler,
+    memory: ConditionalMemory,
+    lattice: Lattice,
+    plan: Callable[[], Plan],
+    force_first_step: bool,
+) -> tuple[Tensor, Plan]:
+    """Denoise by a plan; returns normalised actions [1, T, A] and the plan that was executed.
+
+    The caller closes the tick with `lattice.commit`.
+
+    `plan()` is called once: with step 0 forced only after step 0 has been launched, so that the
+    pruner runs beside it, otherwise before.
+
+    Raises
+    ------
+    PlanError
+        if the plan reuses what does not exist.
+
+    """
+    runner = MaskedStep(denoiser, memory, lattice)
+    x = lattice.initial_noise
+    first = 1 if force_first_step else 0
+    if force_first_step:
+        everything = np.ones(denoiser.spec.blocks, bool)
+        tokens = runner.run(0, denoiser.embed(x), everything, np.empty(0, np.int64))
+        x = scheduler.step(0, x, denoiser.predict(tokens), _noise(lattice, 0))
+    executed = plan()
+    sources = resolve_sources(executed)
+    computed = executed == Reuse.COMPUTE
+    for step in range(first, scheduler.spec.steps):
+        tokens = runner.run(step, denoiser.embed(x), computed[step], sources[step])
+        x = scheduler.step(step, x, denoiser.predict(tokens), _noise(lattice, step))
+    return x, executed

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained network of a policy: normalisers, observation encoder and denoiser in one module."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tts_policy.core.contract import PolicyContract
+from tts_policy.core.denoiser import Denoiser, DenoiserSpec
+from tts_policy.core.normalizer import LinearNormalizer
+from tts_policy.core.vision import ObservationEncoder
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Sizes of a policy network; `train_steps` is the length of the training noise schedule."""
+
+    width: int = 256
+    layers: int = 8
+    heads: int = 4
+    camera_channels: int = 32
+    train_steps: int = 100
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as they stand in model.yaml."""
+        return asdict(self)
+
+
+class PolicyNetwork(nn.Module):
+    """Everything that is trained with demonstrations; sampling it is the engine's business."""
+
+    def __init__(self, contract: PolicyContract, spec: NetworkSpec) -> None:
+        super().__init__()
+        self.contract = contract
+        self.spec = spec
+        observation = contract.observation
+        self.joint_normalizer = LinearNormalizer(len(observation.joints))
+        self.action_normalizer = LinearNormalizer(len(contract.action.joints))
+        self.observation_encoder = ObservationEncoder(observation, spec.camera_channels)
+        self.denoiser = Denoiser(
+            DenoiserSpec(
+                action_dim=len(contract.action.joints),
+                horizon=contract.action.horizon,
+                obs_steps=observation.steps,
+                obs_features=self.observation_encoder.out_features,
+                width=spec.width,
+                layers=spec.layers,
+                heads=spec.heads,
+            )
+        )
+
+    def features(self, images: dict[str, Tensor], joints: Tensor) -> Tensor:
+        """Observation features [B, To, Do].
+
+        images: uint8 [B, To, H, W, 3] per camera; joints: robot units [B, To, J].
+        """
+        return self.observation_encoder(images, self.joint_normalizer.normalize(joints))
+
+    def float_parameters_finite(self) -> bool:
+        """Whether every weight and statistic is finite."""
+        return all(torch.isfinite(value).all().item() for value in self.state_dict().values())

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The test-time sparse diffusion policy: an observation window in, an action chunk out.
+
+One policy object owns the model state that survives a control tick (the lattice, with the held
+noise) and is used from one thread. The first tick after `reset` is dense.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tts_policy.core import flops
+from tts_policy.core.bundle import Bundle, load_bundle
+from tts_policy.core.contract import PolicyContract
+from tts_policy.core.engine import denoise_masked
+from tts_policy.core.lattice import Lattice
+from tts_policy.core.memory import ConditionalMemory
+from tts_policy.core.plan import Plan, dense_plan, make_plan, realised_sparsity, reuse_mix
+from tts_policy.core.pruner import Pruner
+from tts_policy.core.scheduler import NoiseScheduler
+
+
+class WindowError(ValueError):
+    """An observation window that does not meet the contract."""
+
+
+@dataclass(frozen=True)
+class ChunkStats:
+    """What one chunk cost.
+
+    sparsity: realised share of reused cells; flops: conditional encoder, pruner and executed
+    decoder; dense_flops: conditional encoder and dense decoder; stages_s: host time of every
+    stage (on a GPU that is launch time, only latency_s is complete); oldest_rollout_ticks: age of
+    the oldest feature of an earlier tick that was read.
+    """
+
+    sparsity: float
+    flops: int
+    dense_flops: int
+    latency_s: float
+    stages_s: dict[str, float]
+    reuse_mix: dict[str, float]
+    oldest_rollout_ticks: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Set-points [T - To + 1, A] in robot units from the newest observation on, and their plan."""
+
+    actions: NDArray[np.float64]
+    plan: Plan
+    stats: ChunkStats
+
+
+class _Stopwatch:
+    """Host time of consecutive stages, in seconds."""
+
+    def __init__(self) -> None:
+        self.stages_s: dict[str, float] = {}
+        self._started = self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.stages_s[stage] = now - self._last
+        self._last = now
+
+    @property
+    def total_s(self) -> float:
+        return self._last - self._started
+
+
+class TestTimeSparsePolicy:
+    """A bundle's policy run by one of its samplers on one device."""
+
+    __test__ = False  # the name starts with Test, but pytest has nothing to collect here
+
+    def __init__(self, bundle: Bundle, sampler: str, device: str = 'cpu', seed: int = 0) -> None:
+        """Set up buffers and folded tables.
+
+        Raises
+        ------
+        BundleError
+            if the bundle has no such sampler.
+        ValueError
+            if the device is not available.
+
+        """
+        if device.startswith('cuda') and not torch.cuda.is_available():
+            raise ValueError(
+                f"device must be available here, got {device!r} without CUDA: use 'cpu'"
+            )
+        self.device = torch.device(device)
+        self.spec, pruner = bundle.sampler(sampler)
+        self.samplers = tuple(bundle.samplers)
+        self.sampler = sampler
+        self._network = bundle.network.to(self.device).eval().requires_grad_(False)
+        self._denoiser = self._network.denoiser
+        self._scheduler = NoiseScheduler(self.spec.scheduler)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._pruner: Pruner | None = None
+        with torch.inference_mode():
+            self._memory = ConditionalMemory(self._denoiser, self.spec.scheduler.timesteps())
+            if pruner is not None:
+                self._pruner = pruner.to(self.device).eval().requires_grad_(False)
+                self._gates = self._pruner.gates(self._memory.time_tokens)
+            self._lattice = Lattice(
+                self._denoiser.spec,
+                self.spec.scheduler.steps,
+                self._scheduler.needs_noise,
+                self.device,
+            )
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
+        self._dense = dense_plan(self.spec.scheduler.steps, self._denoiser.spec.blocks)
+        encoder = flops.conditional_encoder_flops(self._denoiser.spec)
+        self._fixed_flops = encoder
+        self._dense_flops = encoder + flops.decoder_flops(self._denoiser.spec, self._dense)
+        self._pruner_flops = flops.pruner_flops(pruner.spec) if pruner is not None else 0
+        self.reset()
+
+    @classmethod
+    def from_bundle(
+        cls, path: str | Path, sampler: str | None = None, device: str = 'cpu', seed: int = 0
+    ) -> TestTimeSparsePolicy:
+        """Load a bundle folder; raises BundleError with the reason if that is impossible."""
+        bundle = load_bundle(Path(path))
+        return cls(bundle, sampler or bundle.default_sampler, device, seed)
+
+    @property
+    def contract(self) -> PolicyContract:
+        """What the policy sees and commands."""
+        return self._network.contract
+
+    @property
+    def max_sparsity(self) -> float:
+        """Largest sparsity this sampler takes; 0 without a pruner."""
+        return self.spec.max_sparsity if self._pruner is not None else 0.0
+
+    @property
+    def recommended_sparsity(self) -> float:
+        """The bundle's recommendation for this sampler."""
+        return min(self.spec.recommended_sparsity, self.max_sparsity)
+
+    def check_sparsity(self, value: Any) -> float:
+        """Return the value as a float; raises ValueError naming the limit it breaks."""
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
+            raise ValueError(f'sparsity must be a number, got {value!r}')
+        if not 0.0 <= value <= self.max_sparsity + 1e-9:
+            reason = (
+                f'1 - 1/{self.spec.scheduler.steps} steps'
+                if self._pruner is not None
+                else 'the bundle has no pruner for it'
+            )
+            raise ValueError(
+                f'sparsity must be in [0, {self.max_sparsity:.4g}] for sampler {self.sampler!r} '
+                f'({reason}), got {value}'
+            )
+        return float(value)
+
+    def reset(self, seed: int | None = None) -> None:
+        """Start a new episode: forget all cached features, draw new noise.
+
+        With a seed the episode's noise depends on it alone.
+        """
+        if seed is not None:
+            self._generator.manual_seed(seed)
+        with torch.inference_mode():
+            self._lattice.reset(self._generator)
+
+    def _tensors(self, window: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Tensor], Tensor]:
+        observation = self.contract.observation
+        expected = {'joints', *(camera.key for camera in observation.cameras)}
+        if set(window) != expected:
+            raise WindowError(f'window must hold {sorted(expected)}, got {sorted(window)}')
+        images = {}
+        for camera in observation.cameras:
+            image = np.asarray(window[camera.key])
+            shape = (observation.steps, camera.height, camera.width, 3)
+            if image.shape != shape or image.dtype != np.uint8:
+                raise WindowError(
+                    f'{camera.key} must be uint8 {shape}, got {image.dtype} {image.shape}'
+                )
+            images[camera.key] = torch.from_numpy(image).to(self.device)[None]
+        joints = np.asarray(window['joints'], np.float32)
+        expected_shape = (observation.steps, len(observation.joints))
+        if joints.shape != expected_shape:
+            raise WindowError(f'joints must be {expected_shape}, got {joints.shape}')
+        if not np.isfinite(joints).all():
+            raise WindowError('joints must be finite, got NaN or infinity')
+        return images, torch.from_numpy(joints).to(self.device)[None]
+
+    def _request_plan(self, sparsity: float) -> Callable[[], Plan]:
+        """Start the pruner; the returned function waits for its plan."""
+        if sparsity == 0.0 or self._pruner is None or self._lattice.tick == 0:
+            return lambda: self._dense
+        valid = self._lattice.rollout_valid(self.spec.max_rollout_age)
+        tokens = self._memory.observation_tokens
+        if self._stream is None:
+            logits = self._pruner(self._gates, tokens)[0]
+            plan = make_plan(logits.numpy(), sparsity, valid, self.spec.force_first_step)
+            return lambda: plan
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            on_device = self._pruner(self._gates, tokens)[0]
+            logits = torch.empty(on_device.shape, pin_memory=True)
+            logits.copy_(on_device, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+
+        def wait() -> Plan:
+            done.synchronize()
+            return make_plan(logits.numpy(), sparsity, valid, self.spec.force_first_step)
+
+        return wait
+
+    @torch.inference_mode()
+    def act(self, window: Mapping[str, NDArray[Any]], sparsity: float) -> Chunk:
+        """Generate the chunk of one control tick.
+
+        window: uint8 [To, H, W, 3] per camera and joints [To, J] in robot units, newest last.
+
+        Raises
+        ------
+        WindowError
+            if the window does not meet the contract; nothing has changed then.
+        ValueError
+            if the sparsity is out of range; likewise.
+
+        """
+        sparsity = self.check_sparsity(sparsity)
+        watch = _Stopwatch()
+        images, joints = self._tensors(window)
+        watch.lap('copy_in')
+        features = self._network.features(images, joints)
+        watch.lap('observation_encoder')
+        self._memory.encode(features)
+        watch.lap('conditional_encoder')
+        if not self.spec.hold_noise and self._lattice.tick > 0:
+            self._lattice.draw_noise(self._generator)
+        request = self._request_plan(sparsity)
+        watch.lap('pruner')
+        x, plan = denoise_masked(
+            self._denoiser,
+            self._scheduler,
+            self._memory,
+            self._lattice,
+            request,
+            self.spec.force_first_step,
+        )
+        oldest = self._lattice.commit(plan)
+        watch.lap('denoising')
+        chunk = self._network.action_normalizer.unnormalize(x[0])
+        first = self.contract.observation.steps - 1
+        actions = chunk[first:].cpu().double().numpy()
+        watch.lap('copy_out')
+        return Chunk(actions, plan, self._stats(plan, oldest, watch))
+
+    def _stats(self, plan: Plan, oldest: int, watch: _Stopwatch) -> ChunkStats:
+        pruned = plan is not self._dense
+        executed = flops.decoder_flops(self._denoiser.spec, plan) + self._fixed_flops
+        return ChunkStats(
+            sparsity=realised_sparsity(plan),
+            flops=executed + (self._pruner_flops if pruned else 0),
+            dense_flops=self._dense_flops,
+            latency_s=watch.total_s,
+            stages_s=watch.stages_s,
+            reuse_mix=reuse_mix(plan),
+            oldest_rollout_ticks=oldest,
+        )

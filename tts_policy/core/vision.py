@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Observation encoder: camera images and proprioception to one feature vector per observation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tts_policy.core.contract import ObservationSpec
+
+
+class SpatialSoftmax(nn.Module):
+    """Expected image coordinate of every channel: [B, C, H, W] -> [B, 2C] in [-1, 1].
+
+    Source: Levine et al., "End-to-End Training of Deep Visuomotor Policies", section 5.
+    """
+
+    columns: Tensor
+    rows: Tensor
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        rows = torch.linspace(-1.0, 1.0, height)[:, None].expand(height, width)
+        columns = torch.linspace(-1.0, 1.0, width)[None, :].expand(height, width)
+        self.register_buffer('rows', rows.reshape(-1, 1).clone(), persistent=False)
+        self.register_buffer('columns', columns.reshape(-1, 1).clone(), persistent=False)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Map activation maps [B, C, H, W] to coordinates [B, 2C]."""
+        weights = torch.softmax(maps.flatten(2) / self.temperature, dim=-1)
+        return torch.cat([weights @ self.columns, weights @ self.rows], dim=-1).flatten(1)
+
+
+class CameraEncoder(nn.Module):
+    """Convolutions with GroupNorm and a spatial softmax: [B, 3, H, W] -> [B, 2C]."""
+
+    def __init__(self, height: int, width: int, channels: int = 32) -> None:
+        super().__init__()
+
+        def stage(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2),
+                nn.GroupNorm(8, outputs),
+                nn.ReLU(inplace=True),
+            )
+
+        self.stages = nn.Sequential(
+            stage(3, channels // 2, 5, 2),
+            stage(channels // 2, channels, 3, 2),
+            stage(channels, channels, 3, 1),
+            stage(channels, channels, 3, 1),
+            nn.Conv2d(channels, channels, 1),
+        )
+        self.pool = SpatialSoftmax((height + 3) // 4, (width + 3) // 4)
+        self.out_features = 2 * channels
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map images in [-1, 1], [B, 3, H, W], to keypoints [B, 2C]."""
+        return self.pool(self.stages(image))
+
+
+class ObservationEncoder(nn.Module):
+    """Images and normalised proprioception to features [B, To, Do].
+
+    The window's images are uint8 [B, To, H, W, 3]; joints are normalised, [B, To, J].
+    """
+
+    def __init__(self, spec: ObservationSpec, channels: int = 32) -> None:
+        super().__init__()
+        self.cameras = nn.ModuleDict(
+            {c.key: CameraEncoder(c.height, c.width, channels) for c in spec.cameras}
+        )
+        self.out_features = 2 * channels * len(spec.cameras) + len(spec.joints)
+
+    def forward(self, images: dict[str, Tensor], joints: Tensor) -> Tensor:
+        """Encode a batch of windows into features [B, To, Do]."""
+        batch, steps = joints.shape[:2]
+        features = [joints]
+        for key, encoder in self.cameras.items():
+            image = images[key].flatten(0, 1).permute(0, 3, 1, 2)
+            pixels = image.to(joints.dtype).div(127.5).sub(1.0).contiguous()
+            features.append(encoder(pixels).view(batch, steps, -1))
+        return torch.cat(features, dim=-1)

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""collect_demos: demonstrations of the scripted expert as rosbag2 recordings.
+
+One mcap bag per successful episode, `episode_SEED`, with the topics of the simulated robot and
+header stamps in simulated time. A bag appears under its name only when it is complete, so an
+interrupted run is continued by the same command. Needs no ROS installation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.typesys import Stores, get_typestore
+from tqdm import tqdm
+
+from tts_policy.sim.demonstration import STATES_PER_FRAME, Demonstration, demonstrate
+from tts_policy.sim.expert import FRAME_S, LiftExpert
+from tts_policy.sim.lift import COMMAND_JOINTS, CONTROL_PERIOD_S, STATE_JOINTS, LiftWorld
+
+IMAGE_TOPIC = '/camera/image'
+STATE_TOPIC = '/joint_states'
+COMMAND_TOPIC = '/joint_trajectory'
+CAMERA_FRAME = 'camera'
+START_NS = 1_000_000_000
+FRAME_NS = round(FRAME_S * 1e9)
+STATE_NS = round(CONTROL_PERIOD_S * 1e9)
+EVALUATION_SEEDS_FROM = 100_000
+DEFAULT_NOISE_RAD = 0.01
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one seed: frames is 0 where the expert failed and nothing was written."""
+
+    seed: int
+    frames: int
+    skipped: bool = False
+
+
+class _BagWriter:
+    """Writes demonstrations with rosbags' own message types."""
+
+    def __init__(self) -> None:
+        self._store = get_typestore(Stores.ROS2_JAZZY)
+        self._types = self._store.types
+
+    def write(self, path: Path, demonstration: Demonstration) -> None:
+        """Write a bag to path, which must not exist; messages in the order of their stamps."""
+        with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+            connections = {
+                topic: writer.add_connection(topic, name, typestore=self._store)
+                for topic, name in (
+                    (STATE_TOPIC, 'sensor_msgs/msg/JointState'),
+                    (IMAGE_TOPIC, 'sensor_msgs/msg/Image'),
+                    (COMMAND_TOPIC, 'trajectory_msgs/msg/JointTrajectory'),
+                )
+            }
+            for topic, stamp_ns, message in self._messages(demonstration):
+                raw = self._store.serialize_cdr(message, message.__msgtype__)
+                writer.write(connections[topic], stamp_ns, raw)
+
+    def _messages(self, demonstration: Demonstration) -> Iterator[tuple[str, int, Any]]:
+        for index, state in enumerate(demonstration.states):
+            stamp_ns = START_NS + index * STATE_NS
+            yield STATE_TOPIC, stamp_ns, self._joint_state(stamp_ns, state)
+            frame, rest = divmod(index, STATES_PER_FRAME)
+            if rest == 0:
+                yield IMAGE_TOPIC, stamp_ns, self._image(stamp_ns, demonstration.images[frame])
+                yield (
+                    COMMAND_TOPIC,
+                    stamp_ns,
+                    self._command(stamp_ns, demonstration.commands[frame]),
+                )
+
+    def _header(self, stamp_ns: int, frame_id: str = '') -> Any:
+        seconds, nanoseconds = divmod(stamp_ns, 1_000_000_000)
+        stamp = self._types['builtin_interfaces/msg/Time'](sec=seconds, nanosec=nanoseconds)
+        return self._types['std_msgs/msg/Header'](stamp=stamp, frame_id=frame_id)
+
+    def _joint_state(self, stamp_ns: int, positions: np.ndarray) -> Any:
+        return self._types['sensor_msgs/msg/JointState'](
+            header=self._header(stamp_ns),
+            name=list(STATE_JOINTS),
+            position=positions,
+            velocity=np.zeros(0),
+            effort=np.zeros(0),
+        )
+
+    def _image(self, stamp_ns: int, image: np.ndarray) -> Any:
+        height, width, channels = image.shape
+        return self._types['sensor_msgs/msg/Image'](
+            header=self._header(stamp_ns, CAMERA_FRAME),
+            height=height,
+            width=width,
+            encoding='rgb8',
+            is_bigendian=0,
+            step=width * channels,
+            data=image.reshape(-1),
+        )
+
+    def _command(self, stamp_ns: int, positions: np.ndarray) -> Any:
+        nothing = np.zeros(0)
+        point = self._types['trajectory_msgs/msg/JointTrajectoryPoint'](
+            positions=positions,
+            velocities=nothing,
+            accelerations=nothing,
+            effort=nothing,
+            time_from_start=self._types['builtin_interfaces/msg/Duration'](
+                sec=0, nanosec=FRAME_NS
+            ),
+        )
+        return self._types['trajectory_msgs/msg/JointTrajectory'](
+            header=self._header(stamp_ns), joint_names=list(COMMAND_JOINTS), points=[point]
+        )
+
+
+def episode_path(out: Path, seed: int) -> Path:
+    """Where the bag of a seed lies."""
+    return out / f'episode_{seed:06d}'
+
+
+def recorded_frames(bag: Path) -> int:
+    """Frames of a complete bag, from its metadata."""
+    import yaml
+
+    information = yaml.safe_load((bag / 'metadata.yaml').read_text())
+    for topic in information['rosbag2_bagfile_information']['topics_with_message_count']:
+        if topic['topic_metadata']['name'] == IMAGE_TOPIC:
+            return int(topic['message_count'])
+    raise ValueError(f'{bag}: topic {IMAGE_TOPIC} expected, not found')
+
+
+class _Worker:
+    """One process: a world, its expert and a writer, made once."""
+
+    world: LiftWorld
+    expert: LiftExpert
+    writer: _BagWriter
+
+    @classmethod
+    def start(cls) -> None:
+        cls.world = LiftWorld()
+        cls.expert = LiftExpert(cls.world)
+        cls.writer = _BagWriter()
+
+    @classmethod
+    def record(cls, job: tuple[int, float, str]) -> Outcome:
+        seed, noise_rad, out = job
+        demonstration = demonstrate(cls.world, cls.expert, seed, noise_rad)
+        if not demonstration.success:
+            return Outcome(seed, 0)
+        final = episode_path(Path(out), seed)
+        partial = final.with_name(f'.{final.name}.partial')
+        shutil.rmtree(partial, ignore_errors=True)
+        cls.writer.write(partial, demonstration)
+        # rosbag2 names the data file after the directory; the metadata follows the rename.
+        data = partial / f'{partial.name}.mcap'
+        data.rename(partial / f'{final.name}.mcap')
+        metadata = partial / 'metadata.yaml'
+        metadata.write_text(metadata.read_text().replace(data.name, f'{final.name}.mcap'))
+        partial.rename(final)
+        return Outcome(seed, len(demonstration))
+
+
+def _outcomes(
+    seeds: Iterator[int], episodes: int, noise_rad: float, out: Path, workers: int
+) -> Iterator[Outcome]:
+    """Outcomes in the order of seeds, for as many seeds as are asked for."""
+    context = multiprocessing.get_context('spawn')
+    with context.Pool(workers, initializer=_Worker.start) as pool:
+        pending: list[Any] = []
+        done = 0
+        while done < episodes:
+            # Never more in flight than still needed: the set of bags depends on seeds alone.
+            while len(pending) < min(2 * workers, episodes - done):
+                seed = next(seeds)
+                bag = episode_path(out, seed)
+                if bag.is_dir():
+                    pending.append(Outcome(seed, recorded_frames(bag), skipped=True))
+                else:
+                    pending.append(
+                        pool.apply_async(_Worker.record, ((seed, noise_rad, str(out)),))
+                    )
+            first = pending.pop(0)
+            outcome = first if isinstance(first, Outcome) else first.get()
+            done += outcome.frames > 0
+            yield outcome
+
+
+def collect(
+    episodes: int, seed: int, out: Path, noise_rad: float = DEFAULT_NOISE_RAD, workers: int = 2
+) -> dict[str, Any]:
+    """Record `episodes` successes of consecutive seeds from `seed` on; returns the summary.
+
+    The summary is written to out/summary.json as well. Seeds from EVALUATION_SEEDS_FROM on are
+    refused with a ValueError: they are kept for evaluation.
+    """
+    if episodes < 1 or workers < 1:
+        raise ValueError(f'episodes and workers must be at least 1, got {episodes} and {workers}')
+    if not 0 <= seed <= EVALUATION_SEEDS_FROM - 2 * episodes:
+        raise ValueError(
+            f'seed must be in [0, {EVALUATION_SEEDS_FROM} - 2 episodes], got {seed}; '
+            f'seeds from {EVALUATION_SEEDS_FROM} on are kept for evaluation'
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    recorded: list[Outcome] = []
+    failed: list[int] = []
+    seeds = iter(range(seed, EVALUATION_SEEDS_FROM))
+    with tqdm(total=episodes, desc='demonstrations', unit='bag') as bar:
+        for outcome in _outcomes(seeds, episodes, noise_rad, out, workers):
+            if outcome.frames:
+                recorded.append(outcome)
+                bar.update()
+            else:
+                failed.append(outcome.seed)
+            bar.set_postfix(failed=len(failed))
+    frames = [outcome.frames for outcome in recorded]
+    summary = {
+        'episodes': len(recorded),
+        'failed_seeds': failed,
+        'first_seed': seed,
+        'last_seed': recorded[-1].seed,
+        'noise_rad': noise_rad,
+        'frames': {'total': sum(frames), 'mean': float(np.mean(frames)), 'max': max(frames)},
+        'skipped': sum(outcome.skipped for outcome in recorded),
+        'wall_s': round(time.monotonic() - started, 1),
+    }
+    (out / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+    return summary
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Console command collect_demos."""
+    parser = argparse.ArgumentParser(prog='collect_demos', description=__doc__.splitlines()[0])
+    parser.add_argument('--episodes', type=int, default=200, help='successful episodes to record')
+    parser.add_argument('--seed', type=int, default=0, help='first seed')
+    parser.add_argument('--out', type=Path, required=True, help='directory of the bags')
+    parser.add_argument(
+        '--noise',
+        type=float,
+        default=DEFAULT_NOISE_RAD,
+        metavar='RAD',
+        help='disturbance of the executed commands (default %(default)s rad; 0 for none)',
+    )
+    parser.add_argument('--workers', type=int, default=2, help='processes')
+    options = parser.parse_args(arguments)
+    try:
+        summary = collect(
+            options.episodes, options.seed, options.out, options.noise, options.workers
+        )
+    except (ValueError, OSError, ImportError) as error:
+        print(f'collect_demos: {error}', file=sys.stderr)
+        return 1
+    print(json.dumps(summary))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

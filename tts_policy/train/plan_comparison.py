@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action error at equal cost of learned, constant, static and random plans, and of wrong memory.
+
+All plans of a comparison compute the same number of cells, share the noise with the dense
+reference and carry their caches over the ticks of held-out sequences. Errors are L1 in
+normalised action units over ticks 1 and later, since tick 0 is dense for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from tts_policy.core.engine import denoise_masked
+from tts_policy.core.lattice import Lattice
+from tts_policy.core.plan import Plan, dense_plan, make_plan, realised_sparsity, static_plan
+from tts_policy.core.pruner import Pruner
+from tts_policy.core.sampler import SamplerSpec
+from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
+
+# Plan of tick r, given the lattice and the observation tokens [1, To, D] of that tick.
+PlanMaker = Callable[[Lattice, Tensor, int], Plan]
+
+
+def _given(plan: Plan) -> Plan:
+    return plan
+
+
+@torch.no_grad()
+def sparse_actions(
+    teacher: DenseTeacher, sequence: TickSequence, make: PlanMaker
+) -> tuple[Tensor, float]:
+    """Normalised actions [R, T, A] of a sequence, and the mean realised sparsity after tick 0."""
+    denoiser, scheduler, memory = teacher.denoiser, teacher.scheduler, teacher.memory
+    lattice = teacher.lattice(sequence.seed)
+    dense = dense_plan(scheduler.spec.steps, denoiser.spec.blocks)
+    actions, sparsity = [], []
+    for tick, features in enumerate(sequence.features):
+        memory.encode(features[None])
+        plan = make(lattice, memory.observation_tokens, tick) if tick else dense
+        x, _ = denoise_masked(denoiser, scheduler, memory, lattice, partial(_given, plan), False)
+        lattice.commit(plan)
+        actions.append(x)
+        sparsity.append(realised_sparsity(plan))
+    return torch.cat(actions), float(np.mean(sparsity[1:]))
+
+
+class PlanMakers:
+    """The plans to compare, all at one sparsity."""
+
+    def __init__(
+        self,
+        teacher: DenseTeacher,
+        sampler: SamplerSpec,
+        pruner: Pruner,
+        trained: Sequence[TickSequence],
+        sparsity: float,
+    ) -> None:
+        self._teacher, self._sampler, self._pruner = teacher, sampler, pruner
+        self._sparsity = sparsity
+        self._random = np.random.default_rng(0)
+        with torch.no_grad():
+            self._gates = pruner.gates(teacher.memory.time_tokens)
+            features = torch.cat([sequence.features for sequence in trained])
+            tokens = teacher.denoiser.encoder.observation_tokens(features)
+            self._tokens = tokens
+            self._mean = pruner(self._gates, tokens).mean(0).numpy()
+
+    def _plan(self, logits: NDArray[np.float32], lattice: Lattice) -> Plan:
+        valid = lattice.rollout_valid(self._sampler.max_rollout_age)
+        return make_plan(logits, self._sparsity, valid, self._sampler.force_first_step)
+
+    def learned(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
+        """The pruner on this tick's memory."""
+        return self._plan(self._pruner(self._gates, tokens)[0].numpy(), lattice)
+
+    def constant(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
+        """The pruner's mean logits over its training ticks."""
+        return self._plan(self._mean, lattice)
+
+    def other_tick(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
+        """The pruner on the memory of a training tick drawn at random."""
+        n = int(self._random.integers(len(self._tokens)))
+        return self._plan(self._pruner(self._gates, self._tokens[n : n + 1])[0].numpy(), lattice)
+
+    def static(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
+        """All blocks at quadratically spaced steps; a whole number of steps, rounded up."""
+        steps, blocks = self._teacher.scheduler.spec.steps, self._teacher.denoiser.spec.blocks
+        count = int(np.ceil((1 - self._sparsity) * steps - 1e-9))
+        return static_plan(steps, blocks, count)
+
+    def random(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
+        """Random cells and classes of the same budget."""
+        steps, blocks = self._teacher.scheduler.spec.steps, self._teacher.denoiser.spec.blocks
+        logits = self._random.standard_normal((steps, blocks, 4)).astype(np.float32)
+        return self._plan(logits, lattice)
+
+
+def compare_plans(
+    teacher: DenseTeacher,
+    sampler: SamplerSpec,
+    pruner: Pruner,
+    trained: Sequence[TickSequence],
+    tests: Sequence[TickSequence],
+    sparsity: float,
+) -> dict[str, object]:
+    """Mean and standard error (over sequences) of the L1 action error of every kind of plan."""
+    makers = PlanMakers(teacher, sampler, pruner, trained, sparsity)
+    arms: dict[str, PlanMaker] = {
+        'learned': makers.learned,
+        'constant': makers.constant,
+        'other_tick': makers.other_tick,
+        'static': makers.static,
+        'random': makers.random,
+    }
+    errors: dict[str, list[float]] = {name: [] for name in arms}
+    realised: dict[str, list[float]] = {name: [] for name in arms}
+    for sequence in tqdm(tests, desc='comparing plans', unit='episode', mininterval=5):
+        target = teacher.actions(sequence)
+        for name, make in arms.items():
+            actions, share = sparse_actions(teacher, sequence, make)
+            errors[name].append((actions - target)[1:].abs().mean().item())
+            realised[name].append(share)
+    return {
+        'sparsity': sparsity,
+        'sequences': len(tests),
+        'l1_error': {
+            name: {
+                'mean': float(np.mean(values)),
+                'standard_error': float(np.std(values, ddof=1) / np.sqrt(len(values))),
+                'realised_sparsity': float(np.mean(realised[name])),
+            }
+            for name, values in errors.items()
+        },
+    }

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ordered control ticks of recorded episodes, as the pruner is trained and judged on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tts_policy.core.engine import denoise_dense
+from tts_policy.core.lattice import Lattice
+from tts_policy.core.memory import ConditionalMemory
+from tts_policy.core.network import PolicyNetwork
+from tts_policy.core.sampler import SamplerSpec
+from tts_policy.core.scheduler import NoiseScheduler
+from tts_policy.train.dataset import Windows
+
+
+@dataclass(frozen=True)
+class TickSequence:
+    """Observation features [R, To, Do] of R consecutive ticks and the seed of their held noise."""
+
+    features: Tensor
+    seed: int
+
+
+@torch.no_grad()
+def tick_sequences(
+    network: PolicyNetwork,
+    windows: Windows,
+    count: int,
+    ticks: int,
+    generator: torch.Generator,
+    execute: int | None = None,
+) -> list[TickSequence]:
+    """Draw `count` sequences: `ticks` windows, `execute` frames apart, from a random start."""
+    stride = execute or network.contract.action.execute
+    sequences = []
+    for _ in range(count):
+        episode = windows.episode_windows[
+            int(torch.randint(len(windows.episode_windows), (), generator=generator))
+        ]
+        length = min(ticks, 1 + (len(episode) - 1) // stride)
+        slack = len(episode) - (length - 1) * stride
+        start = int(torch.randint(slack, (), generator=generator))
+        index = episode[start + stride * torch.arange(length)]
+        images, joints, _ = windows.gather(index)
+        seed = int(torch.randint(1 << 31, (), generator=generator))
+        sequences.append(TickSequence(network.features(images, joints), seed))
+    return sequences
+
+
+class DenseTeacher:
+    """Dense actions of a frozen policy under held noise: the exact targets of its pruner."""
+
+    def __init__(self, network: PolicyNetwork, spec: SamplerSpec) -> None:
+        self.denoiser = network.denoiser
+        self.scheduler = NoiseScheduler(spec.scheduler)
+        with torch.no_grad():
+            self.memory = ConditionalMemory(self.denoiser, spec.scheduler.timesteps())
+
+    def lattice(self, seed: int) -> Lattice:
+        """Fresh lattice with the noise that `seed` gives."""
+        spec, steps = self.denoiser.spec, self.scheduler.spec.steps
+        lattice = Lattice(spec, steps, self.scheduler.needs_noise, torch.device('cpu'))
+        lattice.reset(torch.Generator().manual_seed(seed))
+        return lattice
+
+    @torch.no_grad()
+    def actions(self, sequence: TickSequence) -> Tensor:
+        """Normalised dense actions [R, T, A]; all ticks are one batch, as they share the noise."""
+        lattice = self.lattice(sequence.seed)
+        self.memory.encode(sequence.features)
+        return denoise_dense(self.denoiser, self.scheduler, self.memory, lattice)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`train_policy`: demonstrations in rosbag2 files to a model bundle without pruners.
+
+The observation encoder is warmed up by regressing the action chunk from its features, which
+costs a fraction of a denoising step, and keeps that regression as an auxiliary loss while the
+denoiser trains. The regression head is dropped afterwards. The bundle holds the exponential
+moving average of the weights. A run can be interrupted and resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from tts_policy.core.bundle import save_bundle
+from tts_policy.core.contract import PolicyContract
+from tts_policy.core.network import NetworkSpec, PolicyNetwork
+from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec, TrainingNoise
+from tts_policy.train.dataset import BagError, Windows, find_bags, load_windows
+from tts_policy.train.lift_contract import LIFT_CONTRACT, LIFT_SAMPLERS, LIFT_TOPICS
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """Optimisation settings; `encoder_steps` of `steps` train the encoder alone."""
+
+    steps: int
+    encoder_steps: int
+    batch: int
+    learning_rate: float
+    seed: int
+    weight_decay: float = 1e-4
+    warmup_steps: int = 200
+    auxiliary_weight: float = 0.5
+    ema_power: float = 0.75
+    ema_max: float = 0.999
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up, then half a cosine; the denoiser gets a warm-up of its own."""
+        first = 0 if step < self.encoder_steps else self.encoder_steps
+        warmup = min(1.0, (step - first + 1) / self.warmup_steps)
+        return warmup * (0.02 + 0.49 * (1 + math.cos(math.pi * step / self.steps)))
+
+    def ema_decay(self, step: int) -> float:
+        """Decay that grows with the step, as in Diffusion Policy's EMA model."""
+        return min(self.ema_max, 1 - (1 + max(step - self.encoder_steps, 0)) ** -self.ema_power)
+
+
+class PolicyTrainer:
+    """Owns network, average, optimiser and random state of one training run."""
+
+    def __init__(
+        self, contract: PolicyContract, network: NetworkSpec, spec: TrainingSpec, windows: Windows
+    ) -> None:
+        torch.manual_seed(spec.seed)
+        self.spec, self.windows, self.step = spec, windows, 0
+        self.network = PolicyNetwork(contract, network)
+        actions, joints = windows.actions, windows.joints
+        self.network.action_normalizer.fit(actions.amin(0), actions.amax(0))
+        self.network.joint_normalizer.fit(joints.amin(0), joints.amax(0))
+        obs, act = contract.observation, contract.action
+        features = obs.steps * self.network.observation_encoder.out_features
+        self.regressor = nn.Sequential(
+            nn.Linear(features, 512), nn.GELU(), nn.Linear(512, act.horizon * len(act.joints))
+        )
+        self.noise = TrainingNoise(network.train_steps)
+        self.generator = torch.Generator().manual_seed(spec.seed)
+        self.average = AveragedModel(
+            self.network,
+            avg_fn=lambda mean, new, _: mean.lerp(new, 1 - spec.ema_decay(self.step)),
+            use_buffers=False,
+        )
+        parameters = [*self.network.parameters(), *self.regressor.parameters()]
+        decayed = [p for p in parameters if p.dim() > 1]
+        rest = [p for p in parameters if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {'params': decayed, 'weight_decay': spec.weight_decay},
+                {'params': rest, 'weight_decay': 0.0},
+            ],
+            lr=spec.learning_rate,
+            betas=(0.9, 0.95),
+        )
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Denoising loss (zero while the encoder trains alone) and regression loss of a batch."""
+        spec, network = self.spec, self.network
+        index = torch.randint(len(self.windows), (spec.batch,), generator=self.generator)
+        images, joints, actions = self.windows.gather(index)
+        target = network.action_normalizer.normalize(actions)
+        features = network.features(images, joints)
+        regressed = self.regressor(features.flatten(1)).view_as(target)
+        regression = F.l1_loss(regressed, target)
+        if self.step < spec.encoder_steps:
+            return regression.new_zeros(()), regression
+        noise = torch.randn(target.shape, generator=self.generator)
+        t = torch.randint(network.spec.train_steps, (spec.batch,), generator=self.generator)
+        predicted = network.denoiser(self.noise.add(target, noise, t), t, features)
+        return F.mse_loss(predicted, noise), regression
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step; returns the losses."""
+        factor = self.spec.learning_rate_factor(self.step)
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.spec.learning_rate * factor
+        denoising, regression = self.losses()
+        encoder_only = self.step < self.spec.encoder_steps
+        weight = 1.0 if encoder_only else self.spec.auxiliary_weight
+        self.optimizer.zero_grad(set_to_none=True)
+        (denoising + weight * regression).backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        if not encoder_only:
+            self.average.update_parameters(self.network)
+        self.step += 1
+        return {'denoising': denoising.item(), 'regression': regression.item()}
+
+    @property
+    def averaged_network(self) -> PolicyNetwork:
+        """The moving average, in evaluation mode."""
+        network = self.average.module
+        assert isinstance(network, PolicyNetwork)
+        return network.eval()
+
+    @torch.inference_mode()
+    def action_error(self, windows: Windows, count: int = 64) -> float:
+        """Mean absolute error (normalised units) of DDIM-10 samples on windows held out."""
+        network = self.averaged_network
+        generator = torch.Generator().manual_seed(0)
+        index = torch.randperm(len(windows), generator=generator)[:count]
+        images, joints, actions = windows.gather(index)
+        target = network.action_normalizer.normalize(actions)
+        features = network.features(images, joints)
+        sampler = NoiseScheduler(SchedulerSpec('ddim', 10, network.spec.train_steps))
+        x = torch.randn(target.shape, generator=generator)
+        for i, t in enumerate(sampler.spec.timesteps()):
+            eps = network.denoiser(x, torch.full((len(x),), t), features)
+            x = sampler.step(i, x, eps, None)
+        return (x - target).abs().mean().item()
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint that `load` continues from; the last write wins only when whole."""
+        state = {
+            'step': self.step,
+            'network': self.network.state_dict(),
+            'regressor': self.regressor.state_dict(),
+            'average': self.average.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'generator': self.generator.get_state(),
+        }
+        torch.save(state, folder / 'checkpoint.tmp')
+        (folder / 'checkpoint.tmp').replace(folder / 'checkpoint.pt')
+
+    def load(self, folder: Path) -> None:
+        """Continue from the checkpoint in `folder`."""
+        state = torch.load(folder / 'checkpoint.pt', weights_only=True)
+        self.step = state['step']
+        self.network.load_state_dict(state['network'])
+        self.regressor.load_state_dict(state['regressor'])
+        self.average.load_state_dict(state['average'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.generator.set_state(state['generator'])
+
+
+def _train(trainer: PolicyTrainer, held_out: Windows, out: Path, save_every_s: float) -> None:
+    log_path = out / 'log.csv'
+    new = not log_path.exists()
+    with log_path.open('a', newline='') as handle:
+        log = csv.writer(handle)
+        if new:
+            log.writerow(['step', 'seconds', 'denoising', 'regression', 'held_out_l1'])
+        started = saved = time.monotonic()
+        bar = tqdm(total=trainer.spec.steps, initial=trainer.step, unit='step', mininterval=5)
+        means = {'denoising': 0.0, 'regression': 0.0}
+        while trainer.step < trainer.spec.steps:
+            losses = trainer.train_step()
+            for name, value in losses.items():
+                means[name] += (value - means[name]) / min(trainer.step, 50)
+            bar.update()
+            if trainer.step % 50 == 0:
+                bar.set_postfix({name: f'{value:.4f}' for name, value in means.items()})
+            if trainer.step % 500 == 0 or trainer.step == trainer.spec.steps:
+                error = trainer.action_error(held_out)
+                elapsed = time.monotonic() - started
+                log.writerow([trainer.step, round(elapsed), *means.values(), error])
+                handle.flush()
+            if time.monotonic() - saved > save_every_s or trainer.step == trainer.spec.steps:
+                trainer.save(out)
+                saved = time.monotonic()
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line of `train_policy`."""
+    parser = argparse.ArgumentParser(prog='train_policy', description=__doc__.split('\n')[0])
+    parser.add_argument(
+        'bags', nargs='+', type=Path, help='rosbag2 recordings, or folders of them'
+    )
+    parser.add_argument('--out', type=Path, required=True, help='checkpoints, log and bundle')
+    parser.add_argument('--steps', type=int, default=8000, help='optimiser steps in all')
+    parser.add_argument('--encoder-steps', type=int, default=1500, help='of them, encoder alone')
+    parser.add_argument('--batch', type=int, default=32, help='windows a step')
+    parser.add_argument('--learning-rate', type=float, default=3e-4)
+    parser.add_argument('--width', type=int, default=256, help='denoiser width D')
+    parser.add_argument('--layers', type=int, default=8, help='decoder layers L')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--threads', type=int, default=2, help='torch threads')
+    parser.add_argument('--held-out', type=int, default=10, help='bags kept for validation')
+    parser.add_argument('--save-every', type=float, default=300.0, help='checkpoint interval, s')
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, or go on training, and write the bundle; returns the exit status."""
+    args = parse_arguments(arguments)
+    torch.set_num_threads(args.threads)
+    try:
+        bags = find_bags(args.bags)
+        if len(bags) <= args.held_out:
+            raise BagError(f'{len(bags)} bags, expected more than the {args.held_out} held out')
+        held_out = load_windows(bags[: args.held_out], LIFT_CONTRACT, LIFT_TOPICS)
+        windows = load_windows(bags[args.held_out :], LIFT_CONTRACT, LIFT_TOPICS)
+    except BagError as error:
+        print(f'train_policy: {error}', file=sys.stderr)
+        return 2
+    spec = TrainingSpec(args.steps, args.encoder_steps, args.batch, args.learning_rate, args.seed)
+    network = NetworkSpec(width=args.width, layers=args.layers)
+    trainer = PolicyTrainer(LIFT_CONTRACT, network, spec, windows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if (args.out / 'checkpoint.pt').exists():
+        trainer.load(args.out)
+        print(f'resumed at step {trainer.step}')
+    try:
+        _train(trainer, held_out, args.out, args.save_every)
+    except KeyboardInterrupt:
+        trainer.save(args.out)
+        print(f'interrupted at step {trainer.step}; run the same command again to go on')
+        return 130
+    save_bundle(args.out / 'bundle', 'panda_lift', trainer.averaged_network, LIFT_SAMPLERS)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

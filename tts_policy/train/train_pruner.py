@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`train_pruner`: recordings and a bundle's frozen policy to the pruner of one sampler.
+
+Ordered ticks of recorded episodes; tick 0 dense, then each tick sparse with its caches carried
+over. Teacher and student share the held noise, so the dense action is an exact target. The plan
+meets the sparsity exactly, so the paper's penalty on the mean reuse is not needed; sparsity is
+drawn from a range, so that one pruner serves it. The bias starts from the static schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tts_policy.core.bundle import BundleError, load_bundle, save_pruner
+from tts_policy.core.engine import denoise_masked
+from tts_policy.core.memory import ConditionalMemory
+from tts_policy.core.network import PolicyNetwork
+from tts_policy.core.plan import dense_plan, make_plan
+from tts_policy.core.pruner import Pruner, PrunerSpec
+from tts_policy.core.sampler import SamplerSpec
+from tts_policy.train.dataset import BagError, find_bags, load_windows
+from tts_policy.train.lift_contract import LIFT_TOPICS
+from tts_policy.train.plan_comparison import compare_plans
+from tts_policy.train.sparse_student import CellGates, SparseStudent, soft_gates
+from tts_policy.train.tick_sequences import DenseTeacher, TickSequence, tick_sequences
+
+
+@dataclass(frozen=True)
+class PrunerTrainingSpec:
+    """Optimisation settings; `exploration` is the noise on the logits that plans are made of."""
+
+    steps: int
+    batch: int
+    seed: int
+    sparsity: tuple[float, float]
+    candidates: float = 0.1
+    learning_rate: float = 0.02
+    network_learning_rate: float = 2e-3
+    exploration: float = 0.1
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A sequence and its exact targets: normalised dense actions [R, T, A]."""
+
+    sequence: TickSequence
+    target: Tensor
+
+
+class PrunerTrainer:
+    """Owns pruner, optimiser and random state of one training run."""
+
+    def __init__(
+        self,
+        network: PolicyNetwork,
+        sampler: SamplerSpec,
+        spec: PrunerTrainingSpec,
+        lessons: list[Lesson],
+    ) -> None:
+        torch.manual_seed(spec.seed)
+        self.sampler, self.spec, self.lessons = sampler, spec, lessons
+        self.teacher = DenseTeacher(network, sampler)
+        denoiser = network.denoiser.spec
+        steps = sampler.scheduler.steps
+        self.pruner = Pruner(
+            PrunerSpec(steps, denoiser.blocks, denoiser.width, denoiser.obs_steps)
+        )
+        prior = max(1, round((1 - sampler.recommended_sparsity) * steps))
+        self.pruner.start_from_static(prior)
+        self.generator = torch.Generator().manual_seed(spec.seed)
+        self.step = 0
+        table = [self.pruner.bias]
+        rest = [p for p in self.pruner.parameters() if p is not self.pruner.bias]
+        self.optimizer = torch.optim.Adam(
+            [
+                {'params': table, 'lr': spec.learning_rate},
+                {'params': rest, 'lr': spec.network_learning_rate},
+            ],
+            betas=(0.8, 0.99),
+        )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, spec.steps, eta_min=0.1 * spec.network_learning_rate
+        )
+
+    def train_step(self) -> float:
+        """One optimiser step over the ticks of a batch of sequences; returns the L1 loss."""
+        order = torch.randperm(len(self.lessons), generator=self.generator)[: self.spec.batch]
+        lessons = [self.lessons[int(n)] for n in order]
+        ticks = min(len(lesson.target) for lesson in lessons)
+        lattices = [self.teacher.lattice(lesson.sequence.seed) for lesson in lessons]
+        denoiser, scheduler = self.teacher.denoiser, self.teacher.scheduler
+        dense = dense_plan(scheduler.spec.steps, denoiser.spec.blocks)
+        memory = self.teacher.memory
+        with torch.no_grad():
+            for lesson, lattice in zip(lessons, lattices, strict=True):
+                memory.encode(lesson.sequence.features[:1])
+                denoise_masked(denoiser, scheduler, memory, lattice, lambda: dense, False)
+                lattice.commit(dense)
+        low, high = self.spec.sparsity
+        sparsity = low + (high - low) * float(torch.rand((), generator=self.generator))
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for tick in range(1, ticks):
+            with torch.no_grad():
+                features = torch.stack([lesson.sequence.features[tick] for lesson in lessons])
+                memory.encode(features)
+            student = SparseStudent(denoiser, scheduler, memory, lattices)
+            actions = student.tick(self._gates(memory, lattices, sparsity))
+            target = torch.stack([lesson.target[tick] for lesson in lessons])
+            loss = (actions - target).abs().mean() / (ticks - 1)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.pruner.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        return total
+
+    def _gates(self, memory: ConditionalMemory, lattices: list, sparsity: float) -> CellGates:
+        logits = self.pruner(self.pruner.gates(memory.time_tokens), memory.observation_tokens)
+        noise = torch.randn(logits.shape[1:], generator=self.generator) * self.spec.exploration
+        valid = [lattice.rollout_valid(self.sampler.max_rollout_age) for lattice in lattices]
+        plans = [
+            make_plan(row, sparsity, rollout, self.sampler.force_first_step)
+            for row, rollout in zip((logits + noise).detach().numpy(), valid, strict=True)
+        ]
+        shape = plans[0].shape
+        share = torch.rand(shape, generator=self.generator).numpy()
+        candidates = share < self.spec.candidates
+        return CellGates(np.stack(plans), soft_gates(logits, plans, valid), candidates)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint that `load` continues from."""
+        state = {
+            'step': self.step,
+            'pruner': self.pruner.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'schedule': self.schedule.state_dict(),
+            'generator': self.generator.get_state(),
+        }
+        torch.save(state, folder / 'checkpoint.tmp')
+        (folder / 'checkpoint.tmp').replace(folder / 'checkpoint.pt')
+
+    def load(self, folder: Path) -> None:
+        """Continue from the checkpoint in `folder`."""
+        state = torch.load(folder / 'checkpoint.pt', weights_only=True)
+        self.step = state['step']
+        self.pruner.load_state_dict(state['pruner'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.schedule.load_state_dict(state['schedule'])
+        self.generator.set_state(state['generator'])
+
+
+def make_lessons(teacher: DenseTeacher, sequences: list[TickSequence]) -> list[Lesson]:
+    """Dense targets of every sequence, with a progress bar."""
+    bar = tqdm(sequences, desc='dense targets', unit='episode', mininterval=5)
+    return [Lesson(sequence, teacher.actions(sequence)) for sequence in bar]
+
+
+def _train(trainer: PrunerTrainer, out: Path, save_every_s: float) -> None:
+    log_path = out / 'log.csv'
+    new = not log_path.exists()
+    with log_path.open('a', newline='') as handle:
+        log = csv.writer(handle)
+        if new:
+            log.writerow(['step', 'seconds', 'l1'])
+        started = saved = time.monotonic()
+        bar = tqdm(total=trainer.spec.steps, initial=trainer.step, unit='step', mininterval=5)
+        mean = 0.0
+        while trainer.step < trainer.spec.steps:
+            loss = trainer.train_step()
+            mean += (loss - mean) / min(trainer.step, 20)
+            log.writerow([trainer.step, round(time.monotonic() - started), loss])
+            handle.flush()
+            bar.update()
+            bar.set_postfix(l1=f'{mean:.4f}')
+            if time.monotonic() - saved > save_every_s:
+                trainer.save(out)
+                saved = time.monotonic()
+    trainer.save(out)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line of `train_pruner`."""
+    parser = argparse.ArgumentParser(prog='train_pruner', description=__doc__.split('\n')[0])
+    parser.add_argument(
+        'bags', nargs='+', type=Path, help='rosbag2 recordings, or folders of them'
+    )
+    parser.add_argument('--bundle', type=Path, required=True, help='gets the pruner')
+    parser.add_argument('--sampler', required=True, help='sampler of the bundle, e.g. ddim10')
+    parser.add_argument('--out', type=Path, required=True, help='checkpoints, log and report')
+    parser.add_argument('--steps', type=int, default=200, help='optimiser steps')
+    parser.add_argument('--batch', type=int, default=8, help='sequences a step')
+    parser.add_argument('--episodes', type=int, default=64, help='sequences to train on')
+    parser.add_argument('--ticks', type=int, default=5, help='ticks of a sequence')
+    parser.add_argument('--sparsity', type=float, nargs=2, help='range; default: recommended -.1')
+    parser.add_argument('--candidates', type=float, default=0.1, help='share of cells explored')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--threads', type=int, default=1, help='torch threads')
+    parser.add_argument('--held-out', type=int, default=10, help='bags kept for the comparison')
+    parser.add_argument('--save-every', type=float, default=120.0, help='checkpoint interval, s')
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, or go on training, add the pruner to the bundle and compare; returns exit status."""
+    args = parse_arguments(arguments)
+    torch.set_num_threads(args.threads)
+    try:
+        bundle = load_bundle(args.bundle)
+        sampler, _ = bundle.sampler(args.sampler)
+        network = bundle.network.eval().requires_grad_(False)
+        bags = find_bags(args.bags)
+        held_out = load_windows(bags[: args.held_out], network.contract, LIFT_TOPICS)
+        chosen = bags[args.held_out : args.held_out + args.episodes]
+        windows = load_windows(chosen, network.contract, LIFT_TOPICS)
+    except (BagError, BundleError) as error:
+        print(f'train_pruner: {error}', file=sys.stderr)
+        return 2
+    high = sampler.recommended_sparsity
+    sparsity = tuple(args.sparsity) if args.sparsity else (high - 0.5 * (1 - high), high)
+    spec = PrunerTrainingSpec(args.steps, args.batch, args.seed, sparsity, args.candidates)
+    generator = torch.Generator().manual_seed(args.seed)
+    teacher = DenseTeacher(network, sampler)
+    lessons = make_lessons(
+        teacher, tick_sequences(network, windows, args.episodes, args.ticks, generator)
+    )
+    trainer = PrunerTrainer(network, sampler, spec, lessons)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if (args.out / 'checkpoint.pt').exists():
+        trainer.load(args.out)
+        print(f'resumed at step {trainer.step}')
+    try:
+        _train(trainer, args.out, args.save_every)
+    except KeyboardInterrupt:
+        trainer.save(args.out)
+        print(f'interrupted at step {trainer.step}; run the same command again to go on')
+        return 130
+    save_pruner(args.bundle, args.sampler, trainer.pruner)
+    tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
+    trained = [lesson.sequence for lesson in lessons]
+    report = compare_plans(teacher, sampler, trainer.pruner.eval(), trained, tests, high)
+    (args.out / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by all tests: a private ROS domain, child processes, a small random bundle.
+
+Everything ROS runs in a domain of this test run's own and on this machine only. Modules that need
+neither ROS nor torch import nothing of it: the imports are inside the fixtures.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from processes import RosProcess
+    from rclpy.node import Node
+
+    from tts_policy.core.contract import PolicyContract
+
+# Domains above 101 use ports that Linux also gives to clients.
+DOMAIN_ID = str(1 + os.getpid() % 100)
+JOINTS = ('shoulder', 'elbow', 'finger')
+
+os.environ.update(
+    ROS_DOMAIN_ID=DOMAIN_ID,
+    ROS_AUTOMATIC_DISCOVERY_RANGE='LOCALHOST',
+    ROS_PYTHON_CHECK_FIELDS='1',
+    OMP_NUM_THREADS='1',
+)
+os.environ.setdefault('AMENT_PREFIX_PATH', sys.prefix)
+# Modules that tests share; test folders are no packages.
+sys.path.insert(0, str(Path(__file__).parent / 'ros'))
+
+
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., RosProcess]]:
+    """Start modules as processes; all are stopped when the test ends."""
+    from processes import RosProcess
+
+    started: list[RosProcess] = []
+
+    def start(module: str, *arguments: str, **environment: str) -> RosProcess:
+        started.append(RosProcess(module, *arguments, **environment))
+        return started[-1]
+
+    yield start
+    for process in reversed(started):
+        process.stop()
+
+
+@pytest.fixture(scope='session')
+def ros() -> Iterator[None]:
+    """Initialise rclpy for the test process."""
+    rclpy = pytest.importorskip('rclpy', reason='rclpy is not installed')
+    rclpy.init()
+    yield
+    rclpy.try_shutdown()
+
+
+@pytest.fixture(scope='module')
+def test_node(ros: None) -> Iterator[Node]:
+    """Give a node of the test process, spun in a thread of its own."""
+    import rclpy
+    from rclpy.executors import SingleThreadedExecutor
+
+    node = rclpy.create_node('test_node')
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    ended = threading.Event()
+
+    def spin() -> None:
+        while not ended.is_set():
+            executor.spin_once(timeout_sec=0.05)
+
+    thread = threading.Thread(target=spin, daemon=True)
+    thread.start()
+    yield node
+    ended.set()
+    thread.join()
+    executor.shutdown()
+    node.destroy_node()
+
+
+@pytest.fixture(scope='session')
+def small_contract() -> PolicyContract:
+    """One 32 x 24 camera, two arm joints and a finger, 20 Hz."""
+    from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
+
+    return PolicyContract(
+        ObservationSpec((CameraSpec('camera', 24, 32),), JOINTS, steps=2, period_s=0.05),
+        ActionSpec(JOINTS, horizon=16, execute=8, offset_steps=1),
+    )
+
+
+@pytest.fixture(scope='session')
+def small_bundle(small_contract: PolicyContract, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write an untrained bundle of that contract, small enough for a tick in milliseconds."""
+    from tts_policy.core.bundle import save_random_bundle
+    from tts_policy.core.network import NetworkSpec
+    from tts_policy.core.sampler import SamplerSpec
+    from tts_policy.core.scheduler import SchedulerSpec
+
+    folder = tmp_path_factory.mktemp('bundle')
+    samplers = {
+        'ddim10': SamplerSpec(SchedulerSpec('ddim', 10), recommended_sparsity=0.8),
+        'ddpm100': SamplerSpec(SchedulerSpec('ddpm', 100), recommended_sparsity=0.95),
+    }
+    network = NetworkSpec(width=32, layers=2, heads=2)
+    save_random_bundle(folder, small_contract, samplers, network, seed=0)
+    return folder

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scripted robot for tests: publishes camera and joints, and collects what the policy says."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.srv import DescribeParameters, SetParameters
+from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from tts_policy.ros.conversions import ns_to_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rclpy.node import Node
+
+HEIGHT, WIDTH = 24, 32
+JOINTS = ('shoulder', 'elbow', 'finger')
+JOINT_PERIOD_S = 0.01
+FRAME_EVERY = 5
+RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+TRANSITIONS = {
+    'configure': Transition.TRANSITION_CONFIGURE,
+    'activate': Transition.TRANSITION_ACTIVATE,
+    'deactivate': Transition.TRANSITION_DEACTIVATE,
+    'cleanup': Transition.TRANSITION_CLEANUP,
+}
+
+
+def image_message(stamp_ns: int) -> Image:
+    """Return a valid camera image whose content depends on the stamp."""
+    pixels = np.random.default_rng(stamp_ns % 2**32).integers(0, 256, HEIGHT * WIDTH * 3, np.uint8)
+    message = Image(
+        height=HEIGHT, width=WIDTH, encoding='rgb8', step=WIDTH * 3, data=pixels.tobytes()
+    )
+    message.header.stamp = ns_to_time(stamp_ns)
+    return message
+
+
+def joint_message(stamp_ns: int) -> JointState:
+    """Return a valid joint state, in another order than the contract's, with one joint more."""
+    message = JointState(
+        name=['finger', 'spare', 'elbow', 'shoulder'], position=[0.1, 9, 0.2, 0.3]
+    )
+    message.header.stamp = ns_to_time(stamp_ns)
+    return message
+
+
+class Feeder:
+    """Topics and services around one policy node.
+
+    `spoil_image` and `spoil_joints` may change or, returning None, hold back a message.
+    """
+
+    def __init__(self, node: Node, namespace: str = '') -> None:
+        self.node = node
+        self.spoil_image: Callable[[Image], Image | None] = lambda message: message
+        self.spoil_joints: Callable[[JointState], JointState | None] = lambda message: message
+        self.commands: list[JointTrajectory] = []
+        self.proposals: list[JointTrajectory] = []
+        self.ticks: list[dict[str, Any]] = []
+        self.status: DiagnosticStatus | None = None
+        self._policy = f'{namespace}/tts_policy'
+        self._images = node.create_publisher(Image, f'{namespace}/camera/image', RELIABLE)
+        self._states = node.create_publisher(JointState, f'{namespace}/joint_states', RELIABLE)
+        self._clock = node.create_publisher(Clock, '/clock', RELIABLE)
+        self._subscriptions = [
+            node.create_subscription(kind, topic, callback, RELIABLE)
+            for kind, topic, callback in (
+                (JointTrajectory, f'{namespace}/joint_trajectory', self.commands.append),
+                (JointTrajectory, f'{self._policy}/proposed_trajectory', self.proposals.append),
+                (String, f'{self._policy}/chunk_stats', self._on_tick),
+                (DiagnosticArray, '/diagnostics', self._on_diagnostics),
+            )
+        ]
+        self._running = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def _on_tick(self, message: String) -> None:
+        self.ticks.append(json.loads(message.data))
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        for status in message.status:
+            if status.name == f'{self._policy.lstrip("/")}: policy':
+                self.status = status
+
+    def values(self) -> dict[str, str]:
+        """Return the key-value pairs of the last diagnostics."""
+        return {} if self.status is None else {v.key: v.value for v in self.status.values}
+
+    def forget(self) -> None:
+        """Drop all that was collected so far."""
+        self.commands.clear()
+        self.proposals.clear()
+        self.ticks.clear()
+        self.status = None
+
+    # Publishing
+
+    def start(self) -> None:
+        """Publish in real time until `stop`."""
+        self._running.set()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop publishing."""
+        self._running.clear()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        due_s = time.monotonic()
+        count = 0
+        while self._running.is_set():
+            self.publish(time.time_ns(), picture=count % FRAME_EVERY == 0)
+            count += 1
+            due_s += JOINT_PERIOD_S
+            time.sleep(max(0.0, due_s - time.monotonic()))
+
+    def publish(self, stamp_ns: int, picture: bool) -> None:
+        """Publish one joint state and perhaps an image, with the very same stamp."""
+        state = self.spoil_joints(joint_message(stamp_ns))
+        if state is not None:
+            self._states.publish(state)
+        image = self.spoil_image(image_message(stamp_ns)) if picture else None
+        if image is not None:
+            self._images.publish(image)
+
+    def publish_clock(self, stamp_ns: int) -> None:
+        """Publish simulated time."""
+        self._clock.publish(Clock(clock=ns_to_time(stamp_ns)))
+
+    @property
+    def matched(self) -> bool:
+        """Whether the policy listens to both sensors."""
+        return bool(
+            self._images.get_subscription_count() and self._states.get_subscription_count()
+        )
+
+    # Services
+
+    def _call(self, kind: Any, name: str, request: Any, timeout_s: float = 15.0) -> Any:
+        client = self.node.create_client(kind, f'{self._policy}/{name}')
+        try:
+            assert client.wait_for_service(timeout_s), f'no service {name}'
+            done = threading.Event()
+            future = client.call_async(request)
+            future.add_done_callback(lambda _: done.set())
+            assert done.wait(timeout_s), f'no answer from {name}'
+            return future.result()
+        finally:
+            self.node.destroy_client(client)
+
+    def change(self, transition: str) -> bool:
+        """Ask for a lifecycle transition."""
+        request = ChangeState.Request(transition=Transition(id=TRANSITIONS[transition]))
+        return bool(self._call(ChangeState, 'change_state', request).success)
+
+    def state(self) -> str:
+        """Return the lifecycle state."""
+        return str(self._call(GetState, 'get_state', GetState.Request()).current_state.label)
+
+    def set(self, **values: Any) -> str:
+        """Set parameters (`__` stands for a dot); returns '' or the reason of the refusal."""
+        request = SetParameters.Request(
+            parameters=[
+                Parameter(name.replace('__', '.'), value=value).to_parameter_msg()
+                for name, value in values.items()
+            ]
+        )
+        results = self._call(SetParameters, 'set_parameters', request).results
+        return '; '.join(r.reason or 'refused' for r in results if not r.successful)
+
+    def describe(self, name: str) -> Any:
+        """Return the descriptor of a parameter."""
+        request = DescribeParameters.Request(names=[name])
+        return self._call(DescribeParameters, 'describe_parameters', request).descriptors[0]
+
+    def reset(self) -> Trigger.Response:
+        """Call ~/reset of the policy."""
+        return self._call(Trigger, 'reset', Trigger.Request())

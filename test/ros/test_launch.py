@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch files and configuration: complete, described, and what they start ends on SIGINT."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from processes import REPOSITORY, child_environment
+
+LAUNCH_FILES = ('policy.launch.py', 'demo.launch.py')
+EXPECTED_ARGUMENTS = {
+    'params_file',
+    'bundle',
+    'namespace',
+    'autostart',
+    'use_sim_time',
+    'enable_output',
+    'device',
+    'sampler',
+    'sparsity',
+}
+
+
+def config() -> dict[str, Any]:
+    text = (REPOSITORY / 'config' / 'panda_lift.yaml').read_text(encoding='utf-8')
+    return yaml.safe_load(text)['/**/tts_policy']['ros__parameters']
+
+
+def test_every_parameter_of_the_configuration_exists_and_is_in_range() -> None:
+    pytest.importorskip('rclpy', reason='rclpy is not installed')
+    from tts_policy.ros.parameters import PARAMETERS
+
+    values = config()
+    limits = values.pop('limits')
+    values.update({f'limits.{name}': value for name, value in limits.items()})
+    specs = {spec.name: spec for spec in PARAMETERS}
+    assert set(values) <= set(specs)
+    for name, value in values.items():
+        spec = specs[name]
+        if spec.default is not None:
+            assert type(value) is type(spec.default), name
+        if spec.low is not None and spec.high is not None:
+            assert spec.low <= value <= spec.high, name
+
+
+def test_limits_of_the_configuration_belong_to_the_joints_of_the_task() -> None:
+    pytest.importorskip('rclpy', reason='rclpy is not installed')
+    pytest.importorskip('rosbags', reason='rosbags is not installed')
+    from tts_policy.ros.parameters import Settings, joint_limits
+    from tts_policy.train.lift_contract import LIFT_CONTRACT
+
+    settings = Settings({f'limits.{name}': value for name, value in config()['limits'].items()})
+    limits = joint_limits(settings, LIFT_CONTRACT.action.joints)
+    assert limits.upper[-1] == 0.04
+    assert limits.upper[3] == -0.0698
+    assert set(config()['hold_last_command']) <= set(LIFT_CONTRACT.action.joints)
+
+
+def test_fast_dds_profile_has_large_shared_memory_beside_udp() -> None:
+    root = ElementTree.parse(REPOSITORY / 'config' / 'fastdds.xml').getroot()
+    texts = {element.tag.split('}')[-1]: element.text for element in root.iter()}
+    assert int(texts['segment_size'] or 0) == 33_554_432
+    assert int(texts['maxMessageSize'] or 0) == 4_194_304
+    kinds = [element.text for element in root.iter() if element.tag.endswith('}type')]
+    assert kinds == ['SHM', 'UDPv4']
+
+
+def installed_launch_file(name: str) -> Path:
+    """Return the installed launch file; skip where launch or the package are not installed."""
+    pytest.importorskip('launch', reason='launch is not installed (not on PyPI)')
+    pytest.importorskip('launch_ros', reason='launch_ros is not installed (not on PyPI)')
+    from ament_index_python.packages import PackageNotFoundError, get_package_share_directory
+
+    try:
+        share = Path(get_package_share_directory('tts_policy'))
+    except PackageNotFoundError:
+        pytest.skip('tts_policy is not installed: AMENT_PREFIX_PATH has no share/tts_policy')
+    return share / 'launch' / name
+
+
+@pytest.mark.parametrize('name', LAUNCH_FILES)
+def test_launch_arguments_are_complete_and_described(name: str) -> None:
+    path = installed_launch_file(name)
+    spec = importlib.util.spec_from_file_location('launch_file', path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arguments = module.generate_launch_description().get_launch_arguments()
+    assert {argument.name for argument in arguments} >= EXPECTED_ARGUMENTS
+    assert all(len(argument.description) > 10 for argument in arguments)
+
+
+LAUNCH = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+
+service = LaunchService()
+arguments = [tuple(argument.split(':=')) for argument in sys.argv[2:]]
+source = PythonLaunchDescriptionSource(sys.argv[1])
+include = IncludeLaunchDescription(source, launch_arguments=arguments)
+service.include_launch_description(LaunchDescription([include]))
+sys.exit(service.run())
+"""
+
+
+def test_policy_launch_starts_a_dry_run_that_ends_within_two_seconds_of_sigint(
+    small_bundle: Path, tmp_path: Path
+) -> None:
+    path = installed_launch_file('policy.launch.py')
+    parameters = tmp_path / 'parameters.yaml'
+    parameters.write_text('/**:\n  ros__parameters:\n    sampler: ddim10\n    sparsity: 0.4\n')
+    log = tmp_path / 'log'
+    with log.open('w') as output:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                *('-c', LAUNCH, str(path)),
+                *(f'bundle:={small_bundle}', f'params_file:={parameters}', 'sparsity:=0.5'),
+                'namespace:=left',
+            ],
+            env=child_environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        end_s = time.monotonic() + 30.0
+        while 'output disabled' not in log.read_text() and time.monotonic() < end_s:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        # As Ctrl-C in a terminal: to launch and to all that it started.
+        began_s = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(10.0)
+    text = log.read_text()
+    assert time.monotonic() - began_s < 2.0, text
+    assert '[left.tts_policy]: active, output disabled (dry run)' in text
+    assert 'sparsity 0.5 of' in text
+    assert 'finished cleanly' in text

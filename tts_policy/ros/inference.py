@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inference thread: it alone loads, resets and runs the policy, one tick at a time.
+
+Other threads only store messages, and say activate, deactivate or reset. One condition guards the
+observation window and every flag. A chunk is delivered while that condition is held and only if
+nothing happened since its tick began: once `deactivate` or `request_reset` has returned, no chunk
+of before can reach the robot. Stamps are nanoseconds of the ROS clock; latencies perf_counter.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tts_policy.ros.observation import Arrival, ObservationWindow, WindowUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
+
+
+class InferenceFailed(RuntimeError):
+    """The thread ended: loading failed, or the policy raised."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One control tick: the window it saw and what was asked of it."""
+
+    stamp_ns: int
+    observation: dict[str, np.ndarray]
+    sparsity: float
+    interval_ns: int
+    reset: str | None
+    skipped: int
+    generation: int
+    began_s: float
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A chunk and its time: latency is wall clock from taking the window to delivery."""
+
+    tick: Tick
+    chunk: Chunk
+    now_ns: int
+    latency_s: float
+
+    @property
+    def late(self) -> bool:
+        """Whether the next tick's observation was due before this chunk arrived (ROS clock)."""
+        return self.now_ns - self.tick.stamp_ns > self.tick.interval_ns
+
+    @property
+    def late_wall(self) -> bool:
+        """Whether the wall latency exceeds the replan interval, whatever the ROS clock does."""
+        return self.latency_s * 1e9 > self.tick.interval_ns
+
+
+class InferenceWorker:
+    """Owner of the policy, the window and the thread."""
+
+    def __init__(
+        self,
+        load: Callable[[], TestTimeSparsePolicy],
+        now_ns: Callable[[], int],
+        deliver: Callable[[Delivery], None],
+        on_reset: Callable[[str], None],
+    ) -> None:
+        self.policy: TestTimeSparsePolicy | None = None
+        self.window: ObservationWindow | None = None
+        self.failure: str | None = None
+        self.waiting_for = ''
+        self.discarded = 0
+        self._load = load
+        self._now_ns = now_ns
+        self._deliver = deliver
+        self._on_reset = on_reset
+        self._condition = threading.Condition()
+        self._loaded = threading.Event()
+        self._active = False
+        self._stopping = False
+        self._generation = 0
+        self._sparsity = 0.0
+        self._interval_ns = 1
+        self._due_ns: int | None = None
+        self._reset: str | None = None
+        self._thread = threading.Thread(target=self._main, name='inference', daemon=True)
+
+    def start(self) -> TestTimeSparsePolicy:
+        """Start the thread and wait until it has loaded the policy.
+
+        Raises
+        ------
+        InferenceFailed
+            with the reason when loading fails.
+
+        """
+        self._thread.start()
+        self._loaded.wait()
+        if self.policy is None:
+            raise InferenceFailed(self.failure)
+        return self.policy
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread; False when it is still inside the policy after the timeout."""
+        with self._condition:
+            self._stopping = True
+            self._active = False
+            self._generation += 1
+            self._condition.notify_all()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def activate(self) -> None:
+        """Begin a new episode with an empty window."""
+        with self._condition:
+            if self.window is not None:
+                self.window.clear()
+            self._active = True
+            self._restart('activate', keep_schedule=False)
+
+    def deactivate(self) -> None:
+        """Stop ticking; the chunk in flight will be discarded."""
+        with self._condition:
+            self._active = False
+            self._generation += 1
+
+    def configure_ticks(self, sparsity: float, interval_ns: int) -> None:
+        """Take effect together, at the next tick."""
+        with self._condition:
+            self._sparsity = sparsity
+            self._interval_ns = interval_ns
+
+    def request_reset(self, reason: str) -> None:
+        """Forget the episode before the next tick; the window and the rhythm of ticks stay."""
+        with self._condition:
+            self._restart(reason, keep_schedule=True)
+
+    def store(self, key: str, stamp_ns: int, value: Any) -> Arrival | None:
+        """Put a message into the window; None when the node is not active."""
+        with self._condition:
+            if not self._active or self.window is None:
+                return None
+            now_ns = self._now_ns()
+            arrival = self.window.add(key, stamp_ns, value, now_ns)
+            if arrival.breaks_continuity:
+                self._restart(f'{key}: {arrival.value}', keep_schedule=False)
+            self._advance(now_ns)
+            return arrival
+
+    def clock_moved(self, backward: bool) -> None:
+        """Tell of a step of a simulated clock."""
+        with self._condition:
+            if self.window is None:
+                return
+            now_ns = self._now_ns()
+            if backward:
+                self.window.rewind(now_ns)
+                self._restart('clock: backward', keep_schedule=False)
+            self._advance(now_ns)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """No chunk is delivered, and no tick begins, inside."""
+        with self._condition:
+            yield
+
+    def inspect(self) -> tuple[dict[str, float | None], list[str]]:
+        """Ages of the newest samples in seconds, and a reason per key that is stale."""
+        with self._condition:
+            if self.window is None:
+                return {}, []
+            now_ns = self._now_ns()
+            return self.window.ages_s(now_ns), self.window.stale(now_ns)
+
+    def latest(self, key: str) -> np.ndarray | None:
+        """Value of the newest sample of a key."""
+        with self._condition:
+            newest = None if self.window is None else self.window.latest(key)
+            return None if newest is None else newest[1]
+
+    def _advance(self, now_ns: int) -> None:
+        assert self.window is not None
+        for arrival in self.window.advance(now_ns):
+            if arrival.breaks_continuity:
+                self._restart(f'clock: {arrival.value}', keep_schedule=False)
+        self._condition.notify_all()
+
+    def _restart(self, reason: str, keep_schedule: bool) -> None:
+        self._generation += 1
+        if self._reset is None:
+            self._reset = reason
+        if not keep_schedule:
+            self._due_ns = None
+        self._condition.notify_all()
+
+    def _main(self) -> None:
+        try:
+            self.policy = self._load()
+        except Exception as error:  # noqa: BLE001 - the reason must reach the node, whatever it is
+            self.failure = f'{type(error).__name__}: {error}'
+            return
+        finally:
+            self._loaded.set()
+        try:
+            while self._tick():
+                pass
+        except Exception as error:  # noqa: BLE001 - a dead thread must be seen
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self.failure = f'{type(error).__name__}: {error} ({where.name}, line {where.lineno})'
+
+    def _tick(self) -> bool:
+        """Wait for a tick, run it, deliver its chunk; False when it is time to end."""
+        assert self.policy is not None
+        with self._condition:
+            tick = self._next_tick()
+            while tick is None and not self._stopping:
+                self._condition.wait()
+                tick = self._next_tick()
+            if tick is None or self._stopping:
+                return False
+        if tick.reset is not None:
+            self.policy.reset()
+        chunk = self.policy.act(tick.observation, sparsity=tick.sparsity)
+        with self._condition:
+            if tick.generation != self._generation:
+                self.discarded += 1
+                return not self._stopping
+            self._due_ns = tick.stamp_ns + tick.interval_ns
+            self._deliver(
+                Delivery(tick, chunk, self._now_ns(), time.perf_counter() - tick.began_s)
+            )
+        return True
+
+    def _next_tick(self) -> Tick | None:
+        """Take the next tick if its window is complete; otherwise remember why not."""
+        if not self._active or self._stopping or self.window is None:
+            return None
+        stamp_ns = self.window.tick_stamp(self._due_ns)
+        if stamp_ns is None:
+            return None
+        try:
+            observation = self.window.window(stamp_ns, self._now_ns())
+        except WindowUnavailable as reason:
+            self.waiting_for = str(reason)
+            return None
+        self.waiting_for = ''
+        skipped = 0
+        if self._due_ns is not None:
+            skipped = max(0, round((stamp_ns - self._due_ns) / self._interval_ns))
+        reset, self._reset = self._reset, None
+        if reset is not None:
+            self._on_reset(reset)
+        return Tick(
+            stamp_ns,
+            observation,
+            self._sparsity,
+            self._interval_ns,
+            reset,
+            skipped,
+            self._generation,
+            time.perf_counter(),
+        )
+
+
+def load_policy(
+    path: str, sampler: str, device: str, seed: int, threads: int
+) -> TestTimeSparsePolicy:
+    """Load a bundle and warm it up; to be called by the thread that will run it.
+
+    Raises
+    ------
+    ValueError
+        BundleError, naming the file and what is wrong with it.
+
+    """
+    import torch
+
+    from tts_policy.core.policy import TestTimeSparsePolicy
+
+    if not path:
+        raise ValueError('bundle: expected the path of a model bundle, got none')
+    torch.set_num_threads(threads)
+    policy = TestTimeSparsePolicy.from_bundle(path, sampler=sampler, device=device, seed=seed)
+    spec = policy.contract.observation
+    grey: dict[str, np.ndarray] = {
+        camera.key: np.full((spec.steps, camera.height, camera.width, 3), 127, dtype=np.uint8)
+        for camera in spec.cameras
+    }
+    grey['joints'] = np.zeros((spec.steps, len(spec.joints)))
+    policy.reset()
+    for _ in range(2):  # the first tick is dense, the second takes the sparse path
+        policy.act(grey, sparsity=policy.recommended_sparsity)
+    policy.reset()
+    return policy

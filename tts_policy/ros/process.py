@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A node as a process: spun until SIGINT, SIGTERM or its own end, and shut down in order.
+
+rclpy's own signal handlers close the context at once; nothing could be sent any more then, not
+even the hold position. Here the node's lifecycle shutdown comes first.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.signals import SignalHandlerOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Python runs signal handlers between two waits of the executor.
+_WAIT_S = 0.1
+
+
+class FinalizableNode(Protocol):
+    """A lifecycle node that knows whether it was shut down."""
+
+    finalized: bool
+
+    def trigger_shutdown(self) -> object:
+        """Do the shutdown transition."""
+
+    def destroy_node(self) -> None:
+        """Free the node."""
+
+
+def run_node(
+    create: Callable[[], FinalizableNode], name: str, arguments: list[str] | None = None
+) -> int:
+    """Create a node and spin it to its end; 1 with one logged line if it cannot be created.
+
+    A `ValueError` of `create` is what it says about bad parameters.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        node = create()
+    except ValueError as error:
+        rclpy.logging.get_logger(name).fatal(str(error))
+        rclpy.shutdown()
+        return 1
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        while not stop.is_set() and not node.finalized:
+            executor.spin_once(timeout_sec=_WAIT_S)
+    finally:
+        if not node.finalized:
+            node.trigger_shutdown()
+        executor.shutdown()
+        node.destroy_node()
+        rclpy.shutdown()
+    return 0

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""demo: a simulated Panda driven over ROS 2 by the sparse policy, and by the dense one.
+
+Starts robot_node and policy_node as processes in a ROS domain of their own, runs episodes of
+unseen seeds, prints a table, and writes summary.json, plan.png and a video of one episode. The
+exit status tells whether the episodes ran, not whether they succeeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tts_policy.sim.demo_arms import Arm, DemoBundle, choose_arms, read_bundle
+from tts_policy.sim.demo_process import (
+    HURRIED_S,
+    PATIENT_S,
+    DemoError,
+    NodeProcess,
+    prepare_environment,
+    private_domain,
+    share_directory,
+    stop_all,
+)
+
+if TYPE_CHECKING:
+    from tts_policy.sim.demo_driver import EpisodeRecord
+
+UNSEEN_SEED = 200_000
+INTERRUPTED = 130
+MOST_DROPPED = 0.1
+BAR_FORMAT = '{desc}: episode {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}'
+
+
+class Demo:
+    """The processes and the driver of one run; leaving it ends them."""
+
+    def __init__(self, options: argparse.Namespace, bundle: DemoBundle, share: Path) -> None:
+        """Start the robot and the driver."""
+        from tts_policy.sim.demo_driver import EpisodeDriver
+
+        self._options = options
+        self._bundle = bundle
+        self._log = options.out / 'log'
+        self._log.mkdir(parents=True, exist_ok=True)
+        domain = private_domain()
+        prepare_environment(share, domain, self._log)
+        self._policy: NodeProcess | None = None
+        with ExitStack() as undo:
+            self._driver = EpisodeDriver(domain, bundle.contract.action.joints, self._check)
+            undo.callback(self._driver.close)
+            self._robot = self._start_robot()
+            undo.push(self._stop)
+            self._undo = undo.pop_all()
+
+    def __enter__(self) -> Demo:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End all processes, in a hurry if there was an error or an interrupt."""
+        self._undo.__exit__(*error)
+
+    def _start_robot(self) -> NodeProcess:
+        from tts_policy.sim.demo_driver import OWED_LIMIT_S
+
+        parameters = {
+            'clock': 'realtime' if self._options.realtime else 'lockstep',
+            'episode_s': float(self._options.episode_s),
+            'action_period_s': self._bundle.deadline_s,
+            'owed_timeout_s': OWED_LIMIT_S,
+        }
+        return NodeProcess('tts_policy.sim.robot_node', parameters, self._log / 'robot_node.log')
+
+    def start_policy(self, arm: Arm) -> None:
+        """Run the policy node with the arm's sampler and sparsity, in place of the last one."""
+        if self._policy is not None:
+            stop_all([self._policy], PATIENT_S)
+            self._policy = None
+            self._driver.await_policy_gone()
+        parameters = {
+            'bundle': str(self._bundle.path),
+            'sampler': arm.sampler.name,
+            'sparsity': float(arm.sparsity),
+            'enable_output': True,
+            'use_sim_time': not self._options.realtime,
+        }
+        log = self._log / f'policy_node_{arm.sampler.name}.log'
+        self._policy = NodeProcess('tts_policy.ros.policy_node', parameters, log)
+        if not self._driver.start_policy():
+            raise self._policy.failure('policy_node could not be started')
+
+    def raise_sparsity(self, arm: Arm) -> None:
+        """Set the running policy's sparsity to the arm's."""
+        self._driver.set_parameter('tts_policy', 'sparsity', float(arm.sparsity))
+
+    def run_arm(self, arm: Arm) -> list[EpisodeRecord]:
+        """Run the arm's episodes with a progress bar; returns their records."""
+        self._driver.set_parameter('robot', 'seed', self._options.seed)
+        records: list[EpisodeRecord] = []
+        with tqdm(total=arm.episodes, desc=arm.title, bar_format=BAR_FORMAT) as bar:
+            for _ in range(arm.episodes):
+                seed = self._options.seed + len(records)
+
+                def show(record: EpisodeRecord, seed: int = seed) -> None:
+                    lifted = sum(done.success for done in records)
+                    bar.set_postfix_str(
+                        f'seed {seed}, tick {len(record.ticks)}, lifted {lifted}/{len(records)}'
+                    )
+
+                records.append(self._driver.run_episode(show))
+                show(records[-1])
+                bar.update()
+                tqdm.write(_episode_line(len(records), arm.episodes, records[-1]))
+        return records
+
+    def _check(self) -> None:
+        for process in (self._robot, self._policy):
+            if process is not None:
+                process.check()
+
+    def _stop(self, error: object, *_: object) -> None:
+        running = [process for process in (self._policy, self._robot) if process is not None]
+        stop_all(running, PATIENT_S if error is None else HURRIED_S)
+
+
+def _episode_line(number: int, of: int, record: EpisodeRecord) -> str:
+    report = record.report
+    latency_ms = [1e3 * tick['latency_s'] for tick in record.ticks]
+    median = f'{np.median(latency_ms):.0f}' if latency_ms else '–'
+    outcome = 'lifted' if record.success else f'failed ({report["reason"]})'
+    refused = [tick['refused'] for tick in record.ticks if tick['refused']]
+    return (
+        f'  {number:2}/{of}  seed {record.seed}  {outcome} after {report["duration_s"]:.2f} s, '
+        f'{len(record.ticks)} ticks, median latency {median} ms'
+        + (f'; {len(refused)} chunks refused: {refused[-1]}' if refused else '')
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the whole demo; raises DemoError."""
+    began_s = time.monotonic()
+    share = share_directory()
+    path = options.bundle or share / 'models' / 'panda_lift'
+    bundle = read_bundle(path.resolve())
+    arms = choose_arms(
+        bundle, options.sampler, options.sparsity, options.episodes, options.dense_episodes
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    clock = 'real clock' if options.realtime else 'lockstep'
+    print(f'bundle {path}, {clock}, seeds from {options.seed} on; logs in {options.out / "log"}')
+    records = []
+    with Demo(options, bundle, share) as demo:
+        for index, arm in enumerate(arms):
+            if index == 0 or arm.sampler != arms[index - 1].sampler:
+                print(f'starting the nodes for {arm.title} ...', flush=True)
+                demo.start_policy(arm)
+            else:
+                demo.raise_sparsity(arm)
+            records.append(demo.run_arm(arm))
+    ran_s = time.monotonic() - began_s
+    _report(options, bundle, arms, records, ran_s)
+    _draw(options, bundle, arms, records)
+    print(f'\n{time.monotonic() - began_s:.0f} s in all, episodes took {ran_s:.0f} s of it.')
+
+
+def _report(
+    options: argparse.Namespace,
+    bundle: DemoBundle,
+    arms: Sequence[Arm],
+    records: Sequence[list[EpisodeRecord]],
+    ran_s: float,
+) -> None:
+    """Print the table and write summary.json."""
+    from tts_policy.sim.demo_table import deadline_lines, summarise, table
+
+    rows = [
+        summarise(arm, of, bundle, options.realtime) for arm, of in zip(arms, records, strict=True)
+    ]
+    summary: dict[str, Any] = {arm.key: row for arm, row in zip(arms, rows, strict=True)}
+    summary['setup'] = {
+        'bundle': str(bundle.path),
+        'clock': 'realtime' if options.realtime else 'lockstep',
+        'first_seed': options.seed,
+        'deadline_ms': round(1e3 * bundle.deadline_s, 3),
+        'machine': platform.platform(),
+        'cpus': os.cpu_count(),
+        'wall_s': round(ran_s, 1),
+    }
+    (options.out / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+    print(f'\n{table(arms, rows)}')
+    print('\n' + deadline_lines(arms, rows, bundle.deadline_s, options.realtime))
+    for arm, row in zip(arms, rows, strict=True):
+        frames = sum(episode['frames'] for episode in row['per_episode'])
+        dropped = sum(episode['dropped_frames'] for episode in row['per_episode'])
+        if dropped > MOST_DROPPED * (frames + dropped):
+            print(
+                f'{arm.title}: the simulated camera dropped {dropped} of {frames + dropped} '
+                f'frames, this machine is too busy for the real clock'
+            )
+
+
+def _draw(
+    options: argparse.Namespace,
+    bundle: DemoBundle,
+    arms: Sequence[Arm],
+    records: Sequence[list[EpisodeRecord]],
+) -> None:
+    """Write plan.png and the video of a sparse episode."""
+    from tts_policy.sim.demo_frames import Scene
+    from tts_policy.sim.demo_pictures import PlanPanel, steady_tick, write_plans
+    from tts_policy.sim.demo_video import write_video
+
+    panels = []
+    for arm, of in zip(arms, records, strict=True):
+        shown = _shown(of)
+        tick = steady_tick(shown)
+        if arm.sparsity > 0.0 and tick is not None:
+            panels.append(PlanPanel(arm, shown.seed, tick, shown.ticks[tick]))
+    written = []
+    if panels:
+        written.append(write_plans(panels, options.out / 'plan.png'))
+    else:
+        print('no plan to draw: no sparse episode had a second tick', file=sys.stderr)
+    shown = _shown(records[0])
+    scene = Scene(shown, arms[0], bundle, 'real clock' if options.realtime else 'lockstep')
+    written += write_video(scene, options.out)
+    for path in (options.out / 'summary.json', *written):
+        print(f'wrote {path}')
+
+
+def _shown(records: Sequence[EpisodeRecord]) -> EpisodeRecord:
+    """Return the first success, or the first episode of which there is something to see."""
+    return max(records, key=lambda record: (record.success, min(len(record.ticks), 2)))
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line of `demo`."""
+    parser = argparse.ArgumentParser(prog='demo', description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('--bundle', type=Path, help='folder (default: models/panda_lift)')
+    parser.add_argument('--episodes', type=int, default=10, help='of the sparse policy')
+    parser.add_argument('--dense-episodes', type=int, default=3, help='of the dense policy')
+    parser.add_argument('--seed', type=int, default=UNSEEN_SEED, help='first seed')
+    parser.add_argument('--sampler', default='ddim10', help='of the sparse policy')
+    parser.add_argument(
+        '--sparsity', type=float, help="share reused (default: the bundle's recommendation)"
+    )
+    parser.add_argument('--episode-s', type=float, default=6.0, help='time limit of an episode')
+    parser.add_argument('--realtime', action='store_true', help='real clock instead of lockstep')
+    parser.add_argument('--out', type=Path, default=Path('out/demo'))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Console command demo."""
+    options = parse_arguments(arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        run(options)
+    except DemoError as error:
+        print(f'demo: {error}', file=sys.stderr)
+        for line in error.log:
+            print(f'  {line}', file=sys.stderr)
+        return 1
+    except (ImportError, OSError) as error:
+        print(f'demo: {type(error).__name__}: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('demo: interrupted, all processes ended', file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of reuse plans: classes and colours, and plan.png.
+
+A plan is drawn in the order in which it runs, like text: steps from top to bottom, within a step
+blocks from left to right. Colours are Paul Tol's high-contrast set on grey, told apart by people
+with any colour vision and in greyscale, the darkest for what costs most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from tts_policy.sim.demo_arms import Arm
+
+if TYPE_CHECKING:
+    from tts_policy.sim.demo_driver import EpisodeRecord
+
+# In the order of core.plan.Reuse, which this process does not import: it would bring torch.
+CLASSES = (
+    ('compute', '#004488', 'computed'),
+    ('forward', '#BB5566', 'forward: last one of its kind, any layer'),
+    ('timestep', '#DDAA33', 'timestep: same block, earlier step'),
+    ('rollout', '#D3D9E1', 'rollout: same cell, earlier tick'),
+)
+KINDS = ('SA', 'CA', 'FF')
+KINDS_LEGEND = 'SA self-attention, CA cross-attention, FF feed-forward'
+MOST_RULED_STEPS = 25
+INK, MUTED, GRID = '#1B2430', '#66717F', '#E4E8ED'
+STYLE = {
+    'font.family': 'DejaVu Sans',
+    'font.size': 10,
+    'text.color': INK,
+    'axes.labelcolor': INK,
+    'axes.edgecolor': MUTED,
+    'axes.linewidth': 0.8,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'xtick.color': MUTED,
+    'ytick.color': MUTED,
+    'legend.frameon': False,
+    'figure.facecolor': 'white',
+}
+_PALETTE = np.array([to_rgb(colour) for _, colour, _ in CLASSES])
+
+
+@dataclass(frozen=True)
+class PlanPanel:
+    """One plan to draw: the tick of an episode (an index) and its report."""
+
+    arm: Arm
+    seed: int
+    tick: int
+    report: dict[str, Any]
+
+
+def steady_tick(record: EpisodeRecord) -> int | None:
+    """Index of a tick in the middle of an episode, never the first; None if there is no other."""
+    ticks = len(record.ticks)
+    return max(1, ticks // 2) if ticks > 1 else None
+
+
+def plan_colours(plan: Any) -> NDArray[np.float64]:
+    """RGB [K, N, 3] in [0, 1] of a plan [K, N]."""
+    return _PALETTE[np.asarray(plan, np.int64)]
+
+
+def grid_lines(steps: int, blocks: int) -> LineCollection:
+    """White lines between the cells of a plan, heavier between layers; none between thin rows."""
+    rows = [[(-0.5, i - 0.5), (blocks - 0.5, i - 0.5)] for i in range(1, steps)]
+    if steps > MOST_RULED_STEPS:
+        rows = []
+    columns = [[(b - 0.5, -0.5), (b - 0.5, steps - 0.5)] for b in range(1, blocks)]
+    widths = [1.2] * len(rows)
+    widths += [2.6 if b % len(KINDS) == 0 else 0.9 for b in range(1, blocks)]
+    return LineCollection(rows + columns, colors='white', linewidths=widths)
+
+
+def label_plan_axes(axes: Any, steps: int, blocks: int, kinds_size: float) -> None:
+    """Name the axes of a plan: kinds of the blocks, their layers below, steps at the side."""
+    axes.set_xlim(-0.5, blocks - 0.5)
+    axes.set_ylim(steps - 0.5, -0.5)
+    axes.set_xticks(range(blocks), [KINDS[b % len(KINDS)] for b in range(blocks)])
+    axes.tick_params(axis='x', length=0, pad=2, labelsize=kinds_size)
+    every = 1 if steps <= 12 else 10
+    axes.set_yticks(range(0, steps, every))
+    axes.tick_params(axis='y', length=0, pad=3, labelsize=8)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    layers = axes.secondary_xaxis(location=0)
+    layers.spines['bottom'].set_visible(False)
+    centres = np.arange(1, blocks, len(KINDS))
+    layers.set_xticks(centres, [str(1 + b // len(KINDS)) for b in centres])
+    layers.tick_params(axis='x', length=0, pad=6 + 1.3 * kinds_size, labelsize=8.5, labelcolor=INK)
+
+
+def class_legend(shares: dict[str, float] | None = None) -> list[Patch]:
+    """Legend entries of the classes, with their shares if given."""
+    entries = []
+    for name, colour, text in CLASSES:
+        share = '' if shares is None else f'  ({100 * shares[name]:.1f} %)'
+        entries.append(Patch(facecolor=colour, label=f'{text}{share}'))
+    return entries
+
+
+def _draw_panel(axes: Any, panel: PlanPanel) -> None:
+    plan = np.asarray(panel.report['plan'])
+    steps, blocks = plan.shape
+    axes.imshow(plan_colours(plan), aspect='auto', interpolation='nearest')
+    axes.add_collection(grid_lines(steps, blocks))
+    label_plan_axes(axes, steps, blocks, kinds_size=6.0)
+    axes.set_xlabel(f'residual block: kind, decoder layer\n({KINDS_LEGEND})', labelpad=16)
+    axes.set_ylabel('denoising step (0 is the noisiest)')
+    computed = int((plan == 0).sum())
+    axes.set_title(
+        f'{panel.arm.sampler.label}: {100 * panel.report["sparsity"]:.1f} % reused, '
+        f'{computed} of {plan.size} cells computed\n',
+        loc='left',
+        fontsize=12,
+        fontweight='bold',
+    )
+    share = panel.report['flops'] / panel.report['dense_flops']
+    axes.text(
+        0.0,
+        1.02,
+        f'tick {panel.tick + 1} of seed {panel.seed}, {100 * share:.1f} % of the dense FLOPs, '
+        f'{1e3 * panel.report["latency_s"]:.0f} ms',
+        transform=axes.transAxes,
+        color=MUTED,
+        fontsize=9.5,
+    )
+    axes.legend(
+        handles=class_legend(panel.report['reuse_mix']),
+        loc='upper left',
+        bbox_to_anchor=(0.0, -0.17),
+        ncols=1,
+        fontsize=9,
+        handlelength=1.2,
+        handleheight=1.2,
+        borderaxespad=0.0,
+    )
+
+
+def write_plans(panels: Sequence[PlanPanel], path: Path) -> Path:
+    """Draw the plans side by side."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2 * len(panels), 7.6), dpi=120)
+        FigureCanvasAgg(figure)
+        for column, panel in enumerate(panels):
+            left = (column + 0.09) / len(panels)
+            axes = figure.add_axes((left, 0.285, 0.87 / len(panels), 0.6))
+            _draw_panel(axes, panel)
+        figure.savefig(path)
+    return path

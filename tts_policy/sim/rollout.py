@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closed-loop episodes of a policy in the simulated world, in one process and without topics.
+
+Timeline, controller and trajectory are those of the robot node in lockstep and of the policy
+node, so an episode here and over ROS topics is the same for the same seeds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tts_policy.core.contract import PolicyContract
+from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
+from tts_policy.ros.trajectory import plan_trajectory
+from tts_policy.sim.episode import FRAME_NS, Episode, Timeline
+from tts_policy.sim.lift import CAMERA_KEY, LiftWorld
+from tts_policy.sim.trajectory_player import TrajectoryPoint
+
+OTHER_EPISODE = 500_000
+
+
+class DeceivedWorld(LiftWorld):
+    """A world whose camera shows another episode: same motion of the arm, another cube.
+
+    The control that tells whether a policy looks: with this camera it must fail.
+    """
+
+    def __init__(self) -> None:
+        self._shown = LiftWorld()
+        super().__init__()
+
+    def reset(self, seed: int, start_jitter_rad: float = 0.0) -> None:
+        """Reset this world by `seed` and the one shown by another seed."""
+        self._shown.reset(seed + OTHER_EPISODE, start_jitter_rad)
+        super().reset(seed, start_jitter_rad)
+
+    def step(self, set_points: Mapping[str, float]) -> None:
+        """Advance both worlds with the same set-points."""
+        if hasattr(self, 'cube_rest_height_m'):
+            self._shown.step(set_points)
+        super().step(set_points)
+
+    def render(self) -> NDArray[np.uint8]:
+        """Picture of the other world."""
+        return self._shown.render()
+
+    def close(self) -> None:
+        """Free both renderers."""
+        self._shown.close()
+        super().close()
+
+
+@dataclass
+class Rollout:
+    """What one episode showed; chunks in the order of their ticks."""
+
+    seed: int
+    success: bool = False
+    duration_s: float = 0.0
+    chunks: list[Chunk] = field(default_factory=list)
+    frames: list[NDArray[np.uint8]] = field(default_factory=list)
+
+
+def _points(chunk: Chunk, contract: PolicyContract, stamp_ns: int) -> list[TrajectoryPoint]:
+    period_ns = round(contract.observation.period_s * 1e9)
+    action = contract.action
+    trajectory = plan_trajectory(
+        chunk.actions, action.joints, period_ns, action.offset_steps, stamp_ns, stamp_ns
+    )
+    return [
+        TrajectoryPoint(int(due), position.tolist(), velocity.tolist())
+        for due, position, velocity in zip(
+            trajectory.times_ns, trajectory.positions, trajectory.velocities, strict=True
+        )
+    ]
+
+
+def run_episode(
+    policy: TestTimeSparsePolicy,
+    world: LiftWorld,
+    seed: int,
+    sparsity: float,
+    timeline: Timeline | None = None,
+    keep_frames: bool = False,
+) -> Rollout:
+    """Run one episode of `seed`; the policy's noise depends on the seed as well."""
+    contract = policy.contract
+    timeline = timeline or Timeline(contract.action.execute * FRAME_NS)
+    policy.reset(seed)
+    episode = Episode(world, seed, 0, timeline)
+    rollout = Rollout(seed)
+    images: deque[NDArray[np.uint8]] = deque(maxlen=contract.observation.steps)
+    joints: deque[list[float]] = deque(maxlen=contract.observation.steps)
+    while episode.ended is None:
+        if episode.frame_due:
+            state = world.joint_positions()
+            images.append(world.render())
+            joints.append([state[name] for name in contract.observation.joints])
+            if keep_frames:
+                rollout.frames.append(images[-1])
+        if episode.tick_due:
+            window = {CAMERA_KEY: np.stack(images), 'joints': np.array(joints)}
+            chunk = policy.act(window, sparsity)
+            rollout.chunks.append(chunk)
+            points = _points(chunk, contract, episode.now_ns)
+            episode.accept(contract.action.joints, points, episode.now_ns)
+        episode.step()
+    rollout.success, rollout.duration_s = episode.success, episode.elapsed_ns * 1e-9
+    return rollout

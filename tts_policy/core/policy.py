@@ -128,9 +128,19 @@ class TestTimeSparsePolicy:
 
     @classmethod
     def from_bundle(
-        cls, path: str | Path, sampler: str | None = None, device: str = 'cpu', seed: int = 0
+        cls,
+        path: str | Path,
+        sampler: str | None = None,
+        device: str = 'cpu',
+        seed: int = 0,
+        threads: int | None = None,
     ) -> TestTimeSparsePolicy:
-        """Load a bundle folder; raises BundleError with the reason if that is impossible."""
+        """Load a bundle folder; raises BundleError with the reason if that is impossible.
+
+        threads: torch threads of this process; None leaves them as they are.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
         bundle = load_bundle(Path(path))
         return cls(bundle, sampler or bundle.default_sampler, device, seed)
 

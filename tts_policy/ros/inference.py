@@ -282,14 +282,11 @@ def load_policy(
         BundleError, naming the file and what is wrong with it.
 
     """
-    import torch
-
     from tts_policy.core.policy import TestTimeSparsePolicy
 
     if not path:
         raise ValueError('bundle: expected the path of a model bundle, got none')
-    torch.set_num_threads(threads)
-    policy = TestTimeSparsePolicy.from_bundle(path, sampler=sampler, device=device, seed=seed)
+    policy = TestTimeSparsePolicy.from_bundle(path, sampler, device, seed, threads)
     spec = policy.contract.observation
     grey: dict[str, np.ndarray] = {
         camera.key: np.full((spec.steps, camera.height, camera.width, 3), 127, dtype=np.uint8)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 
@@ -161,8 +162,11 @@ def test_real_time_is_followed_and_nothing_waits_for_an_action(start_robot):
     report = robot.reports[-1]
     assert (report['reason'], report['trajectories']) == ('time limit', 1)
     assert report['frames'] + report['dropped_frames'] == 40
-    assert robot.wait(lambda: len(robot.states) == 200)
-    assert [ns(s) - ns(robot.states[0]) for s in robot.states] == [i * 10 * MS for i in range(200)]
+    # A busy machine may drop messages on the way, but every stamp lies on the 10 ms grid.
+    assert robot.wait(lambda: ns(robot.states[-1]) - ns(robot.states[0]) == 1990 * MS)
+    steps = [ns(b) - ns(a) for a, b in itertools.pairwise(robot.states)]
+    assert all(step > 0 and step % (10 * MS) == 0 for step in steps)
+    assert len(robot.states) >= 100
     assert robot.states[-1].position[0] == pytest.approx(0.2, abs=0.01)
     assert not robot.clocks
     assert robot.stop() == 0

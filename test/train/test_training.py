@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tts_policy.core.bundle import load_bundle
 from tts_policy.core.engine import denoise_masked
-from tts_policy.core.lattice import Lattice
-from tts_policy.core.plan import Reuse, dense_plan, make_plan
+from tts_policy.core.plan import Reuse, make_plan
 from tts_policy.core.policy import TestTimeSparsePolicy
 from tts_policy.train import train_policy, train_pruner
 from tts_policy.train.sparse_student import CellGates, SparseStudent, soft_gates
@@ -100,19 +99,6 @@ def test_bad_input_of_train_pruner_gets_one_line(
     assert error.startswith('train_pruner: ') and reason in error
 
 
-def _lattices(teacher: DenseTeacher, sequences: list[TickSequence]) -> list[Lattice]:
-    """Lattices after a dense first tick."""
-    dense = dense_plan(teacher.scheduler.spec.steps, teacher.denoiser.spec.blocks)
-    lattices = [teacher.lattice(sequence.seed) for sequence in sequences]
-    for sequence, lattice in zip(sequences, lattices, strict=True):
-        teacher.memory.encode(sequence.features[:1])
-        denoise_masked(
-            teacher.denoiser, teacher.scheduler, teacher.memory, lattice, lambda: dense, False
-        )
-        lattice.commit(dense)
-    return lattices
-
-
 def test_the_differentiable_loop_follows_the_engine_and_gates_get_gradients(bundle: Path) -> None:
     loaded = load_bundle(bundle)
     network = loaded.network.eval().requires_grad_(False)
@@ -122,8 +108,8 @@ def test_the_differentiable_loop_follows_the_engine_and_gates_get_gradients(bund
     size = network.denoiser.spec.obs_features
     sequences = [TickSequence(torch.randn(3, 2, size, generator=generator), n) for n in range(3)]
     with torch.no_grad():
-        student_lattices = _lattices(teacher, sequences)
-        engine_lattices = _lattices(teacher, sequences)
+        student_lattices = [teacher.first_tick(sequence) for sequence in sequences]
+        engine_lattices = [teacher.first_tick(sequence) for sequence in sequences]
     rng = np.random.default_rng(0)
     for tick in (1, 2):
         values = rng.standard_normal((3, 10, 6, 4)).astype(np.float32)

@@ -41,8 +41,7 @@ class DeceivedWorld(LiftWorld):
 
     def step(self, set_points: Mapping[str, float]) -> None:
         """Advance both worlds with the same set-points."""
-        if hasattr(self, 'cube_rest_height_m'):
-            self._shown.step(set_points)
+        self._shown.step(set_points)
         super().step(set_points)
 
     def render(self) -> NDArray[np.uint8]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tts_policy.core.engine import denoise_dense
+from tts_policy.core.engine import denoise_dense, denoise_masked
 from tts_policy.core.lattice import Lattice
 from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.network import PolicyNetwork
+from tts_policy.core.plan import dense_plan
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import NoiseScheduler
 from tts_policy.train.dataset import Windows
@@ -34,16 +35,19 @@ def tick_sequences(
     generator: torch.Generator,
     execute: int | None = None,
 ) -> list[TickSequence]:
-    """Draw `count` sequences: `ticks` windows, `execute` frames apart, from a random start."""
+    """Draw `count` sequences: `ticks` windows, `execute` frames apart.
+
+    Every second one begins with its episode, as a live rollout does, the others anywhere in it.
+    """
     stride = execute or network.contract.action.execute
     sequences = []
-    for _ in range(count):
+    for number in range(count):
         episode = windows.episode_windows[
             int(torch.randint(len(windows.episode_windows), (), generator=generator))
         ]
         length = min(ticks, 1 + (len(episode) - 1) // stride)
         slack = len(episode) - (length - 1) * stride
-        start = int(torch.randint(slack, (), generator=generator))
+        start = int(torch.randint(slack, (), generator=generator)) if number % 2 else 0
         index = episode[start + stride * torch.arange(length)]
         images, joints, _ = windows.gather(index)
         seed = int(torch.randint(1 << 31, (), generator=generator))
@@ -65,6 +69,16 @@ class DenseTeacher:
         spec, steps = self.denoiser.spec, self.scheduler.spec.steps
         lattice = Lattice(spec, steps, self.scheduler.needs_noise, torch.device('cpu'))
         lattice.reset(torch.Generator().manual_seed(seed))
+        return lattice
+
+    @torch.no_grad()
+    def first_tick(self, sequence: TickSequence) -> Lattice:
+        """Lattice after the dense first tick of a sequence."""
+        lattice = self.lattice(sequence.seed)
+        dense = dense_plan(lattice.steps, lattice.blocks)
+        self.memory.encode(sequence.features[:1])
+        denoise_masked(self.denoiser, self.scheduler, self.memory, lattice, lambda: dense, False)
+        lattice.commit(dense)
         return lattice
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tts_policy.core.bundle import BundleError, load_bundle, save_pruner
-from tts_policy.core.engine import denoise_masked
+from tts_policy.core.lattice import Lattice
 from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.network import PolicyNetwork
 from tts_policy.core.plan import dense_plan, make_plan
@@ -52,10 +52,15 @@ class PrunerTrainingSpec:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A sequence and its exact targets: normalised dense actions [R, T, A]."""
+    """A sequence with its exact targets, and the features of its dense first tick.
+
+    target: normalised dense actions [R, T, A]; first_tick: [K, N, T, D]. Both depend on the frozen
+    policy and the held noise alone, so they are made once.
+    """
 
     sequence: TickSequence
     target: Tensor
+    first_tick: Tensor
 
 
 class PrunerTrainer:
@@ -98,15 +103,9 @@ class PrunerTrainer:
         order = torch.randperm(len(self.lessons), generator=self.generator)[: self.spec.batch]
         lessons = [self.lessons[int(n)] for n in order]
         ticks = min(len(lesson.target) for lesson in lessons)
-        lattices = [self.teacher.lattice(lesson.sequence.seed) for lesson in lessons]
+        lattices = [self._lattice(lesson) for lesson in lessons]
         denoiser, scheduler = self.teacher.denoiser, self.teacher.scheduler
-        dense = dense_plan(scheduler.spec.steps, denoiser.spec.blocks)
         memory = self.teacher.memory
-        with torch.no_grad():
-            for lesson, lattice in zip(lessons, lattices, strict=True):
-                memory.encode(lesson.sequence.features[:1])
-                denoise_masked(denoiser, scheduler, memory, lattice, lambda: dense, False)
-                lattice.commit(dense)
         low, high = self.spec.sparsity
         sparsity = low + (high - low) * float(torch.rand((), generator=self.generator))
         self.optimizer.zero_grad(set_to_none=True)
@@ -127,7 +126,16 @@ class PrunerTrainer:
         self.step += 1
         return total
 
-    def _gates(self, memory: ConditionalMemory, lattices: list, sparsity: float) -> CellGates:
+    def _lattice(self, lesson: Lesson) -> Lattice:
+        """Lattice as the dense first tick of a lesson leaves it."""
+        lattice = self.teacher.lattice(lesson.sequence.seed)
+        lattice.features.copy_(lesson.first_tick)
+        lattice.commit(dense_plan(lattice.steps, lattice.blocks))
+        return lattice
+
+    def _gates(
+        self, memory: ConditionalMemory, lattices: list[Lattice], sparsity: float
+    ) -> CellGates:
         logits = self.pruner(self.pruner.gates(memory.time_tokens), memory.observation_tokens)
         noise = torch.randn(logits.shape[1:], generator=self.generator) * self.spec.exploration
         valid = [lattice.rollout_valid(self.sampler.max_rollout_age) for lattice in lattices]
@@ -165,7 +173,10 @@ class PrunerTrainer:
 def make_lessons(teacher: DenseTeacher, sequences: list[TickSequence]) -> list[Lesson]:
     """Dense targets of every sequence, with a progress bar."""
     bar = tqdm(sequences, desc='dense targets', unit='episode', mininterval=5)
-    return [Lesson(sequence, teacher.actions(sequence)) for sequence in bar]
+    return [
+        Lesson(sequence, teacher.actions(sequence), teacher.first_tick(sequence).features)
+        for sequence in bar
+    ]
 
 
 def _train(trainer: PrunerTrainer, out: Path, save_every_s: float) -> None:

@@ -4,7 +4,8 @@
 Ordered ticks of recorded episodes; tick 0 dense, then each tick sparse with its caches carried
 over. Teacher and student share the held noise, so the dense action is an exact target. The plan
 meets the sparsity exactly, so the paper's penalty on the mean reuse is not needed; sparsity is
-drawn from a range, so that one pruner serves it. The bias starts from the static schedule.
+drawn from a range, so that one pruner serves it. The bias starts from the static schedule, and
+the pruner that did best on sequences kept back is the one that is written.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.train.dataset import BagError, find_bags, load_windows
 from tts_policy.train.lift_contract import LIFT_TOPICS
-from tts_policy.train.plan_comparison import compare_plans
+from tts_policy.train.plan_comparison import PlanMakers, compare_plans, sparse_actions
 from tts_policy.train.sparse_student import CellGates, SparseStudent, soft_gates
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence, tick_sequences
+
+KEPT_BACK = 8
+VALIDATE_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,10 @@ class PrunerTrainingSpec:
     seed: int
     sparsity: tuple[float, float]
     candidates: float = 0.1
-    learning_rate: float = 0.02
-    network_learning_rate: float = 2e-3
-    exploration: float = 0.1
+    learning_rate: float = 0.05
+    network_learning_rate: float = 5e-4
+    momentum: float = 0.8
+    exploration: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,9 @@ class PrunerTrainer:
         lessons: list[Lesson],
     ) -> None:
         torch.manual_seed(spec.seed)
-        self.sampler, self.spec, self.lessons = sampler, spec, lessons
+        self.sampler, self.spec = sampler, spec
+        kept = max(1, min(KEPT_BACK, len(lessons) // 4))
+        self.kept_back, self.lessons = lessons[:kept], lessons[kept:]
         self.teacher = DenseTeacher(network, sampler)
         denoiser = network.denoiser.spec
         steps = sampler.scheduler.steps
@@ -85,18 +92,20 @@ class PrunerTrainer:
         self.pruner.start_from_static(prior)
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.step = 0
-        table = [self.pruner.bias]
+        self.best_error = float('inf')
+        self.best: dict[str, Tensor] = {}
         rest = [p for p in self.pruner.parameters() if p is not self.pruner.bias]
-        self.optimizer = torch.optim.Adam(
-            [
-                {'params': table, 'lr': spec.learning_rate},
-                {'params': rest, 'lr': spec.network_learning_rate},
-            ],
-            betas=(0.8, 0.99),
-        )
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizer, spec.steps, eta_min=0.1 * spec.network_learning_rate
-        )
+        # An adaptive step would move every cell alike, whatever its gradient, and flip them in
+        # bulk. The table follows the gradient divided by its largest entry: the few cells that
+        # matter most move first.
+        self.optimizers = [
+            torch.optim.SGD([self.pruner.bias], spec.learning_rate, spec.momentum),
+            torch.optim.Adam(rest, spec.network_learning_rate),
+        ]
+        self.schedules = [
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.steps)
+            for optimizer in self.optimizers
+        ]
 
     def train_step(self) -> float:
         """One optimiser step over the ticks of a batch of sequences; returns the L1 loss."""
@@ -108,7 +117,7 @@ class PrunerTrainer:
         memory = self.teacher.memory
         low, high = self.spec.sparsity
         sparsity = low + (high - low) * float(torch.rand((), generator=self.generator))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.pruner.zero_grad(set_to_none=True)
         total = 0.0
         for tick in range(1, ticks):
             with torch.no_grad():
@@ -120,9 +129,11 @@ class PrunerTrainer:
             loss = (actions - target).abs().mean() / (ticks - 1)
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(self.pruner.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
+        assert self.pruner.bias.grad is not None
+        self.pruner.bias.grad /= self.pruner.bias.grad.abs().max().clamp(min=1e-12)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         self.step += 1
         return total
 
@@ -148,13 +159,29 @@ class PrunerTrainer:
         candidates = share < self.spec.candidates
         return CellGates(np.stack(plans), soft_gates(logits, plans, valid), candidates)
 
+    def validate(self) -> float:
+        """L1 error at the recommended sparsity on the lessons kept back; remembers the best."""
+        sparsity, sequences = self.spec.sparsity[1], [lesson.sequence for lesson in self.kept_back]
+        makers = PlanMakers(self.teacher, self.sampler, self.pruner, sequences, sparsity)
+        errors = []
+        for lesson in self.kept_back:
+            actions, _ = sparse_actions(self.teacher, lesson.sequence, makers.learned)
+            errors.append((actions - lesson.target)[1:].abs().mean().item())
+        error = float(np.mean(errors))
+        if error < self.best_error:
+            self.best_error = error
+            self.best = {name: value.clone() for name, value in self.pruner.state_dict().items()}
+        return error
+
     def save(self, folder: Path) -> None:
         """Write a checkpoint that `load` continues from."""
         state = {
             'step': self.step,
             'pruner': self.pruner.state_dict(),
-            'optimizer': self.optimizer.state_dict(),
-            'schedule': self.schedule.state_dict(),
+            'best': self.best,
+            'best_error': self.best_error,
+            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
+            'schedules': [schedule.state_dict() for schedule in self.schedules],
             'generator': self.generator.get_state(),
         }
         torch.save(state, folder / 'checkpoint.tmp')
@@ -165,8 +192,11 @@ class PrunerTrainer:
         state = torch.load(folder / 'checkpoint.pt', weights_only=True)
         self.step = state['step']
         self.pruner.load_state_dict(state['pruner'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.schedule.load_state_dict(state['schedule'])
+        self.best, self.best_error = state['best'], state['best_error']
+        for part, saved in zip(self.optimizers, state['optimizers'], strict=True):
+            part.load_state_dict(saved)
+        for schedule, saved in zip(self.schedules, state['schedules'], strict=True):
+            schedule.load_state_dict(saved)
         self.generator.set_state(state['generator'])
 
 
@@ -185,17 +215,19 @@ def _train(trainer: PrunerTrainer, out: Path, save_every_s: float) -> None:
     with log_path.open('a', newline='') as handle:
         log = csv.writer(handle)
         if new:
-            log.writerow(['step', 'seconds', 'l1'])
+            log.writerow(['step', 'seconds', 'l1', 'validation_l1'])
         started = saved = time.monotonic()
         bar = tqdm(total=trainer.spec.steps, initial=trainer.step, unit='step', mininterval=5)
-        mean = 0.0
+        mean, validation = 0.0, trainer.validate()
         while trainer.step < trainer.spec.steps:
             loss = trainer.train_step()
             mean += (loss - mean) / min(trainer.step, 20)
-            log.writerow([trainer.step, round(time.monotonic() - started), loss])
+            if trainer.step % VALIDATE_EVERY == 0 or trainer.step == trainer.spec.steps:
+                validation = trainer.validate()
+            log.writerow([trainer.step, round(time.monotonic() - started), loss, validation])
             handle.flush()
             bar.update()
-            bar.set_postfix(l1=f'{mean:.4f}')
+            bar.set_postfix(l1=f'{mean:.4f}', validation=f'{validation:.4f}')
             if time.monotonic() - saved > save_every_s:
                 trainer.save(out)
                 saved = time.monotonic()
@@ -258,6 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
         trainer.save(args.out)
         print(f'interrupted at step {trainer.step}; run the same command again to go on')
         return 130
+    trainer.pruner.load_state_dict(trainer.best)
     save_pruner(args.bundle, args.sampler, trainer.pruner)
     tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
     trained = [lesson.sequence for lesson in lessons]

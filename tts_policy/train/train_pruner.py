@@ -3,9 +3,8 @@
 
 Ordered ticks of recorded episodes; tick 0 dense, then each tick sparse with its caches carried
 over. Teacher and student share the held noise, so the dense action is an exact target. The plan
-meets the sparsity exactly, so the paper's penalty on the mean reuse is not needed; sparsity is
-drawn from a range, so that one pruner serves it. The bias starts from the static schedule, and
-the pruner that did best on sequences kept back is the one that is written.
+meets the sparsity exactly, so the paper's penalty on the mean reuse is not needed. The bias starts
+from the static schedule, and the pruner that did best on sequences kept back is written.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from tqdm import tqdm
 
 from tts_policy.core.bundle import BundleError, load_bundle, save_pruner
 from tts_policy.core.lattice import Lattice
-from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.network import PolicyNetwork
 from tts_policy.core.plan import dense_plan, make_plan
 from tts_policy.core.pruner import Pruner, PrunerSpec
@@ -42,17 +40,27 @@ VALIDATE_EVERY = 10
 
 @dataclass(frozen=True)
 class PrunerTrainingSpec:
-    """Optimisation settings; `exploration` is the noise on the logits that plans are made of."""
+    """Optimisation settings.
+
+    explore_steps: of `steps`, those that explore; explore_sparsity: range of sparsity there;
+    explore_noise: noise on the logits that plans are made of there; step_size: how far the logit
+    with the largest gradient moves in the first step of descent; network_share: how far the
+    weights of the network move against that.
+    """
 
     steps: int
     batch: int
     seed: int
-    sparsity: tuple[float, float]
+    sparsity: float
+    explore_steps: int
+    explore_sparsity: tuple[float, float]
     candidates: float = 0.1
-    learning_rate: float = 0.05
-    network_learning_rate: float = 5e-4
-    momentum: float = 0.8
-    exploration: float = 0.05
+    explore_noise: float = 0.1
+    table_learning_rate: float = 0.02
+    network_learning_rate: float = 2e-3
+    step_size: float = 0.1
+    network_share: float = 0.03
+    trials: int = 3
 
 
 @dataclass(frozen=True)
@@ -94,47 +102,87 @@ class PrunerTrainer:
         self.step = 0
         self.best_error = float('inf')
         self.best: dict[str, Tensor] = {}
+        self.step_size = spec.step_size
         rest = [p for p in self.pruner.parameters() if p is not self.pruner.bias]
-        # An adaptive step would move every cell alike, whatever its gradient, and flip them in
-        # bulk. The table follows the gradient divided by its largest entry: the few cells that
-        # matter most move first.
-        self.optimizers = [
-            torch.optim.SGD([self.pruner.bias], spec.learning_rate, spec.momentum),
-            torch.optim.Adam(rest, spec.network_learning_rate),
-        ]
-        self.schedules = [
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.steps)
-            for optimizer in self.optimizers
-        ]
+        self.optimizer = torch.optim.Adam(
+            [
+                {'params': [self.pruner.bias], 'lr': spec.table_learning_rate},
+                {'params': rest, 'lr': spec.network_learning_rate},
+            ],
+            betas=(0.8, 0.99),
+        )
 
     def train_step(self) -> float:
-        """One optimiser step over the ticks of a batch of sequences; returns the L1 loss."""
+        """One optimiser step on a batch of sequences; returns the L1 loss."""
         order = torch.randperm(len(self.lessons), generator=self.generator)[: self.spec.batch]
         lessons = [self.lessons[int(n)] for n in order]
+        if self.step == self.spec.explore_steps and self.best:
+            self.pruner.load_state_dict(self.best)
+        explore = self.step < self.spec.explore_steps
+        self.step += 1
+        return self._explore(lessons) if explore else self._refine(lessons)
+
+    def _explore(self, lessons: list[Lesson]) -> float:
+        """Adaptive step: moves all cells alike, and so crosses to plans far from the prior."""
+        low, high = self.spec.explore_sparsity
+        sparsity = low + (high - low) * float(torch.rand((), generator=self.generator))
+        self.pruner.zero_grad(set_to_none=True)
+        loss = self._loss(lessons, sparsity, learn=True, noise=self.spec.explore_noise)
+        torch.nn.utils.clip_grad_norm_(self.pruner.parameters(), 1.0)
+        self.optimizer.step()
+        return loss
+
+    def _refine(self, lessons: list[Lesson]) -> float:
+        """Descend at the sparsity wanted, by steps that are taken back if they do not help.
+
+        A plan is discrete: a small step changes nothing and a large one flips many cells at once,
+        for which a straight-through gradient does not speak. So the step is a trial, and shorter
+        next time if the error of the new plans on the batch is larger.
+        """
+        sparsity = self.spec.sparsity
+        self.pruner.zero_grad(set_to_none=True)
+        loss = self._loss(lessons, sparsity, learn=True)
+        before = {name: value.clone() for name, value in self.pruner.state_dict().items()}
+        for _ in range(self.spec.trials):
+            self._descend()
+            with torch.no_grad():
+                trial = self._loss(lessons, sparsity, learn=False)
+            if trial <= loss:
+                self.step_size = min(1.5 * self.step_size, 1.0)
+                return trial
+            self.pruner.load_state_dict(before)
+            self.step_size = max(0.4 * self.step_size, 0.01)
+        return loss
+
+    @torch.no_grad()
+    def _descend(self) -> None:
+        """Move along the gradient: the table by its largest entry, the network by its own."""
+        for parameter in self.pruner.parameters():
+            assert parameter.grad is not None
+            share = 1.0 if parameter is self.pruner.bias else self.spec.network_share
+            largest = parameter.grad.abs().max().clamp(min=1e-12)
+            parameter.sub_(share * self.step_size * parameter.grad / largest)
+
+    def _loss(
+        self, lessons: list[Lesson], sparsity: float, learn: bool, noise: float = 0.0
+    ) -> float:
+        """L1 error over the ticks of sequences; with `learn`, gradients are accumulated."""
         ticks = min(len(lesson.target) for lesson in lessons)
         lattices = [self._lattice(lesson) for lesson in lessons]
         denoiser, scheduler = self.teacher.denoiser, self.teacher.scheduler
         memory = self.teacher.memory
-        low, high = self.spec.sparsity
-        sparsity = low + (high - low) * float(torch.rand((), generator=self.generator))
-        self.pruner.zero_grad(set_to_none=True)
         total = 0.0
         for tick in range(1, ticks):
             with torch.no_grad():
-                features = torch.stack([lesson.sequence.features[tick] for lesson in lessons])
-                memory.encode(features)
+                memory.encode(torch.stack([lesson.sequence.features[tick] for lesson in lessons]))
             student = SparseStudent(denoiser, scheduler, memory, lattices)
-            actions = student.tick(self._gates(memory, lattices, sparsity))
+            candidates = self.spec.candidates if learn else 0.0
+            gates = self._gates(lattices, sparsity, candidates, noise)
             target = torch.stack([lesson.target[tick] for lesson in lessons])
-            loss = (actions - target).abs().mean() / (ticks - 1)
-            loss.backward()
+            loss = (student.tick(gates) - target).abs().mean() / (ticks - 1)
+            if learn:
+                loss.backward()
             total += loss.item()
-        assert self.pruner.bias.grad is not None
-        self.pruner.bias.grad /= self.pruner.bias.grad.abs().max().clamp(min=1e-12)
-        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        self.step += 1
         return total
 
     def _lattice(self, lesson: Lesson) -> Lattice:
@@ -145,23 +193,22 @@ class PrunerTrainer:
         return lattice
 
     def _gates(
-        self, memory: ConditionalMemory, lattices: list[Lattice], sparsity: float
+        self, lattices: list[Lattice], sparsity: float, candidates: float, noise: float
     ) -> CellGates:
+        memory = self.teacher.memory
         logits = self.pruner(self.pruner.gates(memory.time_tokens), memory.observation_tokens)
-        noise = torch.randn(logits.shape[1:], generator=self.generator) * self.spec.exploration
+        disturbance = noise * torch.randn(logits.shape[1:], generator=self.generator)
         valid = [lattice.rollout_valid(self.sampler.max_rollout_age) for lattice in lattices]
         plans = [
             make_plan(row, sparsity, rollout, self.sampler.force_first_step)
-            for row, rollout in zip((logits + noise).detach().numpy(), valid, strict=True)
+            for row, rollout in zip((logits + disturbance).detach().numpy(), valid, strict=True)
         ]
-        shape = plans[0].shape
-        share = torch.rand(shape, generator=self.generator).numpy()
-        candidates = share < self.spec.candidates
-        return CellGates(np.stack(plans), soft_gates(logits, plans, valid), candidates)
+        share = torch.rand(plans[0].shape, generator=self.generator).numpy()
+        return CellGates(np.stack(plans), soft_gates(logits, plans, valid), share < candidates)
 
     def validate(self) -> float:
         """L1 error at the recommended sparsity on the lessons kept back; remembers the best."""
-        sparsity, sequences = self.spec.sparsity[1], [lesson.sequence for lesson in self.kept_back]
+        sparsity, sequences = self.spec.sparsity, [lesson.sequence for lesson in self.kept_back]
         makers = PlanMakers(self.teacher, self.sampler, self.pruner, sequences, sparsity)
         errors = []
         for lesson in self.kept_back:
@@ -180,8 +227,8 @@ class PrunerTrainer:
             'pruner': self.pruner.state_dict(),
             'best': self.best,
             'best_error': self.best_error,
-            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
-            'schedules': [schedule.state_dict() for schedule in self.schedules],
+            'step_size': self.step_size,
+            'optimizer': self.optimizer.state_dict(),
             'generator': self.generator.get_state(),
         }
         torch.save(state, folder / 'checkpoint.tmp')
@@ -193,10 +240,8 @@ class PrunerTrainer:
         self.step = state['step']
         self.pruner.load_state_dict(state['pruner'])
         self.best, self.best_error = state['best'], state['best_error']
-        for part, saved in zip(self.optimizers, state['optimizers'], strict=True):
-            part.load_state_dict(saved)
-        for schedule, saved in zip(self.schedules, state['schedules'], strict=True):
-            schedule.load_state_dict(saved)
+        self.step_size = state['step_size']
+        self.optimizer.load_state_dict(state['optimizer'])
         self.generator.set_state(state['generator'])
 
 
@@ -247,7 +292,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--batch', type=int, default=8, help='sequences a step')
     parser.add_argument('--episodes', type=int, default=64, help='sequences to train on')
     parser.add_argument('--ticks', type=int, default=5, help='ticks of a sequence')
-    parser.add_argument('--sparsity', type=float, nargs=2, help='range; default: recommended -.1')
+    parser.add_argument('--explore-steps', type=int, default=0, help='of them, adaptive ones')
+    parser.add_argument('--sparsity', type=float, help="default: the sampler's recommendation")
     parser.add_argument('--candidates', type=float, default=0.1, help='share of cells explored')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1, help='torch threads')
@@ -271,9 +317,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (BagError, BundleError) as error:
         print(f'train_pruner: {error}', file=sys.stderr)
         return 2
-    high = sampler.recommended_sparsity
-    sparsity = tuple(args.sparsity) if args.sparsity else (high - 0.5 * (1 - high), high)
-    spec = PrunerTrainingSpec(args.steps, args.batch, args.seed, sparsity, args.candidates)
+    sparsity = sampler.recommended_sparsity if args.sparsity is None else args.sparsity
+    # Exploring a little below the sparsity wanted gives the cells next in rank a gradient too.
+    explored = (sparsity - 0.5 * (1 - sparsity), sparsity)
+    spec = PrunerTrainingSpec(
+        args.steps, args.batch, args.seed, sparsity, args.explore_steps, explored, args.candidates
+    )
     generator = torch.Generator().manual_seed(args.seed)
     teacher = DenseTeacher(network, sampler)
     lessons = make_lessons(
@@ -294,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     save_pruner(args.bundle, args.sampler, trainer.pruner)
     tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
     trained = [lesson.sequence for lesson in lessons]
-    report = compare_plans(teacher, sampler, trainer.pruner.eval(), trained, tests, high)
+    report = compare_plans(teacher, sampler, trainer.pruner.eval(), trained, tests, sparsity)
     (args.out / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
     print(json.dumps(report, indent=2))
     return 0

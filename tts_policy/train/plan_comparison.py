@@ -70,7 +70,7 @@ class PlanMakers:
             features = torch.cat([sequence.features for sequence in trained])
             tokens = teacher.denoiser.encoder.observation_tokens(features)
             self._tokens = tokens
-            self._mean = pruner(self._gates, tokens).mean(0).numpy()
+            self.mean_logits = pruner(self._gates, tokens).mean(0).numpy()
 
     def _plan(self, logits: NDArray[np.float32], lattice: Lattice) -> Plan:
         valid = lattice.rollout_valid(self._sampler.max_rollout_age)
@@ -82,7 +82,7 @@ class PlanMakers:
 
     def constant(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
         """The pruner's mean logits over its training ticks."""
-        return self._plan(self._mean, lattice)
+        return self._plan(self.mean_logits, lattice)
 
     def other_tick(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
         """The pruner on the memory of a training tick drawn at random."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +31,12 @@ from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.train.dataset import BagError, find_bags, load_windows
 from tts_policy.train.lift_contract import LIFT_TOPICS
-from tts_policy.train.plan_comparison import PlanMakers, compare_plans, sparse_actions
+from tts_policy.train.plan_comparison import (
+    PlanMaker,
+    PlanMakers,
+    compare_plans,
+    sparse_actions,
+)
 from tts_policy.train.sparse_student import CellGates, SparseStudent, soft_gates
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence, tick_sequences
 
@@ -123,12 +129,19 @@ class PrunerTrainer:
         return self._explore(lessons) if explore else self._refine(lessons)
 
     def _explore(self, lessons: list[Lesson]) -> float:
-        """Adaptive step: moves all cells alike, and so crosses to plans far from the prior."""
+        """Adaptive step: moves all cells alike, and so crosses to plans far from the prior.
+
+        The rate falls to zero as half a cosine over the exploring steps.
+        """
         low, high = self.spec.explore_sparsity
         sparsity = low + (high - low) * float(torch.rand((), generator=self.generator))
         self.pruner.zero_grad(set_to_none=True)
         loss = self._loss(lessons, sparsity, learn=True, noise=self.spec.explore_noise)
         torch.nn.utils.clip_grad_norm_(self.pruner.parameters(), 1.0)
+        cosine = math.cos(math.pi * (self.step - 1) / self.spec.explore_steps)
+        rates = (self.spec.table_learning_rate, self.spec.network_learning_rate)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group['lr'] = 0.5 * (1 + cosine) * rate
         self.optimizer.step()
         return loss
 
@@ -207,18 +220,32 @@ class PrunerTrainer:
         return CellGates(np.stack(plans), soft_gates(logits, plans, valid), share < candidates)
 
     def validate(self) -> float:
-        """L1 error at the recommended sparsity on the lessons kept back; remembers the best."""
-        sparsity, sequences = self.spec.sparsity, [lesson.sequence for lesson in self.kept_back]
-        makers = PlanMakers(self.teacher, self.sampler, self.pruner, sequences, sparsity)
+        """L1 error at the sparsity wanted on the lessons kept back; remembers the best pruner.
+
+        The pruner competes with its own constant plan: where looking at the observation does not
+        pay, the pruner that ignores it is the one to keep.
+        """
+        trained = [lesson.sequence for lesson in self.lessons]
+        makers = PlanMakers(self.teacher, self.sampler, self.pruner, trained, self.spec.sparsity)
+        learned = self._error(makers.learned)
+        self._keep(learned, self.pruner.state_dict())
+        constant = self._error(makers.constant)
+        flat = {**self.pruner.state_dict(), 'bias': torch.from_numpy(makers.mean_logits)}
+        flat['cell'] = torch.zeros_like(flat['cell'])
+        self._keep(constant, flat)
+        return min(learned, constant)
+
+    def _error(self, make: PlanMaker) -> float:
         errors = []
         for lesson in self.kept_back:
-            actions, _ = sparse_actions(self.teacher, lesson.sequence, makers.learned)
+            actions, _ = sparse_actions(self.teacher, lesson.sequence, make)
             errors.append((actions - lesson.target)[1:].abs().mean().item())
-        error = float(np.mean(errors))
+        return float(np.mean(errors))
+
+    def _keep(self, error: float, state: dict[str, Tensor]) -> None:
         if error < self.best_error:
             self.best_error = error
-            self.best = {name: value.clone() for name, value in self.pruner.state_dict().items()}
-        return error
+            self.best = {name: value.clone() for name, value in state.items()}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint that `load` continues from."""
@@ -319,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     sparsity = sampler.recommended_sparsity if args.sparsity is None else args.sparsity
     # Exploring a little below the sparsity wanted gives the cells next in rank a gradient too.
-    explored = (sparsity - 0.5 * (1 - sparsity), sparsity)
+    explored = (sparsity - 0.25 * (1 - sparsity), sparsity)
     spec = PrunerTrainingSpec(
         args.steps, args.batch, args.seed, sparsity, args.explore_steps, explored, args.candidates
     )

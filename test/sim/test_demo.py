@@ -22,10 +22,14 @@ pytest.importorskip('torch', reason='torch is not installed')
 
 from processes import child_environment, wait_until
 
+from tts_policy.train.lift_contract import LIFT_CONTRACT, LIFT_SAMPLERS
+
 pytestmark = pytest.mark.slow
+
 
 FRAMES = 25  # of an episode of 1.25 s
 TICKS = 3
+STEEP = LIFT_SAMPLERS['ddpm100'].recommended_sparsity
 ARMS = ('sparse', 'dense', 'sparse_ddpm100')
 
 
@@ -34,7 +38,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write an untrained bundle for the simulated robot, small enough to be quick."""
     from tts_policy.core.bundle import save_random_bundle
     from tts_policy.core.network import NetworkSpec
-    from tts_policy.train.lift_contract import LIFT_CONTRACT, LIFT_SAMPLERS
 
     folder = tmp_path_factory.mktemp('lift_bundle')
     network = NetworkSpec(width=32, layers=2, heads=2)
@@ -140,7 +143,7 @@ def test_sparsity_and_flops_are_those_that_ran(summary: dict[str, Any]) -> None:
     sparse, dense, steep = (summary[name] for name in ARMS)
     assert (dense['sparsity'], dense['flops_ratio'], dense['flops_ratio_steady']) == (0, 1, 1)
     assert sparse['sparsity'] == pytest.approx(0.8, abs=0.01)
-    assert steep['sparsity'] == pytest.approx(0.95, abs=0.01)
+    assert steep['sparsity'] == pytest.approx(STEEP, abs=0.01)
     for arm in (sparse, steep):
         # The first tick of an episode is dense, the other two are not.
         assert arm['sparsity_all_ticks'] == pytest.approx(arm['sparsity'] * 2 / 3)
@@ -151,7 +154,11 @@ def test_sparsity_and_flops_are_those_that_ran(summary: dict[str, Any]) -> None:
 def test_the_table_and_a_line_per_episode_are_printed(finished: tuple[Path, str]) -> None:
     output = finished[1]
     assert output.count('seed 200000  failed (time limit) after 1.25 s, 3 ticks') == len(ARMS)
-    for title in ('sparse DDIM-10 at 80 %', 'dense DDPM-100', 'sparse DDPM-100 at 95 %'):
+    for title in (
+        'sparse DDIM-10 at 80 %',
+        'dense DDPM-100',
+        f'sparse DDPM-100 at {100 * STEEP:g} %',
+    ):
         rows = [line.split() for line in output.splitlines() if line.startswith(title)]
         assert any('0/1' in row and str(TICKS) in row for row in rows), title
     assert 'Deadlines missed on this machine, a chunk every 400 ms' in output

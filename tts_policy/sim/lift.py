@@ -167,6 +167,9 @@ class LiftWorld:
     def close(self) -> None:
         """Free the renderer; the world can be used on and makes a new one when asked."""
         if self._renderer is not None:
+            # MuJoCo frees its objects in whatever context is current: draw once, so that it is
+            # this one and not that of another world.
+            self._renderer.render()
             self._renderer.close()
             self._renderer = None
 

@@ -91,7 +91,9 @@ class PrunerTrainer:
         sampler: SamplerSpec,
         spec: PrunerTrainingSpec,
         lessons: list[Lesson],
+        start: Pruner | None = None,
     ) -> None:
+        """Start from the given pruner, or from the static schedule."""
         torch.manual_seed(spec.seed)
         self.sampler, self.spec = sampler, spec
         kept = max(1, min(KEPT_BACK, len(lessons) // 4))
@@ -99,11 +101,10 @@ class PrunerTrainer:
         self.teacher = DenseTeacher(network, sampler)
         denoiser = network.denoiser.spec
         steps = sampler.scheduler.steps
-        self.pruner = Pruner(
-            PrunerSpec(steps, denoiser.blocks, denoiser.width, denoiser.obs_steps)
-        )
-        prior = max(1, round((1 - sampler.recommended_sparsity) * steps))
-        self.pruner.start_from_static(prior)
+        if start is None:
+            start = Pruner(PrunerSpec(steps, denoiser.blocks, denoiser.width, denoiser.obs_steps))
+            start.start_from_static(max(1, round((1 - sampler.recommended_sparsity) * steps)))
+        self.pruner = start
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.step = 0
         self.best_error = float('inf')
@@ -321,6 +322,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--ticks', type=int, default=5, help='ticks of a sequence')
     parser.add_argument('--explore-steps', type=int, default=0, help='of them, adaptive ones')
     parser.add_argument('--sparsity', type=float, help="default: the sampler's recommendation")
+    parser.add_argument('--refine', action='store_true', help="start from the bundle's pruner")
+    parser.add_argument('--table-rate', type=float, default=0.02, help='exploring, of the table')
+    parser.add_argument('--network-rate', type=float, default=2e-3, help='exploring, of the rest')
     parser.add_argument('--candidates', type=float, default=0.1, help='share of cells explored')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1, help='torch threads')
@@ -335,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     try:
         bundle = load_bundle(args.bundle)
-        sampler, _ = bundle.sampler(args.sampler)
+        sampler, present = bundle.sampler(args.sampler)
         network = bundle.network.eval().requires_grad_(False)
         bags = find_bags(args.bags)
         held_out = load_windows(bags[: args.held_out], network.contract, LIFT_TOPICS)
@@ -348,14 +352,23 @@ def main(arguments: list[str] | None = None) -> int:
     # Exploring a little below the sparsity wanted gives the cells next in rank a gradient too.
     explored = (sparsity - 0.25 * (1 - sparsity), sparsity)
     spec = PrunerTrainingSpec(
-        args.steps, args.batch, args.seed, sparsity, args.explore_steps, explored, args.candidates
+        steps=args.steps,
+        batch=args.batch,
+        seed=args.seed,
+        sparsity=sparsity,
+        explore_steps=args.explore_steps,
+        explore_sparsity=explored,
+        candidates=args.candidates,
+        table_learning_rate=args.table_rate,
+        network_learning_rate=args.network_rate,
     )
     generator = torch.Generator().manual_seed(args.seed)
     teacher = DenseTeacher(network, sampler)
     lessons = make_lessons(
         teacher, tick_sequences(network, windows, args.episodes, args.ticks, generator)
     )
-    trainer = PrunerTrainer(network, sampler, spec, lessons)
+    start = present if args.refine else None
+    trainer = PrunerTrainer(network, sampler, spec, lessons, start)
     args.out.mkdir(parents=True, exist_ok=True)
     if (args.out / 'checkpoint.pt').exists():
         trainer.load(args.out)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tts_policy.core.contract import PolicyContract
@@ -59,7 +58,3 @@ class PolicyNetwork(nn.Module):
         images: uint8 [B, To, H, W, 3] per camera; joints: robot units [B, To, J].
         """
         return self.observation_encoder(images, self.joint_normalizer.normalize(joints))
-
-    def float_parameters_finite(self) -> bool:
-        """Whether every weight and statistic is finite."""
-        return all(torch.isfinite(value).all().item() for value in self.state_dict().values())

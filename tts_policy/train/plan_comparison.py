@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tts_policy.core.engine import denoise_masked
 from tts_policy.core.lattice import Lattice
-from tts_policy.core.plan import Plan, dense_plan, make_plan, realised_sparsity, static_plan
+from tts_policy.core.plan import Plan, make_plan, realised_sparsity, static_plan
 from tts_policy.core.pruner import Pruner
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
@@ -34,21 +34,22 @@ def _given(plan: Plan) -> Plan:
 
 @torch.no_grad()
 def sparse_actions(
-    teacher: DenseTeacher, sequence: TickSequence, make: PlanMaker
+    teacher: DenseTeacher, sequence: TickSequence, lattice: Lattice, make: PlanMaker
 ) -> tuple[Tensor, float]:
-    """Normalised actions [R, T, A] of a sequence, and the mean realised sparsity after tick 0."""
+    """Run the ticks after the first on a lattice as the dense first tick left it.
+
+    Returns normalised actions [R - 1, T, A] and the mean realised sparsity.
+    """
     denoiser, scheduler, memory = teacher.denoiser, teacher.scheduler, teacher.memory
-    lattice = teacher.lattice(sequence.seed)
-    dense = dense_plan(scheduler.spec.steps, denoiser.spec.blocks)
     actions, sparsity = [], []
-    for tick, features in enumerate(sequence.features):
+    for tick, features in enumerate(sequence.features[1:], start=1):
         memory.encode(features[None])
-        plan = make(lattice, memory.observation_tokens, tick) if tick else dense
+        plan = make(lattice, memory.observation_tokens, tick)
         x, _ = denoise_masked(denoiser, scheduler, memory, lattice, partial(_given, plan), False)
         lattice.commit(plan)
         actions.append(x)
         sparsity.append(realised_sparsity(plan))
-    return torch.cat(actions), float(np.mean(sparsity[1:]))
+    return torch.cat(actions), float(np.mean(sparsity))
 
 
 class PlanMakers:
@@ -124,8 +125,9 @@ def compare_plans(
     for sequence in tqdm(tests, desc='comparing plans', unit='episode', mininterval=5):
         target = teacher.actions(sequence)
         for name, make in arms.items():
-            actions, share = sparse_actions(teacher, sequence, make)
-            errors[name].append((actions - target)[1:].abs().mean().item())
+            lattice = teacher.first_tick(sequence)
+            actions, share = sparse_actions(teacher, sequence, lattice, make)
+            errors[name].append((actions - target[1:]).abs().mean().item())
             realised[name].append(share)
     return {
         'sparsity': sparsity,

@@ -239,8 +239,9 @@ class PrunerTrainer:
     def _error(self, make: PlanMaker) -> float:
         errors = []
         for lesson in self.kept_back:
-            actions, _ = sparse_actions(self.teacher, lesson.sequence, make)
-            errors.append((actions - lesson.target)[1:].abs().mean().item())
+            lattice = self._lattice(lesson)
+            actions, _ = sparse_actions(self.teacher, lesson.sequence, lattice, make)
+            errors.append((actions - lesson.target[1:]).abs().mean().item())
         return float(np.mean(errors))
 
     def _keep(self, error: float, state: dict[str, Tensor]) -> None:

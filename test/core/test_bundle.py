@@ -62,10 +62,10 @@ def test_a_pruner_can_be_replaced(bundle: Path) -> None:
     pruner = load_bundle(bundle).sampler('ddim5')[1]
     assert pruner is not None
     with torch.no_grad():
-        pruner.bias.fill_(0.5)
+        pruner.tables.fill_(0.5)
     save_pruner(bundle, 'ddim5', pruner)
     again = load_bundle(bundle).sampler('ddim5')[1]
-    assert again is not None and (again.bias == 0.5).all()
+    assert again is not None and (again.tables == 0.5).all()
 
 
 @pytest.mark.parametrize(

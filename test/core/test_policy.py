@@ -82,8 +82,8 @@ def test_rollout_reuse_is_bounded_by_the_maximum_age(bundle: Path, windows: Wind
     spec, pruner = loaded.sampler('ddim5')
     assert pruner is not None
     with torch.no_grad():
-        pruner.bias[..., Reuse.ROLLOUT] = 100.0
-        pruner.bias[..., Reuse.COMPUTE] = torch.linspace(101, 99, 30).view(5, 6)
+        pruner.tables[..., Reuse.ROLLOUT] = 100.0
+        pruner.tables[..., Reuse.COMPUTE] = torch.linspace(101, 99, 30).view(5, 6)
     samplers = {'ddim5': (replace(spec, max_rollout_age=2), pruner)}
     policy = TestTimeSparsePolicy(Bundle(loaded.name, loaded.network, samplers), 'ddim5')
     plans = []

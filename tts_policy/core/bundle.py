@@ -220,9 +220,15 @@ def save_random_bundle(
         denoiser = policy.denoiser.spec
         pruners = {}
         for name, spec in samplers.items():
+            sparsity = min(0.8, spec.max_sparsity)
             sizes = PrunerSpec(
-                spec.scheduler.steps, denoiser.blocks, denoiser.width, denoiser.obs_steps
+                spec.scheduler.steps,
+                denoiser.blocks,
+                denoiser.width,
+                denoiser.obs_steps,
+                sparsities=(sparsity,),
             )
             pruners[name] = Pruner(sizes)
-            pruners[name].start_from_static(max(1, spec.scheduler.steps // 5))
+            pruners[name].start_from_static()
+            torch.nn.init.normal_(pruners[name].cell, std=0.02)
     save_bundle(folder, 'random', policy, samplers, pruners)

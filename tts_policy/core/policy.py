@@ -214,12 +214,12 @@ class TestTimeSparsePolicy:
         valid = self._lattice.rollout_valid(self.spec.max_rollout_age)
         tokens = self._memory.observation_tokens
         if self._stream is None:
-            logits = self._pruner(self._gates, tokens)[0]
+            logits = self._pruner(self._gates, tokens, sparsity)[0]
             plan = make_plan(logits.numpy(), sparsity, valid, self.spec.force_first_step)
             return lambda: plan
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            on_device = self._pruner(self._gates, tokens)[0]
+            on_device = self._pruner(self._gates, tokens, sparsity)[0]
             logits = torch.empty(on_device.shape, pin_memory=True)
             logits.copy_(on_device, non_blocking=True)
             done = torch.cuda.Event()

@@ -4,7 +4,8 @@
 It reads the very memory that the decoder attends to (no second encoder). What depends on the
 step alone, its gate of the time token, is folded when a sampler is set up; a tick costs two small
 matrices on the observation tokens and one product per step, well under a thousandth of a dense
-decoder.
+decoder. A table per sparsity serves the whole range with one pruner: which cells are worth
+computing depends on how many may be.
 """
 
 from __future__ import annotations
@@ -20,21 +21,35 @@ from tts_policy.core.plan import Reuse, static_steps
 
 @dataclass(frozen=True)
 class PrunerSpec:
-    """Sizes: K steps, N residual blocks, memory width D, To observation tokens, hidden width."""
+    """Sizes: K steps, N residual blocks, memory width D, To observation tokens, hidden width.
+
+    sparsities: those that have a table of their own; others take the nearest one's.
+    """
 
     steps: int
     blocks: int
     memory_width: int
     obs_steps: int
+    sparsities: tuple[float, ...]
     hidden: int = 96
+
+    def __post_init__(self) -> None:
+        """Refuse tables without order; raises ValueError."""
+        # model.yaml knows lists only.
+        object.__setattr__(self, 'sparsities', tuple(float(s) for s in self.sparsities))
+        ordered = tuple(sorted(set(self.sparsities)))
+        if not ordered or ordered != self.sparsities or not 0 <= ordered[0] <= ordered[-1] < 1:
+            raise ValueError(
+                f'pruner sparsities must rise within [0, 1), got {list(self.sparsities)}'
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they stand in model.yaml."""
-        return asdict(self)
+        return {**asdict(self), 'sparsities': list(self.sparsities)}
 
 
 class Pruner(nn.Module):
-    """logits[i, b] = bias[i, b] + cell[b] (gate(time token i) * hidden(observation tokens))."""
+    """logits[i, b] = table[i, b] + cell[b] (gate(time token i) * hidden(observation tokens))."""
 
     def __init__(self, spec: PrunerSpec) -> None:
         super().__init__()
@@ -46,33 +61,42 @@ class Pruner(nn.Module):
             nn.Linear(spec.hidden, spec.hidden),
         )
         self.gate = nn.Linear(spec.memory_width, spec.hidden)
-        self.bias = nn.Parameter(torch.zeros(spec.steps, spec.blocks, classes))
+        self.tables = nn.Parameter(
+            torch.zeros(len(spec.sparsities), spec.steps, spec.blocks, classes)
+        )
         self.cell = nn.Parameter(torch.zeros(spec.hidden, spec.blocks * classes))
-        nn.init.normal_(self.cell, std=0.02)
 
     @torch.no_grad()
-    def start_from_static(self, count: int, scale: float = 2.0) -> None:
-        """Set the bias to prefer the static schedule of `count` steps, and TIMESTEP elsewhere.
+    def start_from_static(self) -> None:
+        """Set every table to prefer the static schedule of its sparsity, TIMESTEP elsewhere.
 
         Steps outside the schedule are ranked by the denser schedules they belong to, so that
-        every sparsity starts from a sensible order.
+        every sparsity has a sensible order.
         """
         steps = self.spec.steps
         rank = torch.zeros(steps)
         for n in range(1, steps):
             rank[torch.from_numpy(static_steps(steps, n))] += 1.0 / steps
-        rank[torch.from_numpy(static_steps(steps, count))] += 1.0
-        self.bias.zero_()
-        self.bias[..., Reuse.COMPUTE] = scale * (rank - 1.0)[:, None]
-        self.bias[..., Reuse.TIMESTEP] = 0.5 * scale
-        self.bias[..., Reuse.ROLLOUT] = 0.25 * scale
+        self.tables.zero_()
+        for table, sparsity in zip(self.tables, self.spec.sparsities, strict=True):
+            chosen = rank.clone()
+            count = max(1, round((1 - sparsity) * steps))
+            chosen[torch.from_numpy(static_steps(steps, count))] += 1.0
+            table[..., Reuse.COMPUTE] = 2.0 * (chosen - 1.0)[:, None]
+            table[..., Reuse.TIMESTEP] = 1.0
+            table[..., Reuse.ROLLOUT] = 0.5
 
     def gates(self, time_tokens: Tensor) -> Tensor:
         """Gates [K, H] of the time tokens [K, D]; they depend on the step alone."""
         return self.gate(time_tokens)
 
-    def forward(self, gates: Tensor, observation_tokens: Tensor) -> Tensor:
+    def table(self, sparsity: float) -> Tensor:
+        """Table [K, N, 4] of the nearest sparsity; of two as near, the sparser one's."""
+        known = self.spec.sparsities
+        return self.tables[min(range(len(known)), key=lambda n: (abs(known[n] - sparsity), -n))]
+
+    def forward(self, gates: Tensor, observation_tokens: Tensor, sparsity: float) -> Tensor:
         """Logits [B, K, N, 4] from folded gates [K, H] and observation tokens [B, To, D]."""
         hidden = self.observation(observation_tokens.flatten(1))
         logits = (hidden[:, None] * gates) @ self.cell
-        return logits.unflatten(-1, (self.spec.blocks, len(Reuse))) + self.bias
+        return logits.unflatten(-1, (self.spec.blocks, len(Reuse))) + self.table(sparsity)

@@ -71,7 +71,10 @@ class PlanMakers:
             features = torch.cat([sequence.features for sequence in trained])
             tokens = teacher.denoiser.encoder.observation_tokens(features)
             self._tokens = tokens
-            self.mean_logits = pruner(self._gates, tokens).mean(0).numpy()
+            self.mean_logits = pruner(self._gates, tokens, sparsity).mean(0).numpy()
+
+    def _logits(self, tokens: Tensor) -> NDArray[np.float32]:
+        return self._pruner(self._gates, tokens, self._sparsity)[0].numpy()
 
     def _plan(self, logits: NDArray[np.float32], lattice: Lattice) -> Plan:
         valid = lattice.rollout_valid(self._sampler.max_rollout_age)
@@ -79,7 +82,7 @@ class PlanMakers:
 
     def learned(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
         """The pruner on this tick's memory."""
-        return self._plan(self._pruner(self._gates, tokens)[0].numpy(), lattice)
+        return self._plan(self._logits(tokens), lattice)
 
     def constant(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
         """The pruner's mean logits over its training ticks."""
@@ -88,7 +91,7 @@ class PlanMakers:
     def other_tick(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
         """The pruner on the memory of a training tick drawn at random."""
         n = int(self._random.integers(len(self._tokens)))
-        return self._plan(self._pruner(self._gates, self._tokens[n : n + 1])[0].numpy(), lattice)
+        return self._plan(self._logits(self._tokens[n : n + 1]), lattice)
 
     def static(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
         """All blocks at quadratically spaced steps; a whole number of steps, rounded up."""

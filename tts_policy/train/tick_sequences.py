@@ -71,6 +71,11 @@ class DenseTeacher:
         lattice.reset(torch.Generator().manual_seed(seed))
         return lattice
 
+    def noise(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Initial noise [1, T, A] and step noise [K, 1, T, A] that `seed` gives."""
+        lattice = self.lattice(seed)
+        return lattice.initial_noise, lattice.step_noise
+
     @torch.no_grad()
     def first_tick(self, sequence: TickSequence) -> Lattice:
         """Lattice after the dense first tick of a sequence."""

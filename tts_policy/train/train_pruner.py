@@ -2,9 +2,9 @@
 """`train_pruner`: recordings and a bundle's frozen policy to the pruner of one sampler.
 
 Ordered ticks of recorded episodes; tick 0 dense, then each tick sparse with its caches carried
-over. Teacher and student share the held noise, so the dense action is an exact target. The plan
-meets the sparsity exactly, so the paper's penalty on the mean reuse is not needed. The bias starts
-from the static schedule, and the pruner that did best on sequences kept back is written.
+over. The sparsest plan starts from the static schedule, every other from the next sparser one,
+and each is searched for a number of steps (see `plan_search`). The plan that did best on lessons
+kept back becomes the table of its sparsity.
 """
 
 from __future__ import annotations
@@ -12,300 +12,211 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from tts_policy.core.bundle import BundleError, load_bundle, save_pruner
-from tts_policy.core.lattice import Lattice
-from tts_policy.core.network import PolicyNetwork
-from tts_policy.core.plan import dense_plan, make_plan
+from tts_policy.core.plan import Plan, Reuse, static_plan
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.train.dataset import BagError, find_bags, load_windows
-from tts_policy.train.lift_contract import LIFT_TOPICS
-from tts_policy.train.plan_comparison import (
-    PlanMaker,
-    PlanMakers,
-    compare_plans,
-    sparse_actions,
+from tts_policy.train.lessons import (
+    ActionError,
+    Lesson,
+    LessonBatch,
+    SharedPlanLoop,
+    forced_cells,
+    make_lessons,
 )
-from tts_policy.train.sparse_student import CellGates, SparseStudent, soft_gates
-from tts_policy.train.tick_sequences import DenseTeacher, TickSequence, tick_sequences
+from tts_policy.train.lift_contract import LIFT_TOPICS
+from tts_policy.train.plan_comparison import compare_plans
+from tts_policy.train.plan_search import PlanSearch, SearchSpec
+from tts_policy.train.reuse_gradient import reuse_gradient
+from tts_policy.train.tick_sequences import DenseTeacher, tick_sequences
 
-KEPT_BACK = 8
-VALIDATE_EVERY = 10
+KEPT_BACK = 24
+VALIDATE_EVERY = 4
 
 
 @dataclass(frozen=True)
 class PrunerTrainingSpec:
-    """Optimisation settings.
-
-    explore_steps: of `steps`, those that explore; explore_sparsity: range of sparsity there;
-    explore_noise: noise on the logits that plans are made of there; step_size: how far the logit
-    with the largest gradient moves in the first step of descent; network_share: how far the
-    weights of the network move against that.
-    """
+    """Settings: search steps per sparsity, lessons a step and of them in a gradient, seed."""
 
     steps: int
     batch: int
+    sample: int
     seed: int
-    sparsity: float
-    explore_steps: int
-    explore_sparsity: tuple[float, float]
-    candidates: float = 0.1
-    explore_noise: float = 0.1
-    table_learning_rate: float = 0.02
-    network_learning_rate: float = 2e-3
-    step_size: float = 0.1
-    network_share: float = 0.03
-    trials: int = 3
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A sequence with its exact targets, and the features of its dense first tick.
-
-    target: normalised dense actions [R, T, A]; first_tick: [K, N, T, D]. Both depend on the frozen
-    policy and the held noise alone, so they are made once.
-    """
-
-    sequence: TickSequence
-    target: Tensor
-    first_tick: Tensor
+    search: SearchSpec = field(default_factory=SearchSpec)
 
 
 class PrunerTrainer:
-    """Owns pruner, optimiser and random state of one training run."""
+    """Searches one plan per sparsity, the sparsest first, and owns all state of that."""
 
     def __init__(
         self,
-        network: PolicyNetwork,
+        teacher: DenseTeacher,
         sampler: SamplerSpec,
-        spec: PrunerTrainingSpec,
+        sparsities: list[float],
         lessons: list[Lesson],
-        start: Pruner | None = None,
+        measure: ActionError,
+        spec: PrunerTrainingSpec,
     ) -> None:
-        """Start from the given pruner, or from the static schedule."""
-        torch.manual_seed(spec.seed)
-        self.sampler, self.spec = sampler, spec
+        self._loop, self._measure, self.spec = SharedPlanLoop(teacher), measure, spec
+        self.sampler, self.sparsities = sampler, sorted(sparsities)
         kept = max(1, min(KEPT_BACK, len(lessons) // 4))
-        self.kept_back, self.lessons = lessons[:kept], lessons[kept:]
-        self.teacher = DenseTeacher(network, sampler)
-        denoiser = network.denoiser.spec
-        steps = sampler.scheduler.steps
-        if start is None:
-            start = Pruner(PrunerSpec(steps, denoiser.blocks, denoiser.width, denoiser.obs_steps))
-            start.start_from_static(max(1, round((1 - sampler.recommended_sparsity) * steps)))
-        self.pruner = start
-        self.generator = torch.Generator().manual_seed(spec.seed)
-        self.step = 0
-        self.best_error = float('inf')
-        self.best: dict[str, Tensor] = {}
-        self.step_size = spec.step_size
-        rest = [p for p in self.pruner.parameters() if p is not self.pruner.bias]
-        self.optimizer = torch.optim.Adam(
-            [
-                {'params': [self.pruner.bias], 'lr': spec.table_learning_rate},
-                {'params': rest, 'lr': spec.network_learning_rate},
-            ],
-            betas=(0.8, 0.99),
-        )
-
-    def train_step(self) -> float:
-        """One optimiser step on a batch of sequences; returns the L1 loss."""
-        order = torch.randperm(len(self.lessons), generator=self.generator)[: self.spec.batch]
-        lessons = [self.lessons[int(n)] for n in order]
-        if self.step == self.spec.explore_steps and self.best:
-            self.pruner.load_state_dict(self.best)
-        explore = self.step < self.spec.explore_steps
-        self.step += 1
-        return self._explore(lessons) if explore else self._refine(lessons)
-
-    def _explore(self, lessons: list[Lesson]) -> float:
-        """Adaptive step: moves all cells alike, and so crosses to plans far from the prior.
-
-        The rate falls to zero as half a cosine over the exploring steps.
-        """
-        low, high = self.spec.explore_sparsity
-        sparsity = low + (high - low) * float(torch.rand((), generator=self.generator))
-        self.pruner.zero_grad(set_to_none=True)
-        loss = self._loss(lessons, sparsity, learn=True, noise=self.spec.explore_noise)
-        torch.nn.utils.clip_grad_norm_(self.pruner.parameters(), 1.0)
-        cosine = math.cos(math.pi * (self.step - 1) / self.spec.explore_steps)
-        rates = (self.spec.table_learning_rate, self.spec.network_learning_rate)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group['lr'] = 0.5 * (1 + cosine) * rate
-        self.optimizer.step()
-        return loss
-
-    def _refine(self, lessons: list[Lesson]) -> float:
-        """Descend at the sparsity wanted, by steps that are taken back if they do not help.
-
-        A plan is discrete: a small step changes nothing and a large one flips many cells at once,
-        for which a straight-through gradient does not speak. So the step is a trial, and shorter
-        next time if the error of the new plans on the batch is larger.
-        """
-        sparsity = self.spec.sparsity
-        self.pruner.zero_grad(set_to_none=True)
-        loss = self._loss(lessons, sparsity, learn=True)
-        before = {name: value.clone() for name, value in self.pruner.state_dict().items()}
-        for _ in range(self.spec.trials):
-            self._descend()
-            with torch.no_grad():
-                trial = self._loss(lessons, sparsity, learn=False)
-            if trial <= loss:
-                self.step_size = min(1.5 * self.step_size, 1.0)
-                return trial
-            self.pruner.load_state_dict(before)
-            self.step_size = max(0.4 * self.step_size, 0.01)
-        return loss
-
-    @torch.no_grad()
-    def _descend(self) -> None:
-        """Move along the gradient: the table by its largest entry, the network by its own."""
-        for parameter in self.pruner.parameters():
-            assert parameter.grad is not None
-            share = 1.0 if parameter is self.pruner.bias else self.spec.network_share
-            largest = parameter.grad.abs().max().clamp(min=1e-12)
-            parameter.sub_(share * self.step_size * parameter.grad / largest)
-
-    def _loss(
-        self, lessons: list[Lesson], sparsity: float, learn: bool, noise: float = 0.0
-    ) -> float:
-        """L1 error over the ticks of sequences; with `learn`, gradients are accumulated."""
-        ticks = min(len(lesson.target) for lesson in lessons)
-        lattices = [self._lattice(lesson) for lesson in lessons]
-        denoiser, scheduler = self.teacher.denoiser, self.teacher.scheduler
-        memory = self.teacher.memory
-        total = 0.0
-        for tick in range(1, ticks):
-            with torch.no_grad():
-                memory.encode(torch.stack([lesson.sequence.features[tick] for lesson in lessons]))
-            student = SparseStudent(denoiser, scheduler, memory, lattices)
-            candidates = self.spec.candidates if learn else 0.0
-            gates = self._gates(lattices, sparsity, candidates, noise)
-            target = torch.stack([lesson.target[tick] for lesson in lessons])
-            loss = (student.tick(gates) - target).abs().mean() / (ticks - 1)
-            if learn:
-                loss.backward()
-            total += loss.item()
-        return total
-
-    def _lattice(self, lesson: Lesson) -> Lattice:
-        """Lattice as the dense first tick of a lesson leaves it."""
-        lattice = self.teacher.lattice(lesson.sequence.seed)
-        lattice.features.copy_(lesson.first_tick)
-        lattice.commit(dense_plan(lattice.steps, lattice.blocks))
-        return lattice
-
-    def _gates(
-        self, lattices: list[Lattice], sparsity: float, candidates: float, noise: float
-    ) -> CellGates:
-        memory = self.teacher.memory
-        logits = self.pruner(self.pruner.gates(memory.time_tokens), memory.observation_tokens)
-        disturbance = noise * torch.randn(logits.shape[1:], generator=self.generator)
-        valid = [lattice.rollout_valid(self.sampler.max_rollout_age) for lattice in lattices]
-        plans = [
-            make_plan(row, sparsity, rollout, self.sampler.force_first_step)
-            for row, rollout in zip((logits + disturbance).detach().numpy(), valid, strict=True)
+        self._kept = [
+            LessonBatch(teacher, lessons[first : min(first + spec.batch, kept)])
+            for first in range(0, kept, spec.batch)
         ]
-        share = torch.rand(plans[0].shape, generator=self.generator).numpy()
-        return CellGates(np.stack(plans), soft_gates(logits, plans, valid), share < candidates)
+        self._teacher, self.lessons = teacher, lessons[kept:]
+        shape = (sampler.scheduler.steps, teacher.denoiser.spec.blocks)
+        self._forced = forced_cells(shape, sampler.force_first_step)
+        self.tables: dict[float, Tensor] = {}
+        self.best_error = float('inf')
+        self.step = 0
+        self._begin(static_plan(*shape, max(1, self._budget() // shape[1])))
+
+    @property
+    def sparsity(self) -> float:
+        """The sparsity in work."""
+        return self.sparsities[-1 - len(self.tables)]
+
+    @property
+    def total_steps(self) -> int:
+        """Search steps for all sparsities."""
+        return self.spec.steps * len(self.sparsities)
+
+    def _budget(self) -> int:
+        return round((1 - self.sparsity) * self._forced.size)
+
+    def _begin(self, plan: Plan) -> None:
+        self._search = PlanSearch(
+            self._loop, self._measure, plan, self._budget(), self._forced, self.spec.search
+        )
+        self.best, self.best_error = plan, float('inf')
+
+    def _random(self) -> np.random.Generator:
+        """Random numbers of the step in work; they depend on seed and step alone."""
+        return np.random.default_rng([self.spec.seed, self.step])
+
+    def _batch(self, random: np.random.Generator, size: int) -> tuple[LessonBatch, LessonBatch]:
+        chosen = random.choice(len(self.lessons), min(size, len(self.lessons)), replace=False)
+        lessons = [self.lessons[index] for index in chosen]
+        part = lessons[: self.spec.sample]
+        return LessonBatch(self._teacher, lessons), LessonBatch(self._teacher, part)
+
+    def train_step(self) -> tuple[float, float]:
+        """One step of the search in work; returns the batch error before and after."""
+        random = self._random()
+        while self._search.computed < self._search.budget:
+            self._search.grow(self._batch(random, self.spec.sample)[1])
+        errors = self._search.step(*self._batch(random, self.spec.batch), random)
+        self.step += 1
+        done = self.step % self.spec.steps == 0
+        if done or self.step % VALIDATE_EVERY == 0:
+            self.validate()
+        if done:
+            self._finish()
+        return errors
 
     def validate(self) -> float:
-        """L1 error at the sparsity wanted on the lessons kept back; remembers the best pruner.
-
-        The pruner competes with its own constant plan: where looking at the observation does not
-        pay, the pruner that ignores it is the one to keep.
-        """
-        trained = [lesson.sequence for lesson in self.lessons]
-        makers = PlanMakers(self.teacher, self.sampler, self.pruner, trained, self.spec.sparsity)
-        learned = self._error(makers.learned)
-        self._keep(learned, self.pruner.state_dict())
-        constant = self._error(makers.constant)
-        flat = {**self.pruner.state_dict(), 'bias': torch.from_numpy(makers.mean_logits)}
-        flat['cell'] = torch.zeros_like(flat['cell'])
-        self._keep(constant, flat)
-        return min(learned, constant)
-
-    def _error(self, make: PlanMaker) -> float:
-        errors = []
-        for lesson in self.kept_back:
-            lattice = self._lattice(lesson)
-            actions, _ = sparse_actions(self.teacher, lesson.sequence, lattice, make)
-            errors.append((actions - lesson.target[1:]).abs().mean().item())
-        return float(np.mean(errors))
-
-    def _keep(self, error: float, state: dict[str, Tensor]) -> None:
+        """Error of the present plan on the lessons kept back; remembers the best plan."""
+        errors = [self._loop.error(b, self._search.plan, self._measure) for b in self._kept]
+        error = float(np.mean(errors))
         if error < self.best_error:
-            self.best_error = error
-            self.best = {name: value.clone() for name, value in state.items()}
+            self.best, self.best_error = self._search.plan, error
+        return error
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint that `load` continues from."""
-        state = {
+    def _finish(self) -> None:
+        """Turn the best plan into the table of its sparsity and go on to the next."""
+        self._search.plan = self.best
+        sample = self._batch(self._random(), self.spec.sample)[1]
+        gradient = reuse_gradient(self._loop, sample, self.best, self._measure)
+        self.tables[self.sparsity] = plan_table(self.best, self._search.ranking(gradient))
+        if len(self.tables) < len(self.sparsities):
+            self._begin(self.best)
+
+    def pruner(self) -> Pruner:
+        """The trained pruner."""
+        denoiser = self._teacher.denoiser.spec
+        steps, width = self.sampler.scheduler.steps, denoiser.width
+        sparsities = tuple(self.sparsities)
+        pruner = Pruner(PrunerSpec(steps, denoiser.blocks, width, denoiser.obs_steps, sparsities))
+        with torch.no_grad():
+            pruner.tables.copy_(torch.stack([self.tables[s] for s in sparsities]))
+        return pruner
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` continues from."""
+        return {
             'step': self.step,
-            'pruner': self.pruner.state_dict(),
-            'best': self.best,
+            'tables': self.tables,
+            'best': torch.from_numpy(self.best),
             'best_error': self.best_error,
-            'step_size': self.step_size,
-            'optimizer': self.optimizer.state_dict(),
-            'generator': self.generator.get_state(),
+            'search': self._search.state(),
         }
-        torch.save(state, folder / 'checkpoint.tmp')
-        (folder / 'checkpoint.tmp').replace(folder / 'checkpoint.pt')
 
-    def load(self, folder: Path) -> None:
-        """Continue from the checkpoint in `folder`."""
-        state = torch.load(folder / 'checkpoint.pt', weights_only=True)
-        self.step = state['step']
-        self.pruner.load_state_dict(state['pruner'])
-        self.best, self.best_error = state['best'], state['best_error']
-        self.step_size = state['step_size']
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.generator.set_state(state['generator'])
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a `state`."""
+        self.step, self.tables = state['step'], state['tables']
+        if len(self.tables) < len(self.sparsities):
+            self._begin(state['best'].numpy())
+            self.best_error = state['best_error']
+            self._search.restore(state['search'])
 
 
-def make_lessons(teacher: DenseTeacher, sequences: list[TickSequence]) -> list[Lesson]:
-    """Dense targets of every sequence, with a progress bar."""
-    bar = tqdm(sequences, desc='dense targets', unit='episode', mininterval=5)
-    return [
-        Lesson(sequence, teacher.actions(sequence), teacher.first_tick(sequence).features)
-        for sequence in bar
-    ]
+def plan_table(plan: Plan, ranking: NDArray[np.float32]) -> Tensor:
+    """Logits [K, N, 4] whose plan at the sparsity of `plan` is that plan.
+
+    ranking [K, N]: above 0 where the plan computes; orders cells for other sparsities. Where the
+    class of the plan has no source, TIMESTEP is preferred to ROLLOUT and that to FORWARD.
+    """
+    table = np.zeros((*plan.shape, len(Reuse)), np.float32)
+    table[..., Reuse.FORWARD], table[..., Reuse.ROLLOUT], table[..., Reuse.TIMESTEP] = (
+        0.1,
+        0.2,
+        0.3,
+    )
+    reused = plan != Reuse.COMPUTE
+    step, block = np.nonzero(reused)
+    table[step, block, plan[reused]] = 1.0
+    table[..., Reuse.COMPUTE] = table[..., Reuse.FORWARD :].max(axis=-1) + ranking
+    return torch.from_numpy(table)
 
 
-def _train(trainer: PrunerTrainer, out: Path, save_every_s: float) -> None:
+def _save(trainer: PrunerTrainer, out: Path) -> None:
+    torch.save(trainer.state(), out / 'checkpoint.tmp')
+    (out / 'checkpoint.tmp').replace(out / 'checkpoint.pt')
+
+
+def _train(trainer: PrunerTrainer, out: Path) -> None:
     log_path = out / 'log.csv'
     new = not log_path.exists()
     with log_path.open('a', newline='') as handle:
         log = csv.writer(handle)
         if new:
-            log.writerow(['step', 'seconds', 'l1', 'validation_l1'])
-        started = saved = time.monotonic()
-        bar = tqdm(total=trainer.spec.steps, initial=trainer.step, unit='step', mininterval=5)
-        mean, validation = 0.0, trainer.validate()
-        while trainer.step < trainer.spec.steps:
-            loss = trainer.train_step()
-            mean += (loss - mean) / min(trainer.step, 20)
-            if trainer.step % VALIDATE_EVERY == 0 or trainer.step == trainer.spec.steps:
-                validation = trainer.validate()
-            log.writerow([trainer.step, round(time.monotonic() - started), loss, validation])
+            log.writerow(['step', 'sparsity', 'seconds', 'before', 'after', 'kept_back'])
+        started = time.monotonic()
+        bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit='step', mininterval=5)
+        while trainer.step < trainer.total_steps:
+            sparsity = trainer.sparsity
+            before, after = trainer.train_step()
+            best = trainer.best_error
+            seconds = round(time.monotonic() - started)
+            log.writerow([trainer.step, sparsity, seconds, before, after, best])
             handle.flush()
+            _save(trainer, out)
             bar.update()
-            bar.set_postfix(l1=f'{mean:.4f}', validation=f'{validation:.4f}')
-            if time.monotonic() - saved > save_every_s:
-                trainer.save(out)
-                saved = time.monotonic()
-    trainer.save(out)
+            bar.set_postfix(sparsity=sparsity, error=f'{after:.4f}', kept_back=f'{best:.4f}')
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -317,21 +228,28 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--bundle', type=Path, required=True, help='gets the pruner')
     parser.add_argument('--sampler', required=True, help='sampler of the bundle, e.g. ddim10')
     parser.add_argument('--out', type=Path, required=True, help='checkpoints, log and report')
-    parser.add_argument('--steps', type=int, default=200, help='optimiser steps')
-    parser.add_argument('--batch', type=int, default=8, help='sequences a step')
-    parser.add_argument('--episodes', type=int, default=64, help='sequences to train on')
+    parser.add_argument(
+        '--sparsities', type=float, nargs='+', help="default: the sampler's recommendation"
+    )
+    parser.add_argument('--steps', type=int, default=30, help='search steps for every sparsity')
+    parser.add_argument('--batch', type=int, default=16, help='lessons that decide a step')
+    parser.add_argument('--sample', type=int, default=8, help='of them, in the gradient')
+    parser.add_argument('--trials', type=int, default=12, help='flips tried of every sort')
+    parser.add_argument('--episodes', type=int, default=96, help='sequences to train on')
     parser.add_argument('--ticks', type=int, default=5, help='ticks of a sequence')
-    parser.add_argument('--explore-steps', type=int, default=0, help='of them, adaptive ones')
-    parser.add_argument('--sparsity', type=float, help="default: the sampler's recommendation")
-    parser.add_argument('--refine', action='store_true', help="start from the bundle's pruner")
-    parser.add_argument('--table-rate', type=float, default=0.02, help='exploring, of the table')
-    parser.add_argument('--network-rate', type=float, default=2e-3, help='exploring, of the rest')
-    parser.add_argument('--candidates', type=float, default=0.1, help='share of cells explored')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1, help='torch threads')
     parser.add_argument('--held-out', type=int, default=10, help='bags kept for the comparison')
-    parser.add_argument('--save-every', type=float, default=120.0, help='checkpoint interval, s')
     return parser.parse_args(arguments)
+
+
+def _check_sparsities(sparsities: list[float], sampler: SamplerSpec) -> None:
+    """Raise ValueError for one that the sampler cannot run at."""
+    for sparsity in sparsities:
+        if not 0 < sparsity <= sampler.max_sparsity + 1e-9:
+            raise ValueError(
+                f'--sparsities must be in (0, {sampler.max_sparsity:.4g}], got {sparsity}'
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -340,51 +258,44 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     try:
         bundle = load_bundle(args.bundle)
-        sampler, present = bundle.sampler(args.sampler)
+        sampler, _ = bundle.sampler(args.sampler)
+        sparsities = args.sparsities or [sampler.recommended_sparsity]
+        _check_sparsities(sparsities, sampler)
         network = bundle.network.eval().requires_grad_(False)
         bags = find_bags(args.bags)
         held_out = load_windows(bags[: args.held_out], network.contract, LIFT_TOPICS)
         chosen = bags[args.held_out : args.held_out + args.episodes]
         windows = load_windows(chosen, network.contract, LIFT_TOPICS)
-    except (BagError, BundleError) as error:
+    except (BagError, BundleError, ValueError) as error:
         print(f'train_pruner: {error}', file=sys.stderr)
         return 2
-    sparsity = sampler.recommended_sparsity if args.sparsity is None else args.sparsity
-    # Exploring a little below the sparsity wanted gives the cells next in rank a gradient too.
-    explored = (sparsity - 0.25 * (1 - sparsity), sparsity)
-    spec = PrunerTrainingSpec(
-        steps=args.steps,
-        batch=args.batch,
-        seed=args.seed,
-        sparsity=sparsity,
-        explore_steps=args.explore_steps,
-        explore_sparsity=explored,
-        candidates=args.candidates,
-        table_learning_rate=args.table_rate,
-        network_learning_rate=args.network_rate,
-    )
     generator = torch.Generator().manual_seed(args.seed)
     teacher = DenseTeacher(network, sampler)
-    lessons = make_lessons(
-        teacher, tick_sequences(network, windows, args.episodes, args.ticks, generator)
+    sequences = tick_sequences(network, windows, args.episodes, args.ticks, generator)
+    spec = PrunerTrainingSpec(
+        args.steps, args.batch, args.sample, args.seed, SearchSpec(trials=args.trials)
     )
-    start = present if args.refine else None
-    trainer = PrunerTrainer(network, sampler, spec, lessons, start)
+    contract = network.contract
+    measure = ActionError(contract.observation.steps - 1, contract.action.execute)
+    lessons = make_lessons(teacher, sequences)
+    trainer = PrunerTrainer(teacher, sampler, sparsities, lessons, measure, spec)
     args.out.mkdir(parents=True, exist_ok=True)
     if (args.out / 'checkpoint.pt').exists():
-        trainer.load(args.out)
+        trainer.restore(torch.load(args.out / 'checkpoint.pt', weights_only=True))
         print(f'resumed at step {trainer.step}')
     try:
-        _train(trainer, args.out, args.save_every)
+        _train(trainer, args.out)
     except KeyboardInterrupt:
-        trainer.save(args.out)
         print(f'interrupted at step {trainer.step}; run the same command again to go on')
         return 130
-    trainer.pruner.load_state_dict(trainer.best)
-    save_pruner(args.bundle, args.sampler, trainer.pruner)
+    pruner = trainer.pruner()
+    save_pruner(args.bundle, args.sampler, pruner)
     tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
-    trained = [lesson.sequence for lesson in lessons]
-    report = compare_plans(teacher, sampler, trainer.pruner.eval(), trained, tests, sparsity)
+    trained = [lesson.sequence for lesson in trainer.lessons]
+    report = [
+        compare_plans(teacher, sampler, pruner.eval(), trained, tests, sparsity)
+        for sparsity in trainer.sparsities
+    ]
     (args.out / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
     print(json.dumps(report, indent=2))
     return 0

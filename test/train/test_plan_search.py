@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan search on a small untrained policy: its loop, its gradient and what a search may do."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tts_policy.core.denoiser import Denoiser, DenoiserSpec
+from tts_policy.core.engine import denoise_masked
+from tts_policy.core.plan import Reuse, make_plan, realised_sparsity, static_plan
+from tts_policy.core.sampler import SamplerSpec
+from tts_policy.core.scheduler import SchedulerSpec
+from tts_policy.train.lessons import (
+    ActionError,
+    Lesson,
+    LessonBatch,
+    SharedPlanLoop,
+    forced_cells,
+    make_lessons,
+)
+from tts_policy.train.plan_search import PlanSearch, SearchSpec
+from tts_policy.train.reuse_gradient import Flip, flipped, reuse_gradient
+from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
+from tts_policy.train.train_pruner import plan_table
+
+MEASURE = ActionError(first=1, execute=4)
+DDIM = SchedulerSpec('ddim', 5, 20)
+DDPM = SchedulerSpec('ddpm', 6, 6)
+
+
+class _Network:
+    """What DenseTeacher reads of a policy."""
+
+    def __init__(self, scale: float) -> None:
+        torch.manual_seed(0)
+        self.denoiser = Denoiser(DenoiserSpec(3, 6, 2, 5, width=16, layers=2, heads=2))
+        for parameter in self.denoiser.parameters():
+            parameter.requires_grad_(False).mul_(scale)
+
+
+def _teacher(scheduler: SchedulerSpec, scale: float = 5.0) -> DenseTeacher:
+    """Teacher whose weights are `scale` times as large as initial ones: at 1 blocks whisper."""
+    return DenseTeacher(_Network(scale), SamplerSpec(scheduler, force_first_step=False))  # type: ignore[arg-type]
+
+
+def _lessons(teacher: DenseTeacher, count: int, ticks: int = 3) -> list[Lesson]:
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(count, 1, 2, 5, generator=generator)
+    drift = 0.3 * torch.randn(count, ticks, 2, 5, generator=generator).cumsum(1)
+    return make_lessons(
+        teacher, [TickSequence(features, n) for n, features in enumerate(start + drift)]
+    )
+
+
+def _random_plan(seed: int, steps: int, sparsity: float) -> np.ndarray:
+    logits = np.random.default_rng(seed).standard_normal((steps, 6, 4)).astype(np.float32)
+    return make_plan(logits, sparsity, np.ones((steps, 6), bool), False)
+
+
+@pytest.mark.parametrize('scheduler', [DDIM, DDPM], ids=['ddim', 'ddpm'])
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000), sparsity=st.sampled_from([0.2, 0.5, 0.8]))
+def test_the_shared_plan_loop_is_the_engine_for_every_episode(
+    scheduler: SchedulerSpec, seed: int, sparsity: float
+) -> None:
+    teacher = _teacher(scheduler)
+    lessons = _lessons(teacher, 3)
+    batch, loop = LessonBatch(teacher, lessons), SharedPlanLoop(teacher)
+    plans = [_random_plan(seed + n, scheduler.steps, sparsity) for n in range(2)]
+    store = batch.first_tick.clone()
+    together = [loop.tick(batch, n + 1, plan, store) for n, plan in enumerate(plans)]
+    for row, lesson in enumerate(lessons):
+        lattice = teacher.first_tick(lesson.sequence)
+        for tick, plan in enumerate(plans):
+            teacher.memory.encode(lesson.sequence.features[tick + 1 : tick + 2])
+            with torch.no_grad():
+                alone, _ = denoise_masked(
+                    teacher.denoiser,
+                    teacher.scheduler,
+                    teacher.memory,
+                    lattice,
+                    lambda plan=plan: plan,
+                    False,
+                )
+            lattice.commit(plan)
+            assert (together[tick][row] - alone[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('scheduler', [DDIM, DDPM], ids=['ddim', 'ddpm'])
+def test_the_reuse_gradient_is_the_derivative_by_the_features_reused(
+    scheduler: SchedulerSpec,
+) -> None:
+    teacher = _teacher(scheduler, scale=3.0)
+    batch, loop = LessonBatch(teacher, _lessons(teacher, 4, ticks=2)), SharedPlanLoop(teacher)
+    plan = _random_plan(3, scheduler.steps, 0.6)
+    gradient = reuse_gradient(loop, batch, plan, MEASURE)
+    base = loop.error(batch, plan, MEASURE)
+    for step, block in np.argwhere(plan == Reuse.ROLLOUT):
+        # A rollout feature scaled by 1 + e changes the error by e times its product.
+        scaled = copy.copy(batch)
+        scaled.first_tick = batch.first_tick.clone()
+        scaled.first_tick[step, block] *= 1.001
+        derivative = (loop.error(scaled, plan, MEASURE) - base) / 0.001
+        assert derivative == pytest.approx(gradient.rollout[step, block], abs=5e-4)
+    assert np.abs(gradient.rollout[plan == Reuse.ROLLOUT]).max() > 0.02
+    assert gradient.change(plan) == 0.0
+
+
+@pytest.mark.parametrize('scheduler', [DDIM, DDPM], ids=['ddim', 'ddpm'])
+def test_the_reuse_gradient_foretells_what_flips_change(scheduler: SchedulerSpec) -> None:
+    teacher = _teacher(scheduler, scale=1.0)
+    batch, loop = LessonBatch(teacher, _lessons(teacher, 4, ticks=2)), SharedPlanLoop(teacher)
+    plan = _random_plan(3, scheduler.steps, 0.6)
+    gradient = reuse_gradient(loop, batch, plan, MEASURE)
+    base = loop.error(batch, plan, MEASURE)
+    flips = [f for f in gradient.flips(tuple(Reuse)) if 0 < abs(f.change) < 0.2 * base]
+    measured = [loop.error(batch, flipped(plan, flip), MEASURE) - base for flip in flips]
+    assert len(flips) > 20
+    assert np.corrcoef([flip.change for flip in flips], measured)[0, 1] > 0.9
+
+
+def test_a_search_lowers_the_error_and_keeps_budget_and_forced_cells() -> None:
+    teacher = _teacher(DDPM)
+    lessons = _lessons(teacher, 6)
+    loop, batch = SharedPlanLoop(teacher), LessonBatch(teacher, lessons)
+    sample = LessonBatch(teacher, lessons[:3])
+    forced = forced_cells((6, 6), force_first_step=True)
+    search = PlanSearch(loop, MEASURE, static_plan(6, 6, 1), 12, forced, SearchSpec(trials=6))
+    while search.computed < search.budget:
+        search.grow(sample)
+    error = loop.error(batch, search.plan, MEASURE)
+    first = error
+    random = np.random.default_rng(0)
+    for _ in range(8):
+        before, after = search.step(batch, sample, random)
+        assert before == pytest.approx(error) and after <= before
+        assert search.computed == 12
+        assert (search.plan[0] == Reuse.COMPUTE).all()
+        error = after
+        assert loop.error(batch, search.plan, MEASURE) == pytest.approx(error)
+    assert error < 0.9 * first
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), sparsity=st.sampled_from([0.4, 0.6, 0.8]))
+def test_a_table_gives_back_its_plan_and_orders_cells_for_other_sparsities(
+    seed: int, sparsity: float
+) -> None:
+    plan = _random_plan(seed, 5, sparsity)
+    random = np.random.default_rng(seed)
+    computed = plan == Reuse.COMPUTE
+    ranking = np.where(computed, 1.0, -1.0) * random.uniform(0.01, 1.0, plan.shape)
+    table = plan_table(plan, ranking.astype(np.float32)).numpy()
+    valid = np.ones(plan.shape, bool)
+    assert (make_plan(table, realised_sparsity(plan), valid, False) == plan).all()
+    denser = make_plan(table, realised_sparsity(plan) - 0.2, valid, False)
+    assert (denser[computed] == Reuse.COMPUTE).all()
+
+
+def test_a_flip_that_takes_away_a_source_leaves_a_plan_that_can_be_executed() -> None:
+    plan = static_plan(4, 6, 1)
+    without = flipped(plan, Flip(0, 2, Reuse.ROLLOUT, 0.0))
+    assert (without[:, 2] == Reuse.ROLLOUT).all()
+    assert (np.delete(without, 2, axis=1) == np.delete(plan, 2, axis=1)).all()

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Search of a reuse plan: the gradient proposes, a trial decides.
+
+A plan is discrete. A small step of a straight-through gradient changes nothing and a large one
+flips many cells at once, for which the gradient does not speak. So the first-order change of
+every single flip ranks the candidates, the best of them are tried one by one, and those that
+helped are applied together if together they help on the batch; otherwise fewer of them are.
+What dropping a computed cell costs is far from linear, so that is always measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tts_policy.core.plan import Plan, Reuse
+from tts_policy.train.lessons import ActionError, LessonBatch, SharedPlanLoop
+from tts_policy.train.reuse_gradient import Flip, ReuseGradient, flipped, reuse_gradient
+
+REUSE_CLASSES = (Reuse.FORWARD, Reuse.TIMESTEP, Reuse.ROLLOUT)
+# Of a block's column, flips this close in steps replace one another: their changes do not add up.
+NEIGHBOURS = 2
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """Settings of a search.
+
+    trials: flips tried one by one for each of classes, additions and removals a step;
+    largest_change: flips that promise more than this are out of the gradient's reach;
+    forget_after: steps after which a flip that did not help may be tried again;
+    largest_swap: cells exchanged at once; growth: share of cells added at once to a plan that
+    has fewer than the budget.
+    """
+
+    trials: int = 12
+    largest_change: float = 0.01
+    forget_after: int = 15
+    largest_swap: int = 16
+    growth: float = 0.2
+
+
+class PlanSearch:
+    """A plan [K, N] on its way to fewer errors within a budget of computed cells.
+
+    Cells of `forced` are always computed. `removal_cost` [K, N] is the measured harm of reusing a
+    computed cell, NaN where unknown, `removal_class` the class it would take.
+    """
+
+    def __init__(
+        self,
+        loop: SharedPlanLoop,
+        measure: ActionError,
+        plan: Plan,
+        budget: int,
+        forced: NDArray[np.bool_],
+        spec: SearchSpec,
+    ) -> None:
+        self._loop, self._measure, self._spec = loop, measure, spec
+        self.plan, self.budget, self._forced = plan, budget, forced
+        self.removal_cost = np.full(plan.shape, np.nan)
+        self.removal_class = np.full(plan.shape, Reuse.TIMESTEP, np.int8)
+        self._failed_in = np.full((*plan.shape, len(Reuse)), -spec.forget_after)
+        self._swap = 4
+        self._step = 0
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` continues from."""
+        return {
+            'plan': torch.from_numpy(self.plan),
+            'removal_cost': torch.from_numpy(self.removal_cost),
+            'removal_class': torch.from_numpy(self.removal_class),
+            'failed_in': torch.from_numpy(self._failed_in),
+            'swap': self._swap,
+            'step': self._step,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a `state`."""
+        self.plan = state['plan'].numpy()
+        self.removal_cost = state['removal_cost'].numpy()
+        self.removal_class = state['removal_class'].numpy()
+        self._failed_in = state['failed_in'].numpy()
+        self._swap, self._step = state['swap'], state['step']
+
+    @property
+    def computed(self) -> int:
+        """Number of computed cells."""
+        return int((self.plan == Reuse.COMPUTE).sum())
+
+    def grow(self, batch: LessonBatch) -> None:
+        """Compute more cells, those that promise most, toward the budget."""
+        gradient = reuse_gradient(self._loop, batch, self.plan, self._measure)
+        room = self.budget - self.computed
+        count = min(room, max(1, round(self._spec.growth * self.computed)))
+        flips = gradient.flips((Reuse.COMPUTE,))
+        chosen = _apart(flips, count)
+        rest = [flip for flip in flips if flip not in chosen]
+        self.plan = flipped(self.plan, *chosen, *rest[: count - len(chosen)])
+
+    def step(
+        self, batch: LessonBatch, sample: LessonBatch, random: np.random.Generator
+    ) -> tuple[float, float]:
+        """Try to improve on a batch; returns its error before and after.
+
+        The gradient and the trials of single flips look at `sample`, a part of the batch.
+        """
+        self._step += 1
+        gradient = reuse_gradient(self._loop, sample, self.plan, self._measure)
+        before = self._error(batch)
+        error = self._change_classes(gradient, batch, sample, before, random)
+        additions = self._try(gradient.flips((Reuse.COMPUTE,)), sample, random)
+        self._measure_removals(gradient, sample, random)
+        return before, self._exchange(additions, batch, error)
+
+    def _error(self, batch: LessonBatch, plan: Plan | None = None) -> float:
+        return self._loop.error(batch, self.plan if plan is None else plan, self._measure)
+
+    def _try(
+        self, flips: Sequence[Flip], sample: LessonBatch, random: np.random.Generator
+    ) -> list[Flip]:
+        """Measured changes of the most promising flips that helped, best first."""
+        spec, best, cells = self._spec, [], set()
+        for flip in flips:
+            recent = self._step - self._failed_in[flip.place] < spec.forget_after
+            if flip.cell in cells or recent or flip.change < -spec.largest_change:
+                continue
+            cells.add(flip.cell)
+            best.append(flip)
+            if len(best) == 4 * spec.trials:
+                break
+        base, helped = self._error(sample), []
+        for index in _mostly_first(len(best), spec.trials, random):
+            flip = best[index]
+            change = self._error(sample, flipped(self.plan, flip)) - base
+            if change < 0:
+                helped.append(replace(flip, change=change))
+            else:
+                self._failed_in[flip.place] = self._step
+        return sorted(helped, key=lambda flip: flip.change)
+
+    def _change_classes(
+        self,
+        gradient: ReuseGradient,
+        batch: LessonBatch,
+        sample: LessonBatch,
+        error: float,
+        random: np.random.Generator,
+    ) -> float:
+        helped = self._try(gradient.flips(REUSE_CLASSES), sample, random)
+        while helped:
+            plan = flipped(self.plan, *helped)
+            trial = self._error(batch, plan)
+            if trial < error:
+                self.plan = plan
+                return trial
+            helped = helped[: len(helped) // 2]
+        return error
+
+    def _measure_removals(
+        self, gradient: ReuseGradient, sample: LessonBatch, random: np.random.Generator
+    ) -> None:
+        """Measure unknown removals first, then mostly the cheapest ones again."""
+        removable = np.argwhere((self.plan == Reuse.COMPUTE) & ~self._forced)
+        costs = self.removal_cost[tuple(removable.T)]
+        order = np.argsort(np.where(np.isnan(costs), -np.inf, costs), kind='stable')
+        base = self._error(sample)
+        for index in _mostly_first(len(order), self._spec.trials, random):
+            step, block = (int(value) for value in removable[order[index]])
+            flips = [gradient.flip(self.plan, step, block, reuse) for reuse in REUSE_CLASSES]
+            # The smaller the expected change, in either direction, the better the gradient knows.
+            flip = min((f for f in flips if f is not None), key=lambda f: abs(f.change))
+            self.removal_cost[step, block] = self._error(sample, flipped(self.plan, flip)) - base
+            self.removal_class[step, block] = flip.reuse
+
+    def _removals(self) -> list[Flip]:
+        known = (self.plan == Reuse.COMPUTE) & ~self._forced & np.isfinite(self.removal_cost)
+        flips = [
+            Flip(int(i), int(b), Reuse(int(self.removal_class[i, b])), self.removal_cost[i, b])
+            for i, b in np.argwhere(known)
+        ]
+        return sorted(flips, key=lambda flip: flip.change)
+
+    def _exchange(self, additions: Sequence[Flip], batch: LessonBatch, error: float) -> float:
+        """Exchange computed cells for others, as many as help together."""
+        while self._swap:
+            added = _apart(additions, self._swap)
+            removed = _apart(self._removals(), len(added))
+            plan = flipped(self.plan, *removed, *added[: len(removed)])
+            trial = self._error(batch, plan)
+            if removed and trial < error:
+                self.plan = plan
+                self._swap = min(2 * self._swap, self._spec.largest_swap)
+                return trial
+            self._swap //= 2
+        self._swap = 1
+        return error
+
+    def ranking(self, gradient: ReuseGradient) -> NDArray[np.float32]:
+        """How much every cell wants to be computed: [K, N], above 0 where the plan does.
+
+        In (0, 1] by the cost of removal for computed cells, in [-1, 0) by the expected gain of
+        computing for the others, so that a budget near this plan's has a sensible plan too.
+        """
+        wanted = np.zeros(self.plan.shape, np.float32)
+        costs = np.where(np.isnan(self.removal_cost), np.inf, self.removal_cost)
+        costs[self._forced] = np.inf
+        computed = self.plan == Reuse.COMPUTE
+        wanted[computed] = _ranks(costs[computed])
+        flips = gradient.flips((Reuse.COMPUTE,))
+        gains = np.zeros(self.plan.shape)
+        for flip in flips:
+            gains[flip.cell] = -flip.change
+        wanted[~computed] = _ranks(gains[~computed]) - 1.0 - 1.0 / max(1, (~computed).sum())
+        return wanted
+
+
+def _ranks(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Ranks of values in (0, 1]."""
+    ranks = np.empty(len(values), np.float32)
+    ranks[np.argsort(values, kind='stable')] = np.arange(1, len(values) + 1) / max(1, len(values))
+    return ranks
+
+
+def _apart(flips: Sequence[Flip], count: int) -> list[Flip]:
+    """The first `count` flips that are not neighbours of one another."""
+    chosen: list[Flip] = []
+    for flip in flips:
+        if len(chosen) >= count:
+            break
+        columns = (other.step for other in chosen if other.block == flip.block)
+        if all(abs(step - flip.step) > NEIGHBOURS for step in columns):
+            chosen.append(flip)
+    return chosen
+
+
+def _mostly_first(count: int, draws: int, random: np.random.Generator) -> list[int]:
+    """`draws` distinct indices below `count`, in order, the small ones more likely."""
+    if count <= draws:
+        return list(range(count))
+    weights = np.exp(-np.arange(count) / draws)
+    chosen = random.choice(count, draws, replace=False, p=weights / weights.sum())
+    return sorted(int(index) for index in chosen)

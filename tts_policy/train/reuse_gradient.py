@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every reuse decision would change, to first order: one sparse pass with gradients.
+
+The action error is differentiated by the residual stream after every cell, and every cell is
+computed beside the sparse pass, without gradient. For a cell c whose feature y_c were replaced by
+feature y_s of the same kind, the error changes by <dE/dstream_c, y_s - y_c> to first order. All
+these products, for all pairs of cells of a kind, tell what any other plan would change, with its
+effect on later cells that reuse what it computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tts_policy.core.denoiser import BlockKind
+from tts_policy.core.plan import Plan, Reuse, computed_before, resolve_sources
+from tts_policy.train.lessons import ActionError, LessonBatch, SharedPlanLoop
+
+KINDS = len(BlockKind)
+
+
+def with_sources(plan: Plan) -> Plan:
+    """Turn FORWARD and TIMESTEP cells that have nothing to reuse into ROLLOUT."""
+    forward, timestep = computed_before(plan == Reuse.COMPUTE)
+    stranded = ((plan == Reuse.FORWARD) & ~forward) | ((plan == Reuse.TIMESTEP) & ~timestep)
+    return np.where(stranded, np.int8(Reuse.ROLLOUT), plan)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One cell of a plan taking another class, and the change of the error expected of it."""
+
+    step: int
+    block: int
+    reuse: Reuse
+    change: float
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Step and block."""
+        return self.step, self.block
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Step, block and class."""
+        return self.step, self.block, int(self.reuse)
+
+
+def flipped(plan: Plan, *flips: Flip) -> Plan:
+    """Plan with some cells changed."""
+    plan = plan.copy()
+    for flip in flips:
+        plan[flip.cell] = flip.reuse
+    return with_sources(plan)
+
+
+class ReuseGradient:
+    """First-order change of the error from `plan` to other plans.
+
+    products[j][c, s] is the product of the gradient at cell c with the feature of cell s, both of
+    kind j and counted [K, L]; rollout[i, b] that with the feature of an earlier tick.
+    """
+
+    def __init__(
+        self, plan: Plan, products: NDArray[np.float32], rollout: NDArray[np.float32]
+    ) -> None:
+        self.plan, self.rollout, self._products = plan, rollout, products
+        steps, blocks = plan.shape
+        step, block = np.divmod(np.arange(steps * blocks), blocks)
+        self._kind = block % KINDS
+        self._place = step * (blocks // KINDS) + block // KINDS
+        self._now = self._values(plan)
+
+    def _values(self, plan: Plan) -> NDArray[np.float32]:
+        sources = resolve_sources(plan).ravel()
+        values = self._products[self._kind, self._place, self._place[sources]]
+        return np.where(plan.ravel() == Reuse.ROLLOUT, self.rollout.ravel(), values)
+
+    def change(self, plan: Plan) -> float:
+        """Expected change of the error with another plan."""
+        return float((self._values(plan) - self._now).sum())
+
+    def flip(self, plan: Plan, step: int, block: int, reuse: Reuse) -> Flip | None:
+        """Flip of a cell of `plan`, None if the class has no source there."""
+        changed = flipped(plan, Flip(step, block, reuse, 0.0))
+        if changed[step, block] != reuse:
+            return None
+        before = 0.0 if plan is self.plan else self.change(plan)
+        return Flip(step, block, reuse, self.change(changed) - before)
+
+    def flips(self, classes: tuple[Reuse, ...]) -> list[Flip]:
+        """Flips of reused cells to one of the classes, best first."""
+        found = [
+            self.flip(self.plan, int(step), int(block), reuse)
+            for step, block in np.argwhere(self.plan != Reuse.COMPUTE)
+            for reuse in classes
+            if reuse != self.plan[step, block]
+        ]
+        return sorted((f for f in found if f is not None), key=lambda flip: flip.change)
+
+
+class _GradientTick:
+    """One tick by a plan that keeps the residual stream after every cell for its gradient."""
+
+    def __init__(self, loop: SharedPlanLoop, plan: Plan, store: Tensor) -> None:
+        self._loop, self._store = loop, store
+        self._plan, self._sources = plan, resolve_sources(plan)
+        self.before = store.clone()
+        self.features = torch.empty_like(store)
+        self.stream: list[Tensor] = []
+        self._live: dict[int, Tensor] = {}
+
+    def run(self, batch: LessonBatch, tick: int) -> Tensor:
+        """Actions [B, T, A] with a graph; fills features, stream and the store."""
+        denoiser, memory = self._loop.denoiser, self._loop.memory
+        with torch.no_grad():
+            memory.encode(batch.observations[tick])
+        x = batch.initial_noise.clone().requires_grad_()
+        for step in range(len(self._plan)):
+            tokens = denoiser.embed(x)
+            for block in range(self._plan.shape[1]):
+                tokens = tokens + self._cell(step, block, tokens)
+                tokens.retain_grad()
+                self.stream.append(tokens)
+            eps = denoiser.predict(tokens)
+            x = self._loop.scheduler.step(step, x, eps, batch.noise(step))
+        return x
+
+    def _cell(self, step: int, block: int, tokens: Tensor) -> Tensor:
+        compute = self._loop.denoiser.blocks[block]
+        cond = self._loop.memory.conditioning(step, block // KINDS)
+        if self._plan[step, block] == Reuse.COMPUTE:
+            residual = compute(tokens, cond)
+            self.features[step, block] = self._store[step, block] = residual.detach()
+            self._live[int(self._sources[step, block])] = residual
+            return residual
+        with torch.no_grad():
+            self.features[step, block] = compute(tokens, cond)
+        if self._plan[step, block] == Reuse.ROLLOUT:
+            return self.before[step, block]
+        return self._live[int(self._sources[step, block])]
+
+
+def reuse_gradient(
+    loop: SharedPlanLoop, batch: LessonBatch, plan: Plan, measure: ActionError
+) -> ReuseGradient:
+    """Gradient of the mean error over the ticks of a batch; costs about one dense pass a tick."""
+    steps, blocks = plan.shape
+    places = steps * blocks // KINDS
+    products = np.zeros((KINDS, places, places), np.float32)
+    rollout = np.zeros((steps, blocks), np.float32)
+    store = batch.first_tick.clone()
+    for number in range(1, batch.ticks):
+        tick = _GradientTick(loop, plan, store)
+        error = measure(tick.run(batch, number), batch.targets[number]) / (batch.ticks - 1)
+        error.backward()
+        gradients = [tokens.grad for tokens in tick.stream]
+        assert all(gradient is not None for gradient in gradients)
+        gradient = torch.stack(gradients).view(steps, blocks, -1)  # type: ignore[arg-type]
+        features = tick.features.view(steps, blocks, -1)
+        rollout += torch.linalg.vecdot(gradient, tick.before.view(steps, blocks, -1)).numpy()
+        for kind in range(KINDS):
+            left = gradient[:, kind::KINDS].reshape(places, -1)
+            right = features[:, kind::KINDS].reshape(places, -1)
+            products[kind] += (left @ right.T).numpy()
+    return ReuseGradient(plan, products, rollout)

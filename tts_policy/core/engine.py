@@ -164,10 +164,11 @@ class EagerEngine(Engine):
         scheduler: NoiseScheduler,
         lattice: Lattice,
         force_first_step: bool,
+        memory: ConditionalMemory | None = None,
     ) -> None:
         self._denoiser, self._scheduler, self._lattice = denoiser, scheduler, lattice
         self._force_first_step = force_first_step
-        self._memory = ConditionalMemory(denoiser, scheduler.spec.timesteps())
+        self._memory = memory or ConditionalMemory(denoiser, scheduler.spec.timesteps())
         self.time_tokens = self._memory.time_tokens
         self.observation_tokens = self._memory.observation_tokens
 

@@ -138,14 +138,15 @@ class FoldedMemory:
         )
         scale = (width // heads) ** -0.5
         queries = [fold_norm(block.norm, block.q) for block in blocks]
-        # [L * heads, D / heads, D]: from a head's key or value to the width of the tokens
-        self._query = (torch.cat([w for w, _ in queries]) * scale).view(-1, width // heads, width)
-        self._query_bias = (torch.cat([b for _, b in queries]) * scale).view(-1, width // heads, 1)
-        self._out = (
-            torch.stack([block.out.weight.t() for block in blocks])
-            .reshape(-1, width // heads, width)
-            .contiguous()
-        )
+        # [L * heads, D / heads, D], from a head's key or value to the width of the tokens, stored
+        # the other way round: the product with the few rows of a tick is twice as fast then.
+        query = torch.cat([weight for weight, _ in queries]) * scale
+        self._query = query.view(-1, width // heads, width).transpose(1, 2).contiguous().mT
+        bias = torch.cat([bias for _, bias in queries]) * scale
+        self._query_bias = bias.view(-1, width // heads, 1)
+        out = torch.stack([block.out.weight for block in blocks])
+        out = out.view(layers, width, heads, width // heads).transpose(1, 2)
+        self._out = out.reshape(-1, width, width // heads).mT
         self._keys = torch.zeros(layers, heads, memory, width)
         self._values = torch.zeros(layers, heads, memory, width)
         self._bias = torch.zeros(layers, 1, heads, memory)

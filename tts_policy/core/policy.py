@@ -21,6 +21,7 @@ from tts_policy.core import flops
 from tts_policy.core.bundle import Bundle, load_bundle
 from tts_policy.core.chunk_sampler import ChunkSampler
 from tts_policy.core.contract import PolicyContract
+from tts_policy.core.frame_encoder import FrameEncoder
 from tts_policy.core.plan import Plan, realised_sparsity, reuse_mix
 from tts_policy.core.stopwatch import Stopwatch
 
@@ -86,6 +87,7 @@ class TestTimeSparsePolicy:
         if pruner is not None:
             pruner.to(self.device).eval().requires_grad_(False)
         self._denoiser = self._network.denoiser
+        self._frames = FrameEncoder(self._network.observation_encoder, self.device)
         self._sampler = ChunkSampler(self._denoiser, self.spec, pruner, seed)
         encoder = flops.conditional_encoder_flops(self._denoiser.spec)
         self._fixed_flops = encoder
@@ -147,8 +149,12 @@ class TestTimeSparsePolicy:
         With a seed the episode's noise depends on it alone.
         """
         self._sampler.reset(seed)
+        self._frames.clear()
 
-    def _tensors(self, window: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Tensor], Tensor]:
+    def _checked(
+        self, window: Mapping[str, NDArray[Any]]
+    ) -> tuple[dict[str, NDArray[Any]], Tensor]:
+        """Images by camera and joints [1, To, J] on the device."""
         observation = self.contract.observation
         expected = {'joints', *(camera.key for camera in observation.cameras)}
         if set(window) != expected:
@@ -161,7 +167,7 @@ class TestTimeSparsePolicy:
                 raise WindowError(
                     f'{camera.key} must be uint8 {shape}, got {image.dtype} {image.shape}'
                 )
-            images[camera.key] = torch.from_numpy(image).to(self.device)[None]
+            images[camera.key] = image
         joints = np.asarray(window['joints'], np.float32)
         expected_shape = (observation.steps, len(observation.joints))
         if joints.shape != expected_shape:
@@ -186,9 +192,10 @@ class TestTimeSparsePolicy:
         """
         sparsity = self.check_sparsity(sparsity)
         watch = Stopwatch()
-        images, joints = self._tensors(window)
+        images, joints = self._checked(window)
         watch.lap('copy_in')
-        features = self._network.features(images, joints)
+        normalised = self._network.joint_normalizer.normalize(joints)
+        features = self._network.observation_encoder.combine(self._frames(images), normalised)
         watch.lap('observation_encoder')
         x, plan, oldest = self._sampler.sample(features, sparsity, watch)
         chunk = self._network.action_normalizer.unnormalize(x[0])

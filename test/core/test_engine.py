@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,10 +143,15 @@ def test_plans_of_the_property_test_use_every_class() -> None:
 
 
 @torch.no_grad()
-def test_dense_loop_equals_torch_transformer_decoder_with_per_step_encoding() -> None:
+def test_dense_loop_equals_torch_transformer_decoder_with_per_step_encoding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / 'bench')
+    from upstream import decoder_of
+
     rig = Rig()
     rig.observe(0)
-    decoder = _torch_decoder(rig.denoiser)
+    decoder = decoder_of(rig.denoiser)
     x = rig.lattice.initial_noise
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 2, 7, generator=generator)
@@ -158,40 +164,6 @@ def test_dense_loop_equals_torch_transformer_decoder_with_per_step_encoding() ->
         tokens = decoder(rig.denoiser.embed(x), memory, tgt_mask=causal, memory_mask=visible)
         x = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), rig.lattice.step_noise[i])
     assert (x - rig.dense()).abs().max() < 1e-5
-
-
-def _torch_decoder(denoiser: Denoiser) -> torch.nn.TransformerDecoder:
-    spec = denoiser.spec
-    layer = torch.nn.TransformerDecoderLayer(
-        spec.width,
-        spec.heads,
-        4 * spec.width,
-        dropout=0.0,
-        activation='gelu',
-        batch_first=True,
-        norm_first=True,
-    )
-    decoder = torch.nn.TransformerDecoder(layer, spec.layers).eval()
-    for index, target in enumerate(decoder.layers):
-        sa, ca, ff = (block.state_dict() for block in denoiser.layer_blocks(index))
-        state = {
-            'self_attn.in_proj_weight': sa['qkv.weight'],
-            'self_attn.in_proj_bias': sa['qkv.bias'],
-            'multihead_attn.in_proj_weight': torch.cat([ca['q.weight'], ca['kv.weight']]),
-            'multihead_attn.in_proj_bias': torch.cat([ca['q.bias'], ca['kv.bias']]),
-        }
-        for part in ('weight', 'bias'):
-            state |= {
-                f'self_attn.out_proj.{part}': sa[f'out.{part}'],
-                f'multihead_attn.out_proj.{part}': ca[f'out.{part}'],
-                f'linear1.{part}': ff[f'up.{part}'],
-                f'linear2.{part}': ff[f'down.{part}'],
-                f'norm1.{part}': sa[f'norm.{part}'],
-                f'norm2.{part}': ca[f'norm.{part}'],
-                f'norm3.{part}': ff[f'norm.{part}'],
-            }
-        target.load_state_dict(state)
-    return decoder
 
 
 class _Calls:

@@ -48,7 +48,7 @@ def test_after_reset_nothing_of_the_old_episode_is_read(
         used.act(window, 0.6)
     used.reset(seed=7)
     # The store is NaN after a reset: a cached feature that were read would show in the action.
-    assert torch.isnan(used._lattice.features).all()
+    assert torch.isnan(used._sampler.lattice.features).all()
     fresh = TestTimeSparsePolicy.from_bundle(bundle, sampler)
     fresh.reset(seed=7)
     for window in windows[:3]:

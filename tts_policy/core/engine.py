@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executors of the denoising loop: the masked one, and the plain dense one it is measured by.
+"""The interface of the engines that run the denoising loop, and the eager one, the reference.
 
 `denoise_masked` never calls a block that the plan reuses. Runs of consecutive reused blocks are
 one addition of a sum, and a sum is formed once a tick: within a tick a cell is written at most
@@ -8,6 +8,7 @@ once, before anything in the tick reads it, so equal sources mean equal sums.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import groupby
 
@@ -21,6 +22,7 @@ from tts_policy.core.lattice import Lattice
 from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.plan import Plan, Reuse, resolve_sources
 from tts_policy.core.scheduler import NoiseScheduler
+from tts_policy.core.stopwatch import Stopwatch
 
 
 def _noise(lattice: Lattice, step: int) -> Tensor | None:
@@ -123,3 +125,67 @@ def denoise_masked(
         tokens = runner.run(step, denoiser.embed(x), computed[step], sources[step])
         x = scheduler.step(step, x, denoiser.predict(tokens), _noise(lattice, step))
     return x, executed
+
+
+class Engine(ABC):
+    """Conditional encoding and denoising of one sampler; what survives a tick is in the lattice.
+
+    time_tokens: [K, D], folded at load; observation_tokens: [1, To, D] after `observe`.
+    """
+
+    time_tokens: Tensor
+    observation_tokens: Tensor
+
+    @abstractmethod
+    def observe(self, features: Tensor) -> None:
+        """Encode the observation features [1, To, Do] of a tick."""
+
+    @abstractmethod
+    def denoise(self, plan: Callable[[], Plan], watch: Stopwatch) -> tuple[Tensor, Plan]:
+        """Denoise by a plan; returns normalised actions [1, T, A] and the plan executed.
+
+        `plan()` is called once: with step 0 forced only after step 0 has been launched, otherwise
+        before. The caller closes the tick with `lattice.commit`.
+
+        Raises
+        ------
+        PlanError
+            if the plan reuses what does not exist.
+
+        """
+
+
+class EagerEngine(Engine):
+    """The reference, on any device: every computed block called through its own forward."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scheduler: NoiseScheduler,
+        lattice: Lattice,
+        force_first_step: bool,
+        memory: ConditionalMemory | None = None,
+    ) -> None:
+        self._denoiser, self._scheduler, self._lattice = denoiser, scheduler, lattice
+        self._force_first_step = force_first_step
+        self._memory = memory or ConditionalMemory(denoiser, scheduler.spec.timesteps())
+        self.time_tokens = self._memory.time_tokens
+        self.observation_tokens = self._memory.observation_tokens
+
+    def observe(self, features: Tensor) -> None:
+        """Encode the observation features [1, To, Do] of a tick."""
+        self._memory.encode(features)
+        self.observation_tokens = self._memory.observation_tokens
+
+    def denoise(self, plan: Callable[[], Plan], watch: Stopwatch) -> tuple[Tensor, Plan]:
+        """Denoise by a plan; see `Engine.denoise`."""
+        result = denoise_masked(
+            self._denoiser,
+            self._scheduler,
+            self._memory,
+            self._lattice,
+            plan,
+            self._force_first_step,
+        )
+        watch.lap('denoising')
+        return result

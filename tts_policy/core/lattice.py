@@ -23,6 +23,8 @@ NEVER = -1
 class Lattice:
     """Features [K, N, T, D], the tick each was computed in [K, N], and the held noise.
 
+    store: [K * N + 1, T, D]; features is its view by step and block, and the last row is the
+    engine's, for a constant that it adds up together with features.
     initial_noise: [1, T, A]; step_noise: [K, 1, T, A], empty for a scheduler that adds none.
     """
 
@@ -35,8 +37,9 @@ class Lattice:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.steps, self.blocks = steps, spec.blocks
-        shape = (spec.horizon, spec.width)
-        self.features = torch.zeros(steps, spec.blocks, *shape, device=device, dtype=dtype)
+        cells, shape = steps * spec.blocks, (spec.horizon, spec.width)
+        self.store = torch.zeros(cells + 1, *shape, device=device, dtype=dtype)
+        self.features = self.store[:-1].view(steps, spec.blocks, *shape)
         self.computed_in = np.full((steps, spec.blocks), NEVER, np.int64)
         self.tick = 0
         noise = (1, spec.horizon, spec.action_dim)

@@ -7,8 +7,7 @@ noise) and is used from one thread. The first tick after `reset` is dense.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,11 @@ from torch import Tensor
 
 from tts_policy.core import flops
 from tts_policy.core.bundle import Bundle, load_bundle
+from tts_policy.core.chunk_sampler import ChunkSampler
 from tts_policy.core.contract import PolicyContract
-from tts_policy.core.engine import denoise_masked
-from tts_policy.core.lattice import Lattice
-from tts_policy.core.memory import ConditionalMemory
-from tts_policy.core.plan import Plan, dense_plan, make_plan, realised_sparsity, reuse_mix
-from tts_policy.core.pruner import Pruner
-from tts_policy.core.scheduler import NoiseScheduler
+from tts_policy.core.frame_encoder import FrameEncoder
+from tts_policy.core.plan import Plan, realised_sparsity, reuse_mix
+from tts_policy.core.stopwatch import Stopwatch
 
 
 class WindowError(ValueError):
@@ -61,23 +58,6 @@ class Chunk:
     stats: ChunkStats
 
 
-class _Stopwatch:
-    """Host time of consecutive stages, in seconds."""
-
-    def __init__(self) -> None:
-        self.stages_s: dict[str, float] = {}
-        self._started = self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.stages_s[stage] = now - self._last
-        self._last = now
-
-    @property
-    def total_s(self) -> float:
-        return self._last - self._started
-
-
 class TestTimeSparsePolicy:
     """A bundle's policy run by one of its samplers on one device."""
 
@@ -103,28 +83,16 @@ class TestTimeSparsePolicy:
         self.samplers = tuple(bundle.samplers)
         self.sampler = sampler
         self._network = bundle.network.to(self.device).eval().requires_grad_(False)
+        self._pruner = pruner
+        if pruner is not None:
+            pruner.to(self.device).eval().requires_grad_(False)
         self._denoiser = self._network.denoiser
-        self._scheduler = NoiseScheduler(self.spec.scheduler)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._pruner: Pruner | None = None
-        with torch.inference_mode():
-            self._memory = ConditionalMemory(self._denoiser, self.spec.scheduler.timesteps())
-            if pruner is not None:
-                self._pruner = pruner.to(self.device).eval().requires_grad_(False)
-                self._gates = self._pruner.gates(self._memory.time_tokens)
-            self._lattice = Lattice(
-                self._denoiser.spec,
-                self.spec.scheduler.steps,
-                self._scheduler.needs_noise,
-                self.device,
-            )
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
-        self._dense = dense_plan(self.spec.scheduler.steps, self._denoiser.spec.blocks)
+        self._frames = FrameEncoder(self._network.observation_encoder, self.device)
+        self._sampler = ChunkSampler(self._denoiser, self.spec, pruner, seed)
         encoder = flops.conditional_encoder_flops(self._denoiser.spec)
         self._fixed_flops = encoder
-        self._dense_flops = encoder + flops.decoder_flops(self._denoiser.spec, self._dense)
+        self._dense_flops = encoder + flops.decoder_flops(self._denoiser.spec, self._sampler.dense)
         self._pruner_flops = flops.pruner_flops(pruner.spec) if pruner is not None else 0
-        self.reset()
 
     @classmethod
     def from_bundle(
@@ -180,12 +148,13 @@ class TestTimeSparsePolicy:
 
         With a seed the episode's noise depends on it alone.
         """
-        if seed is not None:
-            self._generator.manual_seed(seed)
-        with torch.inference_mode():
-            self._lattice.reset(self._generator)
+        self._sampler.reset(seed)
+        self._frames.clear()
 
-    def _tensors(self, window: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Tensor], Tensor]:
+    def _checked(
+        self, window: Mapping[str, NDArray[Any]]
+    ) -> tuple[dict[str, NDArray[Any]], Tensor]:
+        """Images by camera and joints [1, To, J] on the device."""
         observation = self.contract.observation
         expected = {'joints', *(camera.key for camera in observation.cameras)}
         if set(window) != expected:
@@ -198,7 +167,7 @@ class TestTimeSparsePolicy:
                 raise WindowError(
                     f'{camera.key} must be uint8 {shape}, got {image.dtype} {image.shape}'
                 )
-            images[camera.key] = torch.from_numpy(image).to(self.device)[None]
+            images[camera.key] = image
         joints = np.asarray(window['joints'], np.float32)
         expected_shape = (observation.steps, len(observation.joints))
         if joints.shape != expected_shape:
@@ -206,30 +175,6 @@ class TestTimeSparsePolicy:
         if not np.isfinite(joints).all():
             raise WindowError('joints must be finite, got NaN or infinity')
         return images, torch.from_numpy(joints).to(self.device)[None]
-
-    def _request_plan(self, sparsity: float) -> Callable[[], Plan]:
-        """Start the pruner; the returned function waits for its plan."""
-        if sparsity == 0.0 or self._pruner is None or self._lattice.tick == 0:
-            return lambda: self._dense
-        valid = self._lattice.rollout_valid(self.spec.max_rollout_age)
-        tokens = self._memory.observation_tokens
-        if self._stream is None:
-            logits = self._pruner(self._gates, tokens, sparsity)[0]
-            plan = make_plan(logits.numpy(), sparsity, valid, self.spec.force_first_step)
-            return lambda: plan
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            on_device = self._pruner(self._gates, tokens, sparsity)[0]
-            logits = torch.empty(on_device.shape, pin_memory=True)
-            logits.copy_(on_device, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(self._stream)
-
-        def wait() -> Plan:
-            done.synchronize()
-            return make_plan(logits.numpy(), sparsity, valid, self.spec.force_first_step)
-
-        return wait
 
     @torch.inference_mode()
     def act(self, window: Mapping[str, NDArray[Any]], sparsity: float) -> Chunk:
@@ -246,35 +191,21 @@ class TestTimeSparsePolicy:
 
         """
         sparsity = self.check_sparsity(sparsity)
-        watch = _Stopwatch()
-        images, joints = self._tensors(window)
+        watch = Stopwatch()
+        images, joints = self._checked(window)
         watch.lap('copy_in')
-        features = self._network.features(images, joints)
+        normalised = self._network.joint_normalizer.normalize(joints)
+        features = self._network.observation_encoder.combine(self._frames(images), normalised)
         watch.lap('observation_encoder')
-        self._memory.encode(features)
-        watch.lap('conditional_encoder')
-        if not self.spec.hold_noise and self._lattice.tick > 0:
-            self._lattice.draw_noise(self._generator)
-        request = self._request_plan(sparsity)
-        watch.lap('pruner')
-        x, plan = denoise_masked(
-            self._denoiser,
-            self._scheduler,
-            self._memory,
-            self._lattice,
-            request,
-            self.spec.force_first_step,
-        )
-        oldest = self._lattice.commit(plan)
-        watch.lap('denoising')
+        x, plan, oldest = self._sampler.sample(features, sparsity, watch)
         chunk = self._network.action_normalizer.unnormalize(x[0])
         first = self.contract.observation.steps - 1
         actions = chunk[first:].cpu().double().numpy()
         watch.lap('copy_out')
         return Chunk(actions, plan, self._stats(plan, oldest, watch))
 
-    def _stats(self, plan: Plan, oldest: int, watch: _Stopwatch) -> ChunkStats:
-        pruned = plan is not self._dense
+    def _stats(self, plan: Plan, oldest: int, watch: Stopwatch) -> ChunkStats:
+        pruned = plan is not self._sampler.dense
         executed = flops.decoder_flops(self._denoiser.spec, plan) + self._fixed_flops
         return ChunkStats(
             sparsity=realised_sparsity(plan),

@@ -84,6 +84,11 @@ class NoiseScheduler:
         return (*to_x0, x0, x, 0.0, variance**0.5)
 
     @property
+    def coefficients(self) -> list[tuple[float, ...]]:
+        """to_x0_x, to_x0_eps, next_x0, next_x, next_eps, next_noise of every step."""
+        return list(self._rows)
+
+    @property
     def needs_noise(self) -> bool:
         """Whether a step adds noise of its own (DDPM does, DDIM does not)."""
         return self.spec.kind == 'ddpm'

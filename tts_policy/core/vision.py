@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -75,10 +77,18 @@ class ObservationEncoder(nn.Module):
 
     def forward(self, images: dict[str, Tensor], joints: Tensor) -> Tensor:
         """Encode a batch of windows into features [B, To, Do]."""
-        batch, steps = joints.shape[:2]
-        features = [joints]
-        for key, encoder in self.cameras.items():
-            image = images[key].flatten(0, 1).permute(0, 3, 1, 2)
-            pixels = image.to(joints.dtype).div(127.5).sub(1.0).contiguous()
-            features.append(encoder(pixels).view(batch, steps, -1))
-        return torch.cat(features, dim=-1)
+        cameras = {
+            key: self.camera_features(key, images[key].flatten(0, 1)).view(*joints.shape[:2], -1)
+            for key in self.cameras
+        }
+        return self.combine(cameras, joints)
+
+    def camera_features(self, key: str, images: Tensor) -> Tensor:
+        """Features [n, F] of uint8 images [n, H, W, 3] of one camera."""
+        pixels = images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
+        features: Tensor = self.cameras[key](pixels)
+        return features
+
+    def combine(self, cameras: Mapping[str, Tensor], joints: Tensor) -> Tensor:
+        """Features [B, To, Do] from those of the cameras [B, To, F] and joints [B, To, J]."""
+        return torch.cat([joints, *(cameras[key] for key in self.cameras)], dim=-1)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of one action chunk: upstream's dense loop, ours, the sparse engine, the paper's ablation.
+
+All arms run interleaved in one process, chunk by chunk, so that ratios are of the same machine in
+the same minute. With --random the model has upstream's size and no observation encoder; with
+--bundle the bundle's own encoder, pruners and recommended sparsities are timed. The first chunk of
+a sampler is dense and belongs to the warm-up.
+
+    .venv/bin/pip install -r requirements/bench.txt -c requirements/constraints.txt
+    .venv/bin/python bench/latency.py --random --json out/latency.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arms import Arm, bundle_model, make_arms, random_model, run_timed
+from machine import describe_machine
+from tqdm import tqdm
+
+MIN_CHUNKS = 200
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument('--bundle', type=Path, help='folder of a model bundle')
+    model.add_argument('--random', action='store_true', help="random model of upstream's size")
+    parser.add_argument(
+        '--horizon', type=int, choices=(10, 16), default=10, help='T of the random model'
+    )
+    parser.add_argument('--tiny', action='store_true', help='shrink the random model, for tests')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--threads', type=int, default=1, help='torch threads')
+    parser.add_argument(
+        '--chunks', type=int, default=MIN_CHUNKS, help='measured chunks of every arm'
+    )
+    parser.add_argument('--warm-up', type=int, default=3, help='chunks before the measured ones')
+    parser.add_argument('--only', default='', help='only arms whose name contains this')
+    parser.add_argument('--json', type=Path, help='write the result to this file as well')
+    arguments = parser.parse_args()
+    for name, lowest in (('chunks', 1), ('warm_up', 1), ('threads', 1)):
+        if getattr(arguments, name) < lowest:
+            parser.error(
+                f'--{name.replace("_", "-")} must be at least {lowest}, '
+                f'got {getattr(arguments, name)}'
+            )
+    return arguments
+
+
+def measure(arms: list[Arm], chunks: int, warm_up: int, device: str) -> dict[str, Any]:
+    """Run the arms in turn; returns percentiles and median stages by arm, in milliseconds."""
+    synchronise = torch.cuda.synchronize if device == 'cuda' else lambda: None
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    stages: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
+    for turn in tqdm(range(warm_up + chunks), desc='chunks', dynamic_ncols=True):
+        for arm in arms:
+            taken, parts = run_timed(arm, synchronise)
+            if turn >= warm_up:
+                seconds[arm.name].append(taken)
+                stages[arm.name].append(parts)
+    results = {}
+    for name, taken in seconds.items():
+        p50, p95, p99 = 1e3 * np.percentile(taken, (50, 95, 99))
+        results[name] = {
+            'p50_ms': round(float(p50), 3),
+            'p95_ms': round(float(p95), 3),
+            'p99_ms': round(float(p99), 3),
+            'stages_ms': {
+                stage: round(1e3 * float(np.median([parts[stage] for parts in stages[name]])), 3)
+                for stage in stages[name][0]
+            },
+        }
+    return results
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Percentiles and speed against the first arm, then the stages of every arm."""
+    baseline = next(iter(results.values()))['p50_ms']
+    width = max(len(name) for name in results)
+    print(f'{"arm":{width}}  {"p50 ms":>9} {"p95 ms":>9} {"p99 ms":>9} {"speed":>7}')
+    for name, row in results.items():
+        times = ' '.join(f'{row[f"p{p}_ms"]:9.2f}' for p in (50, 95, 99))
+        print(f'{name:{width}}  {times} {baseline / row["p50_ms"]:6.1f}x')
+    print()
+    for name, row in results.items():
+        parts = ', '.join(f'{stage} {ms:.2f}' for stage, ms in row['stages_ms'].items())
+        print(f'{name:{width}}  {parts}')
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    if arguments.bundle is not None:
+        model = bundle_model(arguments.bundle, arguments.device)
+    else:
+        model = random_model(arguments.horizon, arguments.device, arguments.tiny)
+    machine = describe_machine(arguments.device)
+    print(', '.join(f'{key} {value}' for key, value in machine.items()))
+    arms = [arm for arm in make_arms(model) if arguments.only in arm.name]
+    results = measure(arms, arguments.chunks, arguments.warm_up, arguments.device)
+    print_table(results)
+    if arguments.json is not None:
+        settings = {
+            'model': str(arguments.bundle or 'random'),
+            'spec': vars(model.denoiser.spec),
+            'chunks': arguments.chunks,
+            'warm_up': arguments.warm_up,
+        }
+        data = {'machine': machine, 'settings': settings, 'arms': results}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(data, indent=1) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()

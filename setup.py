@@ -44,6 +44,7 @@ setup(
             'collect_demos = tts_policy.train.collect:main',
             'train_policy = tts_policy.train.train_policy:main',
             'train_pruner = tts_policy.train.train_pruner:main',
+            'evaluate_bag = tts_policy.bag.evaluate_bag:main',
             'evaluate_lift = tts_policy.sim.evaluate:main',
             'demo = tts_policy.sim.demo:main',
         ],

@@ -126,7 +126,8 @@ def test_everything_a_user_edits_or_loads_is_installed(distribution: Distributio
     ('layer', 'forbidden'),
     [
         ('core', ROS_MODULES | {'mujoco', 'robosuite', 'rosbags'}),
-        ('ros', {'torch', 'mujoco', 'robosuite', 'safetensors'}),
+        ('ros', {'torch', 'mujoco', 'robosuite', 'rosbags', 'safetensors'}),
+        ('bag', {'mujoco', 'robosuite'}),
     ],
 )
 def test_a_layer_does_not_import_what_it_is_kept_free_of(layer: str, forbidden: set[str]) -> None:

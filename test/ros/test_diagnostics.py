@@ -14,6 +14,7 @@ pytest.importorskip('rclpy', reason='rclpy is not installed')
 from tts_policy.ros import diagnostics
 from tts_policy.ros.diagnostics import Faults, TickStatistics, chunk_report, report
 from tts_policy.ros.inference import Delivery, Tick
+from tts_policy.ros.ticks import ScheduledTick
 
 INTERVAL_NS = 400_000_000
 
@@ -29,7 +30,7 @@ def delivery(latency_s: float = 0.02, age_ns: int = 30_000_000, skipped: int = 0
         oldest_rollout_ticks=3,
     )
     chunk = SimpleNamespace(stats=stats, plan=np.array([[0, 3], [1, 2]], np.int8))
-    tick = Tick(7, {}, 0.8, INTERVAL_NS, None, skipped, 0, 0.0)
+    tick = Tick(ScheduledTick(7, {}, None, 0, skipped), 0.8, INTERVAL_NS, 0, 0.0)
     return Delivery(tick, chunk, 7 + age_ns, latency_s)  # type: ignore[arg-type]
 
 

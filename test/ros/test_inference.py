@@ -39,12 +39,14 @@ class ScriptedPolicy:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.seeds: list[int] = []
         self.go = threading.Event()
         self.go.set()
         self.error: Exception | None = None
 
-    def reset(self) -> None:
+    def reset(self, seed: int) -> None:
         self.calls.append('reset')
+        self.seeds.append(seed)
 
     def act(self, observation: dict[str, np.ndarray], sparsity: float) -> Any:
         self.calls.append('act')
@@ -67,6 +69,7 @@ class Bench:
             lambda: self.now_ns,
             self.delivered.append,
             self.resets.append,
+            seed=7,
         )
         self.worker.start()
         self.worker.window = ObservationWindow(SPEC)
@@ -148,6 +151,7 @@ def test_a_gap_in_flight_discards_the_chunk_and_begins_a_new_episode(bench: Benc
     bench.wait(1)
     assert stamps(bench) == [31]
     assert bench.resets == ['activate', 'joints: gap']
+    assert bench.policy.seeds == [7, 8]  # one per episode, from the seed given
 
 
 def test_a_slow_tick_is_late_and_the_next_takes_the_newest_frame(bench: Bench) -> None:

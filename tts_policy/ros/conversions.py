@@ -3,7 +3,8 @@
 
 A message that does not match the contract is refused with one line that names the topic, what was
 expected and what came; it is never repaired, cropped or filled with zeros. Time is carried as int
-nanoseconds of the ROS clock.
+nanoseconds of the ROS clock. What reads messages works on those of rclpy and of rosbags alike, and
+imports no ROS.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from builtin_interfaces.msg import Duration, Time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from builtin_interfaces.msg import Duration, Time
     from sensor_msgs.msg import Image, JointState
 
 NS_PER_S = 1_000_000_000
@@ -46,12 +47,16 @@ def time_to_ns(stamp: Time) -> int:
 
 def ns_to_time(stamp_ns: int) -> Time:
     """builtin_interfaces Time of a stamp in nanoseconds."""
+    from builtin_interfaces.msg import Time
+
     sec, nanosec = divmod(int(stamp_ns), NS_PER_S)
     return Time(sec=sec, nanosec=nanosec)
 
 
 def ns_to_duration(duration_ns: int) -> Duration:
     """builtin_interfaces Duration of nanoseconds."""
+    from builtin_interfaces.msg import Duration
+
     sec, nanosec = divmod(int(duration_ns), NS_PER_S)
     return Duration(sec=sec, nanosec=nanosec)
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tts_policy.ros.observation import Arrival, ObservationWindow, WindowUnavailable
+from tts_policy.ros.ticks import ScheduledTick, TickSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
+    from tts_policy.ros.observation import Arrival, ObservationWindow
 
 
 class InferenceFailed(RuntimeError):
@@ -34,14 +35,26 @@ class InferenceFailed(RuntimeError):
 class Tick:
     """One control tick: the window it saw and what was asked of it."""
 
-    stamp_ns: int
-    observation: dict[str, np.ndarray]
+    scheduled: ScheduledTick
     sparsity: float
     interval_ns: int
-    reset: str | None
-    skipped: int
     generation: int
     began_s: float
+
+    @property
+    def stamp_ns(self) -> int:
+        """Stamp of its newest observation."""
+        return self.scheduled.stamp_ns
+
+    @property
+    def reset(self) -> str | None:
+        """Why an episode starts with it, None where one goes on."""
+        return self.scheduled.reset
+
+    @property
+    def skipped(self) -> int:
+        """Ticks that were due before and had no window."""
+        return self.scheduled.skipped
 
 
 @dataclass(frozen=True)
@@ -73,12 +86,13 @@ class InferenceWorker:
         now_ns: Callable[[], int],
         deliver: Callable[[Delivery], None],
         on_reset: Callable[[str], None],
+        seed: int = 0,
     ) -> None:
         self.policy: TestTimeSparsePolicy | None = None
-        self.window: ObservationWindow | None = None
         self.failure: str | None = None
-        self.waiting_for = ''
         self.discarded = 0
+        self._seed = seed
+        self._ticks: TickSchedule | None = None
         self._load = load
         self._now_ns = now_ns
         self._deliver = deliver
@@ -90,9 +104,21 @@ class InferenceWorker:
         self._generation = 0
         self._sparsity = 0.0
         self._interval_ns = 1
-        self._due_ns: int | None = None
-        self._reset: str | None = None
         self._thread = threading.Thread(target=self._main, name='inference', daemon=True)
+
+    @property
+    def window(self) -> ObservationWindow | None:
+        """The window that messages go to; set it before `activate`."""
+        return None if self._ticks is None else self._ticks.window
+
+    @window.setter
+    def window(self, window: ObservationWindow) -> None:
+        self._ticks = TickSchedule(window)
+
+    @property
+    def waiting_for(self) -> str:
+        """What the next tick lacks; empty when nothing."""
+        return '' if self._ticks is None else self._ticks.waiting_for
 
     def start(self) -> TestTimeSparsePolicy:
         """Start the thread and wait until it has loaded the policy.
@@ -122,10 +148,11 @@ class InferenceWorker:
     def activate(self) -> None:
         """Begin a new episode with an empty window."""
         with self._condition:
-            if self.window is not None:
-                self.window.clear()
             self._active = True
-            self._restart('activate', keep_schedule=False)
+            self._generation += 1
+            if self._ticks is not None:
+                self._ticks.begin('activate')
+            self._condition.notify_all()
 
     def deactivate(self) -> None:
         """Stop ticking; the chunk in flight will be discarded."""
@@ -142,29 +169,28 @@ class InferenceWorker:
     def request_reset(self, reason: str) -> None:
         """Forget the episode before the next tick; the window and the rhythm of ticks stay."""
         with self._condition:
-            self._restart(reason, keep_schedule=True)
+            self._restart(reason, keep_rhythm=True)
 
     def store(self, key: str, stamp_ns: int, value: Any) -> Arrival | None:
         """Put a message into the window; None when the node is not active."""
         with self._condition:
-            if not self._active or self.window is None:
+            if not self._active or self._ticks is None:
                 return None
             now_ns = self._now_ns()
-            arrival = self.window.add(key, stamp_ns, value, now_ns)
-            if arrival.breaks_continuity:
-                self._restart(f'{key}: {arrival.value}', keep_schedule=False)
+            arrival = self._ticks.store(key, stamp_ns, value, now_ns)
+            self._generation += arrival.breaks_continuity
             self._advance(now_ns)
             return arrival
 
     def clock_moved(self, backward: bool) -> None:
         """Tell of a step of a simulated clock."""
         with self._condition:
-            if self.window is None:
+            if self._ticks is None:
                 return
             now_ns = self._now_ns()
             if backward:
-                self.window.rewind(now_ns)
-                self._restart('clock: backward', keep_schedule=False)
+                self._ticks.window.rewind(now_ns)
+                self._restart('clock: backward', keep_rhythm=False)
             self._advance(now_ns)
 
     @contextmanager
@@ -188,18 +214,14 @@ class InferenceWorker:
             return None if newest is None else newest[1]
 
     def _advance(self, now_ns: int) -> None:
-        assert self.window is not None
-        for arrival in self.window.advance(now_ns):
-            if arrival.breaks_continuity:
-                self._restart(f'clock: {arrival.value}', keep_schedule=False)
+        assert self._ticks is not None
+        self._generation += self._ticks.advance(now_ns)
         self._condition.notify_all()
 
-    def _restart(self, reason: str, keep_schedule: bool) -> None:
+    def _restart(self, reason: str, keep_rhythm: bool) -> None:
         self._generation += 1
-        if self._reset is None:
-            self._reset = reason
-        if not keep_schedule:
-            self._due_ns = None
+        if self._ticks is not None:
+            self._ticks.restart(reason, keep_rhythm)
         self._condition.notify_all()
 
     def _main(self) -> None:
@@ -228,44 +250,33 @@ class InferenceWorker:
             if tick is None or self._stopping:
                 return False
         if tick.reset is not None:
-            self.policy.reset()
-        chunk = self.policy.act(tick.observation, sparsity=tick.sparsity)
+            # A seed per episode: a replayed recording draws the same noise wherever it starts.
+            self.policy.reset(self._seed + tick.scheduled.episode)
+        chunk = self.policy.act(tick.scheduled.observation, sparsity=tick.sparsity)
         with self._condition:
             if tick.generation != self._generation:
                 self.discarded += 1
                 return not self._stopping
-            self._due_ns = tick.stamp_ns + tick.interval_ns
+            assert self._ticks is not None
+            self._ticks.finish(tick.scheduled, tick.interval_ns)
             self._deliver(
                 Delivery(tick, chunk, self._now_ns(), time.perf_counter() - tick.began_s)
             )
         return True
 
     def _next_tick(self) -> Tick | None:
-        """Take the next tick if its window is complete; otherwise remember why not."""
-        if not self._active or self._stopping or self.window is None:
+        """Take the next tick if there is one."""
+        if not self._active or self._stopping or self._ticks is None:
             return None
-        stamp_ns = self.window.tick_stamp(self._due_ns)
-        if stamp_ns is None:
+        scheduled = self._ticks.take(self._now_ns(), self._interval_ns)
+        if scheduled is None:
             return None
-        try:
-            observation = self.window.window(stamp_ns, self._now_ns())
-        except WindowUnavailable as reason:
-            self.waiting_for = str(reason)
-            return None
-        self.waiting_for = ''
-        skipped = 0
-        if self._due_ns is not None:
-            skipped = max(0, round((stamp_ns - self._due_ns) / self._interval_ns))
-        reset, self._reset = self._reset, None
-        if reset is not None:
-            self._on_reset(reset)
+        if scheduled.reset is not None:
+            self._on_reset(scheduled.reset)
         return Tick(
-            stamp_ns,
-            observation,
+            scheduled,
             self._sparsity,
             self._interval_ns,
-            reset,
-            skipped,
             self._generation,
             time.perf_counter(),
         )

@@ -26,9 +26,12 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tts_policy.core.contract import ObservationSpec
 
 # Future-stamped messages put aside per key; more than this are not worth waiting for.
 _PENDING = 8
@@ -71,6 +74,29 @@ class WindowSpec:
     gap_limit_ns: int
     future_limit_ns: int
     capacity: int = 1024
+
+    @staticmethod
+    def of(
+        observation: ObservationSpec,
+        tolerance_ns: int = 0,
+        max_age_ns: int = 250_000_000,
+        gap_limit_ns: int = 500_000_000,
+        future_limit_ns: int = 100_000_000,
+    ) -> WindowSpec:
+        """Window of a contract, its first camera being the reference; defaults are the node's.
+
+        tolerance_ns 0 takes half a period.
+        """
+        period_ns = round(observation.period_s * 1e9)
+        return WindowSpec(
+            keys=(*(camera.key for camera in observation.cameras), 'joints'),
+            steps=observation.steps,
+            period_ns=period_ns,
+            tolerance_ns=tolerance_ns or period_ns // 2,
+            max_age_ns=max_age_ns,
+            gap_limit_ns=gap_limit_ns,
+            future_limit_ns=future_limit_ns,
+        )
 
     @property
     def span_ns(self) -> int:

@@ -127,6 +127,7 @@ class PolicyNode(LifecycleNode):
             self._now_ns,
             self._deliver,
             self._count_reset,
+            settings['seed'],
         )
         try:
             policy = worker.start()

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""evaluate_bag as a command: its numbers, its report, how it goes on, what it says of damage."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from recordings import MS, Recording
+
+from tts_policy.bag import evaluate_bag
+from tts_policy.bag.evaluate_bag import bag_folder
+from tts_policy.bag.evaluation import EvaluationSpec
+from tts_policy.bag.reader import BagReader
+from tts_policy.bag.replay import RecordedTicks
+from tts_policy.bag.samples import SampleReader, Topics
+from tts_policy.bag.summary import knee, segments
+from tts_policy.core.policy import TestTimeSparsePolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SPARSITIES = ['0', '0.5', '0.8']
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, small_bundle: Path) -> Callable[..., tuple[int, Path]]:
+    """Run the command on bags; returns its status and its folder."""
+
+    def run(*bags: Path, out: str = 'out', extra: tuple[str, ...] = ()) -> tuple[int, Path]:
+        arguments = [*map(str, bags), '--bundle', str(small_bundle), '--out', str(tmp_path / out)]
+        status = evaluate_bag.main([*arguments, '--sparsity', *SPARSITIES, *extra])
+        return status, tmp_path / out
+
+    return run
+
+
+def arrays(out: Path, bag: Path, name: str) -> np.ndarray:
+    """A column over all ticks of a bag."""
+    parts = []
+    for path in segments(bag_folder(out, bag)):
+        with np.load(path) as data:
+            parts.append(data[name])
+    return np.concatenate(parts)
+
+
+def test_the_report_has_every_tick_and_no_error_at_sparsity_zero(
+    tmp_path: Path, evaluate: Callable[..., tuple[int, Path]]
+) -> None:
+    bag = Recording(gaps_after=(20,)).write(tmp_path / 'bag')
+    status, out = evaluate(bag)
+    assert status == 0
+    report = json.loads((out / 'report.json').read_text())
+    assert report['ticks'] == 6 and report['steady_ticks'] == 4 and report['problems'] == []
+    assert list(report['sparsity']) == ['0.0', '0.5', '0.8']
+    dense, _, sparse = report['sparsity'].values()
+    assert dense['l1_mean_rad'] == dense['l1_p95_rad'] == dense['max_rad'] == 0.0
+    assert dense['flops_ratio'] == 1.0
+    assert sparse['l1_mean_rad'] > 0 and sparse['realised_sparsity'] == pytest.approx(0.8)
+    assert sparse['flops_ratio'] < 0.3
+    with (out / 'ticks.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 3
+    rows = [row for row in rows if row['requested_sparsity'] == '0.8']
+    steady = [float(row['l1_rad']) for row in rows if row['first_of_episode'] == '0']
+    assert np.mean(steady) == pytest.approx(sparse['l1_mean_rad'])
+
+
+def test_chunks_are_those_of_the_policy_seeded_by_the_episode(
+    tmp_path: Path, small_bundle: Path, evaluate: Callable[..., tuple[int, Path]]
+) -> None:
+    bag = Recording(gaps_after=(20,)).write(tmp_path / 'bag')
+    _, out = evaluate(bag, extra=('--seed', '3'))
+    policy = TestTimeSparsePolicy.from_bundle(small_bundle, 'ddim10')
+    got = arrays(out, bag, 'actions')
+    topics = Topics.of(policy.contract)
+    samples = SampleReader(BagReader(bag), policy.contract, topics)
+    at = 0
+    for tick in RecordedTicks(samples, 8 * 50 * MS):
+        if tick.scheduled.reset:
+            policy.reset(3 + tick.scheduled.episode)
+        np.testing.assert_array_equal(
+            got[at, 3], policy.act(tick.scheduled.observation, 0.8).actions
+        )
+        at += 1
+    assert at == len(got) == 6
+
+
+@pytest.mark.slow
+def test_processes_share_a_bag_by_episodes_without_changing_a_bit(
+    tmp_path: Path, evaluate: Callable[..., tuple[int, Path]]
+) -> None:
+    bag = Recording(gaps_after=(10, 20, 30)).write(tmp_path / 'bag')
+    _, one = evaluate(bag, out='one')
+    status, two = evaluate(bag, out='two', extra=('--processes', '2'))
+    assert status == 0
+    for name in ('stamp_ns', 'actions', 'plan', 'future'):
+        np.testing.assert_array_equal(arrays(one, bag, name), arrays(two, bag, name))
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    tmp_path: Path,
+    evaluate: Callable[..., tuple[int, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bag = Recording(gaps_after=(10, 20, 30)).write(tmp_path / 'bag')
+    _, whole = evaluate(bag, out='whole')
+    acts = 0
+    act = TestTimeSparsePolicy.act
+
+    def interrupted(*args, **kwargs):
+        nonlocal acts
+        acts += 1
+        if acts == 4 * 3 + 2:
+            raise KeyboardInterrupt
+        return act(*args, **kwargs)
+
+    monkeypatch.setattr(TestTimeSparsePolicy, 'act', interrupted)
+    status, out = evaluate(bag)
+    assert status == 130
+    done = len(segments(bag_folder(out, bag)))
+    assert done >= 1
+    status, out = evaluate(bag)
+    assert status == 0
+    ticks = len(arrays(whole, bag, 'stamp_ns'))
+    assert acts < 4 * 3 + 2 + 4 * ticks, 'complete episodes are not computed again'
+    np.testing.assert_array_equal(arrays(whole, bag, 'actions'), arrays(out, bag, 'actions'))
+    before = acts
+    assert evaluate(bag)[0] == 0 and acts == before
+
+
+def test_a_folder_of_other_settings_is_not_mixed_into(
+    tmp_path: Path,
+    evaluate: Callable[..., tuple[int, Path]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bag = Recording(frames=12).write(tmp_path / 'bag')
+    assert evaluate(bag)[0] == 0
+    assert evaluate(bag, extra=('--seed', '1'))[0] == 2
+    assert 'with the same seed expected: choose another --out' in capsys.readouterr().err
+
+
+@pytest.mark.fault
+def test_damage_is_one_line_and_what_could_be_read_is_reported(
+    tmp_path: Path,
+    evaluate: Callable[..., tuple[int, Path]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = Recording().write(tmp_path / 'good')
+    back = Recording(back_after=20).write(tmp_path / 'back')
+    blind = Recording(image_topic='/other').write(tmp_path / 'blind')
+    empty = Recording(frames=0).write(tmp_path / 'empty')
+    short = Recording(frames=1).write(tmp_path / 'short')
+    status, out = evaluate(good, back, blind, empty, short)
+    assert status == 1
+    report = json.loads((out / 'report.json').read_text())
+    assert report['ticks'] == 5 + 3
+    errors = capsys.readouterr().err
+    assert 'Traceback' not in errors
+    for name, reason in (
+        ('back', 'stamps that go forward expected'),
+        ('blind', "topics ['/camera/image'] expected"),
+        ('empty', 'expected'),
+        ('short', 'ticks expected, got none: '),
+    ):
+        lines = [line for line in report['problems'] if str(tmp_path / name) in line]
+        assert len(lines) == 1 and reason in lines[0] and '\n' not in lines[0]
+        assert lines[0] in errors
+    assert evaluate(blind, out='nothing')[0] == 2
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ('extra', 'reason'),
+    [
+        (('--sparsity', '0.95'), 'sparsity must be in [0, 0.9]'),
+        (('--sampler', 'euler'), 'sampler must be one of'),
+        (('--topic', 'camera'), 'STREAM:=TOPIC expected'),
+        (('--topic', 'wrist:=/x'), "got ['wrist']"),
+        (('--processes', '0'), 'processes from 1 on'),
+        (('--n-execute', '99'), 'n_execute up to 15'),
+        (('--engine', 'ray'), 'the package ray expected'),
+    ],
+)
+def test_arguments_that_cannot_work_end_with_2(
+    tmp_path: Path,
+    evaluate: Callable[..., tuple[int, Path]],
+    capsys: pytest.CaptureFixture[str],
+    extra: tuple[str, ...],
+    reason: str,
+) -> None:
+    if 'ray' in extra:
+        try:
+            import ray  # noqa: F401
+        except ImportError:
+            pass
+        else:
+            pytest.skip('ray is installed')
+    bag = Recording(frames=4).write(tmp_path / 'bag')
+    assert evaluate(bag, extra=extra)[0] == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_page_needs_nothing_else_and_escapes_what_bags_say(
+    tmp_path: Path, evaluate: Callable[..., tuple[int, Path]]
+) -> None:
+    name = '<img src=x onerror=alert(1)>'
+    bag = Recording().write(tmp_path / name)
+    other = Recording(image_topic='/<b>&').write(tmp_path / 'other')
+    status, out = evaluate(bag, other)
+    assert status == 1
+    page = (out / 'report.html').read_text()
+    assert '<img src=x' not in page and '/<b>' not in page
+    assert '&lt;img src=x onerror=alert(1)&gt;' in page and '/&lt;b&gt;&amp;' in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert '<script' not in page and page.count('data:image/png;base64,') >= 5
+
+
+def test_the_knee_is_the_highest_sparsity_under_the_tolerance() -> None:
+    assert knee([0.0, 0.5, 0.8], [0.0, 0.01, 0.03], 0.02) == 0.5
+    assert knee([0.5, 0.8], [0.01, 0.015], 0.02) == 0.8
+    assert knee([0.5, 0.8], [0.1, 0.2], 0.02) is None
+
+
+def test_settings_that_change_the_result_are_told_apart(small_bundle: Path) -> None:
+    spec = EvaluationSpec(small_bundle, 'ddim10', (0.5,))
+    for change in ({'seed': 1}, {'sparsities': (0.6,)}, {'sampler': 'ddpm100'}, {'n_execute': 4}):
+        assert replace(spec, **change).to_dict() != spec.to_dict()
+    assert replace(spec, threads=2).to_dict() == spec.to_dict()

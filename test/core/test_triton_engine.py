@@ -51,6 +51,7 @@ class Run:
         from tts_policy.core.triton_engine import TritonEngine
 
         noise = NoiseScheduler(SCHEDULERS[scheduler])
+        noise.clip = 0.5 if force else 1.0
         self.lattice = Lattice(SPEC, STEPS, noise.needs_noise, torch.device('cpu'))
         self.force = force
         arguments = (random_denoiser(), noise, self.lattice, force)
@@ -116,7 +117,7 @@ from tts_policy.core.triton_kernel import denoise
 
 sizes = dict(T=10, S=3, LAYERS=8, HEADS=4, ROWS=16, D=256, ACTIONS=16, MEMORY=16)
 constants = {**sizes, 'NOISY': True, 'TILE': 16, 'PROGRAMS': 64}
-types = {'first': 'i32', 'last': 'i32', 'eps': 'fp32', 'scale': 'fp32'}
+types = {'first': 'i32', 'last': 'i32', 'eps': 'fp32', 'scale': 'fp32', 'clip': 'fp32'}
 types |= {'arrived': '*i32', 'sources': '*i64'}
 
 def kind(name):

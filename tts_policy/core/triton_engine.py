@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tts_policy.core import triton_kernel
-from tts_policy.core.denoiser import Denoiser, FeedForward, SelfAttention
+from tts_policy.core.denoiser import ConditionalEncoder, Denoiser, FeedForward, SelfAttention
 from tts_policy.core.engine import Engine
 from tts_policy.core.lattice import Lattice
 from tts_policy.core.memory import ConditionalMemory
@@ -91,7 +91,7 @@ class TritonEngine(Engine):
         Raises
         ------
         ValueError
-            if a size is not one that the kernel takes.
+            if a size or the conditional encoder is not one that the kernel takes.
 
         """
         spec = denoiser.spec
@@ -100,6 +100,11 @@ class TritonEngine(Engine):
             raise ValueError(
                 'the kernel needs a width that is a power of two and heads of at least 16, '
                 f'got width {spec.width} and heads of {head}'
+            )
+        if type(denoiser.encoder) is not ConditionalEncoder:
+            raise ValueError(
+                'the kernel needs a conditional encoder without attention, '
+                f'got {type(denoiser.encoder).__name__}'
             )
         self._lattice, self._force_first_step = lattice, force_first_step
         self._memory = ConditionalMemory(denoiser, scheduler.spec.timesteps())
@@ -136,7 +141,7 @@ class TritonEngine(Engine):
             'TILE': _TILE,
             'PROGRAMS': programs,
         }
-        self._scalars = (denoiser.norm.eps, head**-0.5)
+        self._scalars = (denoiser.norm.eps, head**-0.5, scheduler.clip)
 
     @staticmethod
     def _additive(mask: Tensor, rows: int, columns: int) -> Tensor:

@@ -115,14 +115,14 @@ def _attend(
 
 @triton.jit
 def _scheduled(
-    x, tokens, norms, w_head, b_head, coefficients, noise, eps, T: tl.constexpr,
+    x, tokens, norms, w_head, b_head, coefficients, noise, eps, clip, T: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, ACTIONS: tl.constexpr, NOISY: tl.constexpr,
 ):
     """Head and scheduler of a step: x [ROWS, ACTIONS] becomes less noisy."""
     rows, actions = tl.arange(0, ROWS), tl.arange(0, ACTIONS)
     predicted = _product(_normed(tokens, norms, eps, ROWS, D), w_head, b_head, actions, D, ACTIONS)
     x0 = tl.load(coefficients) * x + tl.load(coefficients + 1) * predicted
-    x0 = tl.minimum(tl.maximum(x0, -1.0), 1.0)
+    x0 = tl.minimum(tl.maximum(x0, -clip), clip)
     y = tl.load(coefficients + 2) * x0 + tl.load(coefficients + 3) * x
     y += tl.load(coefficients + 4) * predicted
     if NOISY:
@@ -135,7 +135,7 @@ def _scheduled(
 def denoise(
     x_state, tokens, wide, mixed, arrived, store, sources, noise, coefficients, memory_k, memory_v,
     self_mask, memory_mask, constant, norms, w_action, w_qkv, b_qkv, w_self, b_self, w_q, b_q,
-    w_cross, b_cross, w_up, b_up, w_down, b_down, w_head, b_head, first, last, eps, scale,
+    w_cross, b_cross, w_up, b_up, w_down, b_down, w_head, b_head, first, last, eps, scale, clip,
     T: tl.constexpr, S: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, ACTIONS: tl.constexpr, MEMORY: tl.constexpr,
     NOISY: tl.constexpr, TILE: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -221,7 +221,7 @@ def denoise(
         epoch = _barrier(arrived, epoch, PROGRAMS)
         x = _scheduled(
             x, tokens, norms + N * 2 * D, w_head, b_head, coefficients + step * 6,
-            noise + step * T * ACTIONS, eps, T, ROWS, D, ACTIONS, NOISY,
+            noise + step * T * ACTIONS, eps, clip, T, ROWS, D, ACTIONS, NOISY,
         )
         # Nobody may embed the next step before everybody has read this one's tokens.
         epoch = _barrier(arrived, epoch, PROGRAMS)

@@ -52,9 +52,15 @@ class Run:
     """One engine with a lattice of its own."""
 
     def __init__(
-        self, kind: type[EagerEngine] | type[CpuEngine], scheduler: str, force: bool, half: bool
+        self,
+        kind: type[EagerEngine] | type[CpuEngine],
+        scheduler: str,
+        force: bool,
+        half: bool,
+        clip: float = 1.0,
     ) -> None:
         noise_scheduler = NoiseScheduler(SCHEDULERS[scheduler])
+        noise_scheduler.clip = clip
         self.lattice = Lattice(SPEC, STEPS, noise_scheduler.needs_noise, torch.device('cpu'))
         self.engine: Engine = kind(random_denoiser(half), noise_scheduler, self.lattice, force)
         self.force = force
@@ -104,6 +110,19 @@ def test_equals_the_eager_engine_over_random_plans_and_a_reset(
         difference = (fast.lattice.features - eager.lattice.features).abs().max()
         assert difference < 1e-4
     assert (fast.engine.time_tokens == eager.engine.time_tokens).all()
+
+
+@pytest.mark.parametrize('scheduler', sorted(SCHEDULERS))
+@pytest.mark.parametrize('clip', [0.3, float('inf')])
+@torch.inference_mode()
+def test_the_clean_sample_is_clipped_where_the_scheduler_says(scheduler: str, clip: float) -> None:
+    runs = [Run(kind, scheduler, True, True, clip) for kind in (EagerEngine, CpuEngine)]
+    unclipped = Run(EagerEngine, scheduler, True, True)
+    logits = np.zeros((STEPS, SPEC.blocks, 4), np.float32)
+    eager, fast = (run.tick(torch.ones(1, 2, 7), logits, 0.0) for run in runs)
+    scale = eager.abs().max()
+    assert (fast - eager).abs().max() < 1e-4 * max(1.0, float(scale))
+    assert not torch.equal(eager, unclipped.tick(torch.ones(1, 2, 7), logits, 0.0))
 
 
 @pytest.mark.parametrize('scheduler', sorted(SCHEDULERS))

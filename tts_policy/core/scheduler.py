@@ -63,6 +63,8 @@ class SchedulerSpec:
 class NoiseScheduler:
     """One sampler; coefficients are Python floats, folded once."""
 
+    clip = 1.0  # bound of the clean sample x0
+
     def __init__(self, spec: SchedulerSpec) -> None:
         self.spec = spec
         self._rows = [self._coefficients(spec, t) for t in spec.timesteps()]
@@ -99,7 +101,7 @@ class NoiseScheduler:
         DDPM reads `noise`, DDIM ignores it.
         """
         to_x0_x, to_x0_eps, next_x0, next_x, next_eps, next_noise = self._rows[i]
-        x0 = (to_x0_x * x + to_x0_eps * eps).clamp(-1.0, 1.0)
+        x0 = (to_x0_x * x + to_x0_eps * eps).clamp(-self.clip, self.clip)
         if not self.needs_noise:
             return next_x0 * x0 + next_eps * eps
         assert noise is not None, 'a DDPM step needs its noise'

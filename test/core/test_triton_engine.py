@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The persistent kernel against the eager engine, in Triton's interpreter, and its compilation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tts_policy.core.denoiser import Denoiser, DenoiserSpec
+from tts_policy.core.engine import EagerEngine, Engine
+from tts_policy.core.lattice import Lattice
+from tts_policy.core.plan import Plan, make_plan
+from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec
+from tts_policy.core.stopwatch import Stopwatch
+
+if find_spec('triton') is None:
+    pytest.skip('requirements/triton.txt is not installed', allow_module_level=True)
+# Read when Triton is imported.
+os.environ.setdefault('TRITON_INTERPRET', '1')
+
+SPEC = DenoiserSpec(
+    action_dim=3, horizon=8, obs_steps=2, obs_features=7, width=32, layers=2, heads=2
+)
+STEPS = 4
+SCHEDULERS = {
+    'ddpm': SchedulerSpec('ddpm', STEPS, STEPS),
+    'ddim': SchedulerSpec('ddim', STEPS, 40),
+}
+
+
+def random_denoiser(spec: DenoiserSpec = SPEC) -> Denoiser:
+    torch.manual_seed(0)
+    denoiser = Denoiser(spec).eval().requires_grad_(False)
+    for parameter in denoiser.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return denoiser
+
+
+class Run:
+    """An engine with a lattice of its own."""
+
+    def __init__(self, scheduler: str, force: bool, dtype: torch.dtype | None = None) -> None:
+        from tts_policy.core.triton_engine import TritonEngine
+
+        noise = NoiseScheduler(SCHEDULERS[scheduler])
+        noise.clip = 0.5 if force else 1.0
+        self.lattice = Lattice(SPEC, STEPS, noise.needs_noise, torch.device('cpu'))
+        self.force = force
+        arguments = (random_denoiser(), noise, self.lattice, force)
+        self.engine: Engine = (
+            EagerEngine(*arguments) if dtype is None else TritonEngine(*arguments, dtype=dtype)
+        )
+
+    def tick(self, features: Tensor, logits: np.ndarray, sparsity: float) -> Tensor:
+        def plan() -> Plan:
+            return make_plan(logits, sparsity, self.lattice.rollout_valid(4), self.force)
+
+        self.engine.observe(features)
+        x, executed = self.engine.denoise(plan, Stopwatch())
+        self.lattice.commit(executed)
+        return x
+
+
+@pytest.mark.parametrize('scheduler', sorted(SCHEDULERS))
+@pytest.mark.parametrize('force', [True, False])
+@torch.inference_mode()
+def test_equals_the_eager_engine_over_random_plans_and_a_reset(
+    scheduler: str, force: bool
+) -> None:
+    runs = Run(scheduler, force), Run(scheduler, force, torch.float32)
+    rng = np.random.default_rng(0)
+    for episode, sparsities in enumerate([(0.0, 0.7, 0.4), (0.0, 0.75)]):
+        for run in runs:
+            run.lattice.reset(torch.Generator().manual_seed(episode))
+        for sparsity in sparsities:
+            features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
+            logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
+            expected, x = (run.tick(features, logits, sparsity) for run in runs)
+            assert (x - expected).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+def test_half_precision_weights_stay_within_two_hundredths() -> None:
+    runs = Run('ddim', True), Run('ddim', True, torch.float16)
+    rng = np.random.default_rng(0)
+    for run in runs:
+        run.lattice.reset(torch.Generator().manual_seed(0))
+    for sparsity in (0.0, 0.7):
+        features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
+        logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
+        expected, x = (run.tick(features, logits, sparsity) for run in runs)
+        assert 0 < (x - expected).norm() / expected.norm() < 2e-2
+
+
+def test_sizes_that_the_kernel_cannot_take_are_refused() -> None:
+    from tts_policy.core.triton_engine import TritonEngine
+
+    spec = DenoiserSpec(3, 8, 2, 7, width=96, layers=1, heads=2)
+    noise = NoiseScheduler(SCHEDULERS['ddim'])
+    lattice = Lattice(spec, STEPS, False, torch.device('cpu'))
+    with pytest.raises(ValueError, match=r'power of two.*got width 96 and heads of 48'):
+        TritonEngine(random_denoiser(spec), noise, lattice, True)
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from tts_policy.core.triton_kernel import denoise
+
+sizes = dict(T=10, S=3, LAYERS=8, HEADS=4, ROWS=16, D=256, ACTIONS=16, MEMORY=16)
+constants = {**sizes, 'NOISY': True, 'TILE': 16, 'PROGRAMS': 64}
+types = {'first': 'i32', 'last': 'i32', 'eps': 'fp32', 'scale': 'fp32', 'clip': 'fp32'}
+types |= {'arrived': '*i32', 'sources': '*i64'}
+
+def kind(name):
+    if name in constants:
+        return 'constexpr'
+    return types.get(name, '*fp16' if name[:2] in ('w_', 'b_') else '*fp32')
+
+names = denoise.arg_names
+source = ASTSource(
+    denoise,
+    signature={name: kind(name) for name in names},
+    constexprs={(names.index(name),): value for name, value in constants.items()},
+)
+kernel = compile(source, target=GPUTarget('cuda', 90, 32), options={'num_warps': 8})
+assert 'cubin' in kernel.asm
+assert kernel.metadata.shared <= 227 * 1024, kernel.metadata.shared
+"""
+
+
+@pytest.mark.slow
+def test_the_kernel_compiles_for_a_gpu_at_upstream_size(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    environment['TRITON_CACHE_DIR'] = str(tmp_path)
+    script = tmp_path / 'compile_kernel.py'
+    script.write_text(COMPILE)
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr

@@ -45,6 +45,7 @@ setup(
             'train_policy = tts_policy.train.train_policy:main',
             'train_pruner = tts_policy.train.train_pruner:main',
             'evaluate_bag = tts_policy.bag.evaluate_bag:main',
+            'play_bag = tts_policy.bag.play_bag:main',
             'evaluate_lift = tts_policy.sim.evaluate:main',
             'demo = tts_policy.sim.demo:main',
         ],

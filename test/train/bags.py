@@ -33,6 +33,7 @@ class Recording:
     joints: tuple[str, ...] = (*reversed(JOINTS), 'another_joint')
     joint_offset_ns: int = 0
     drop_frame: int | None = None
+    pause_after: int | None = None
     bad_value: float | None = None
     commands: bool = True
 
@@ -46,11 +47,16 @@ class Recording:
         with Writer(folder, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
             self._writer = writer
             self._connections: dict[str, Any] = {}
-            for index in range((self.frames - 1) * self.period_ns // self.state_ns + 1):
+            length = (self.frames - 1) * self.period_ns
+            if self.pause_after is not None:
+                length += 2_000 * MS
+            for index in range(length // self.state_ns + 1):
                 stamp = start + index * self.state_ns + self.joint_offset_ns
                 self._put('/joint_states', stamp, self._state(stamp))
             for frame in range(self.frames):
                 stamp = start + frame * self.period_ns
+                if self.pause_after is not None and frame > self.pause_after:
+                    stamp += 2_000 * MS
                 if frame != self.drop_frame:
                     self._put('/camera/image', stamp, self._image(stamp, frame))
                 if self.commands:

@@ -11,7 +11,19 @@ import pytest
 import torch
 from bags import MS, Recording
 
-from tts_policy.train.dataset import BagError, Windows, find_bags, read_episode
+from tts_policy.bag.data_check import DataCheck, describe
+from tts_policy.bag.reader import BagReader
+from tts_policy.bag.replay import RecordedTicks
+from tts_policy.bag.samples import SampleReader
+from tts_policy.train.dataset import (
+    BagError,
+    Windows,
+    find_bags,
+    load_windows,
+    read_episode,
+    read_episodes,
+    state_lead_steps,
+)
 from tts_policy.train.lift_contract import JOINTS, LIFT_CONTRACT, LIFT_TOPICS
 
 GOOD = Recording()
@@ -23,32 +35,67 @@ def _read(tmp_path: Path, recording: Recording):
 
 def test_streams_are_matched_by_name_and_header_stamp(tmp_path: Path) -> None:
     episode = _read(tmp_path, GOOD)
-    assert len(episode) == 10
+    assert len(episode) == 9
     assert episode.images['camera'].shape == (10, 96, 96, 3)
     assert episode.images['camera'][:, 5, 95, 2].tolist() == list(range(10))
-    stamps = 1.0 + 0.05 * np.arange(10)
-    assert np.allclose(episode.joints, stamps[:, None] + np.arange(8))
-    # The recorded action at t is the set-point to be reached one period later.
-    assert np.allclose(episode.actions, stamps[:, None] + 0.05 + np.arange(8))
+    assert episode.image_index['camera'].tolist() == [[f, f + 1] for f in range(9)]
+    stamps = 1.0 + 0.05 * (np.arange(9)[:, None] + np.arange(2))
+    assert np.allclose(episode.joints, stamps[..., None] + np.arange(8))
+    # The recorded action at t is the set-point to be reached one period later, then held: the last
+    # command of these recordings ends at 1.53 s.
+    due = np.minimum(1.05 + 0.05 * (np.arange(9)[:, None] + np.arange(16)), 1.53)
+    assert np.allclose(episode.actions, due[..., None] + np.arange(8))
 
 
-def test_a_frame_takes_the_newest_joint_state_not_after_it(tmp_path: Path) -> None:
+def test_a_window_takes_the_nearest_joint_state_that_is_not_after_its_tick(tmp_path: Path) -> None:
     episode = _read(tmp_path, replace(GOOD, joint_offset_ns=4 * MS))
-    # The first frame has no joint state yet; later ones are 6 ms old.
-    assert len(episode) == 9
-    assert np.allclose(episode.joints[:, 0], 1.05 + 0.05 * np.arange(9) - 0.006)
+    # At the tick the newest is 6 ms old; a period before, the nearest came 4 ms after the frame.
+    ticks = 1.05 + 0.05 * np.arange(len(episode))
+    assert np.allclose(episode.joints[:, 1, 0], ticks - 0.006)
+    assert np.allclose(episode.joints[:, 0, 0], ticks - 0.05 + 0.004)
+
+
+def test_training_windows_are_those_of_the_replayed_node(tmp_path: Path) -> None:
+    bag = replace(GOOD, joint_offset_ns=3 * MS).write(tmp_path / 'bag')
+    samples = SampleReader(BagReader(bag), LIFT_CONTRACT, LIFT_TOPICS)
+    windows = Windows([read_episode(bag, LIFT_CONTRACT, LIFT_TOPICS)], LIFT_CONTRACT)
+    ticks = list(RecordedTicks(samples, 50 * MS))
+    assert len(ticks) == len(windows)
+    images, joints, _ = windows.gather(torch.arange(len(windows)))
+    for at, tick in enumerate(ticks):
+        seen = tick.scheduled.observation
+        assert np.array_equal(images['camera'][at].numpy(), seen['camera'])
+        assert np.array_equal(joints[at].numpy(), seen['joints'].astype(np.float32))
+
+
+def test_without_commands_the_states_that_followed_are_the_actions(tmp_path: Path) -> None:
+    bag = replace(GOOD, commands=False).write(tmp_path / 'bag')
+    topics = replace(LIFT_TOPICS, commands=None)
+    episode = read_episode(bag, LIFT_CONTRACT, topics)
+    assert state_lead_steps(LIFT_CONTRACT) == 1
+    assert np.allclose(episode.actions[0, :8, 0], 1.05 + 0.05 * np.arange(8))
+    assert np.isfinite(episode.actions).all()
+
+
+def test_a_lost_frame_costs_its_windows_and_a_gap_ends_the_episode(tmp_path: Path) -> None:
+    bag = replace(GOOD, drop_frame=4).write(tmp_path / 'lost')
+    assert len(read_episode(bag, LIFT_CONTRACT, LIFT_TOPICS)) == 9 - 2
+    bag = replace(GOOD, pause_after=5, frames=12).write(tmp_path / 'gap')
+    episodes = read_episodes(bag, LIFT_CONTRACT, LIFT_TOPICS)
+    assert [len(episode) for episode in episodes] == [5, 5]
+    with pytest.raises(BagError, match='one episode expected, got 2'):
+        read_episode(bag, LIFT_CONTRACT, LIFT_TOPICS)
 
 
 @pytest.mark.parametrize(
     ('change', 'reason'),
     [
         ({'commands': False}, r"topics \['/joint_trajectory'\] expected, got"),
-        ({'joints': JOINTS[:5]}, r"joints \['panda_joint6', 'panda_joint7', .*expected"),
-        ({'size': 64}, 'expected rgb8 96x96, got rgb8 64x64'),
-        ({'encoding': 'bgr8'}, 'expected rgb8 96x96, got bgr8'),
-        ({'drop_frame': 4}, r'gaps up to 0\.1 s'),
-        ({'bad_value': float('nan')}, 'must be finite'),
-        ({'frames': 1}, '1 usable frames, expected at least 2'),
+        ({'joints': JOINTS[:5]}, r"missing \['panda_joint6', 'panda_joint7', .*"),
+        ({'size': 64}, 'expected an image of 96 x 96 .*got 64 x 64'),
+        ({'encoding': 'yuv422'}, "expected encoding rgb8, .*got 'yuv422'"),
+        ({'bad_value': float('nan')}, 'expected finite positions'),
+        ({'frames': 1}, 'windows expected, got none'),
     ],
 )
 def test_recordings_off_the_contract_are_refused(
@@ -58,7 +105,7 @@ def test_recordings_off_the_contract_are_refused(
         _read(tmp_path, replace(GOOD, **change))
 
 
-def test_windows_are_never_padded_at_the_start_and_hold_the_last_action(tmp_path: Path) -> None:
+def test_windows_of_several_episodes_hold_their_own_last_action(tmp_path: Path) -> None:
     episode = _read(tmp_path, GOOD)
     windows = Windows([episode, episode], LIFT_CONTRACT)
     assert len(windows) == 2 * 9
@@ -67,11 +114,28 @@ def test_windows_are_never_padded_at_the_start_and_hold_the_last_action(tmp_path
     assert images['camera'][:, :, 0, 0, 0].tolist() == [[0, 1], [0, 1], [8, 9]]
     assert joints.shape == (3, 2, 8) and actions.shape == (3, 16, 8)
     # Index 0 of the horizon belongs to the oldest observation of the window.
-    first = torch.from_numpy(episode.actions).float()
-    assert torch.equal(actions[0, :10], first) and torch.equal(
-        actions[0, 10:], first[-1:].expand(6, 8)
-    )
-    assert torch.equal(actions[2], torch.cat([first[8:9], first[-1:].expand(15, 8)]))
+    assert torch.equal(actions[0], actions[1])
+    assert torch.allclose(actions[2, :, 0], torch.tensor([1.45, 1.5, *[1.53] * 14]))
+
+
+def test_the_data_check_names_gaps_and_the_bag_that_stands_out(tmp_path: Path) -> None:
+    bags = [GOOD.write(tmp_path / f'bag{number}') for number in range(6)]
+    bags.append(replace(GOOD, frames=60).write(tmp_path / 'long'))
+    bags.append(replace(GOOD, drop_frame=4).write(tmp_path / 'lossy'))
+    check = DataCheck(LIFT_CONTRACT)
+    load_windows(bags, LIFT_CONTRACT, LIFT_TOPICS, progress=False, check=check)
+    report = check.report()
+    assert report['bags'] == 8 and report['images'] == {'camera': '96 x 96'}
+    assert report['streams']['camera']['rate_hz'] == pytest.approx(20.0)
+    assert report['streams']['camera']['largest_gap_s'] == pytest.approx(0.1)
+    assert report['joints'][JOINTS[0]]['low'] == pytest.approx(1.0)
+    findings = '\n'.join(report['findings'])
+    assert 'long: duration in s is 2.950, median of all 8 bags 0.450' in findings
+    assert 'lossy: camera: 1 gaps of more than 1.5 periods, the largest 0.100 s' in findings
+    assert 'bag0: duration' not in findings
+    # The frames of these recordings are of one brightness each.
+    assert '10 of 10 images are of one colour' in findings
+    assert describe(report)[1].startswith('camera: 20.0 Hz')
 
 
 def test_bags_are_found_in_folders_and_their_absence_is_said(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tts_policy.bag.reader import BagError, BagReader, find_bags
 from tts_policy.bag.report import write_report
 from tts_policy.bag.samples import Topics
 from tts_policy.bag.summary import read_ticks, summarise, write_csv, write_json
+from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9)
 TOLERANCE_RAD = 0.02
@@ -40,17 +41,6 @@ def make_parts(bags: list[Path], out: Path, processes: int) -> list[Part]:
     """One part per bag, or, with fewer bags than processes, each bag dealt out by episodes."""
     of = 1 if len(bags) >= processes else processes
     return [Part(bag, index, of, bag_folder(out, bag)) for bag in bags for index in range(of)]
-
-
-def parse_topics(pairs: list[str]) -> dict[str, str]:
-    """STREAM:=TOPIC pairs, as in ROS remapping; raises BagError for anything else."""
-    topics = {}
-    for pair in pairs:
-        stream, separator, topic = pair.partition(':=')
-        if not separator or not stream:
-            raise BagError(f'topics: STREAM:=TOPIC expected, got {pair!r}')
-        topics[stream] = topic
-    return topics
 
 
 def _claim(out: Path, spec: EvaluationSpec) -> None:
@@ -115,13 +105,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help='the recommended sparsity keeps its 95th-percentile L1 error under it '
         '(default %(default)s)',
     )
-    parser.add_argument(
-        '--topic',
-        action='append',
-        default=[],
-        metavar='STREAM:=TOPIC',
-        help='topic of a camera key, of joints, of commands, or a topic that cuts episodes',
-    )
+    add_topic_argument(parser)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--seed', type=int, default=0, help='as the seed of the node')
     parser.add_argument('--threads', type=int, default=1, help='torch threads of a process')
@@ -140,7 +124,7 @@ def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]
         args.bundle.resolve(),
         args.sampler,
         tuple(sorted(set(args.sparsity))),
-        parse_topics(args.topic),
+        parse_pairs(args.topic, 'topic: STREAM:=TOPIC'),
         args.device,
         args.seed,
         args.threads,

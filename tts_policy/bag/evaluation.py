@@ -241,7 +241,7 @@ def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
         complete = True
         problems = _refusals(samples)
         if ticks == 0:
-            reason = recorded_ticks.waiting_for or 'too few messages that fit'
+            reason = recorded_ticks.schedule.waiting_for or 'too few messages that fit'
             problems.append(f'{part.bag}: ticks expected, got none: {reason}')
     except BagError as error:
         problems = [str(error)]

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from rosbags.interfaces import Connection
+from rosbags.interfaces import Connection, QosDurability
 from rosbags.rosbag2.storage_mcap import ChunkInfo, McapReader, msgsrc
 from rosbags.rosbag2.storage_sqlite3 import Sqlite3Reader
 
@@ -57,10 +57,11 @@ class RawMessage:
 
 @dataclass(frozen=True)
 class TopicSummary:
-    """Type of a topic and how many messages the recording claims; None where it does not say."""
+    """Type of a topic, how many messages the recording claims, and whether it was latched."""
 
     msgtype: str
-    count: int | None
+    count: int
+    latched: bool = False
 
 
 def find_bags(paths: Sequence[Path]) -> list[Path]:
@@ -115,9 +116,14 @@ class BagReader:
                 self.duration_ns = storage.metadata.duration
             for connection in storage.connections:
                 self.definitions[connection.msgtype] = connection.msgdef
-                if path.is_file():
-                    summary = TopicSummary(connection.msgtype, connection.msgcount)
-                    self.topics[connection.topic] = summary
+                claimed = self.topics.get(connection.topic)
+                if claimed is None and path.is_dir():
+                    continue
+                self.topics[connection.topic] = TopicSummary(
+                    connection.msgtype,
+                    connection.msgcount if claimed is None else claimed.count,
+                    _is_latched(connection),
+                )
 
     def _read_metadata(self) -> None:
         where = self.path / 'metadata.yaml'
@@ -201,6 +207,11 @@ class BagReader:
                 yield storage
             finally:
                 storage.close()
+
+
+def _is_latched(connection: Connection) -> bool:
+    profiles = getattr(connection.ext, 'offered_qos_profiles', [])
+    return any(profile.durability is QosDurability.TRANSIENT_LOCAL for profile in profiles)
 
 
 def _check_storage(storage: Storage) -> None:

@@ -2,7 +2,7 @@
 """The ticks that the live node makes when a recording is played to it, and what came after them.
 
 Time is that of the header stamps: it stands at the newest one seen, so that ticks depend neither
-on how fast a recording is read nor on the delays it was recorded with. `play_bag --lockstep`
+on how fast a recording is read nor on the delays it was recorded with. In lockstep `play_bag`
 sets /clock by the same rule.
 """
 
@@ -25,23 +25,32 @@ from tts_policy.ros.ticks import ScheduledTick, TickSchedule
 
 @dataclass(frozen=True)
 class RecordedTick:
-    """A tick and the recorded set-points or positions [T - To + 1, A], NaN where unknown."""
+    """A tick and what was recorded around it, as `RecordedFuture` defines it."""
 
     scheduled: ScheduledTick
     future: NDArray[np.float64]
 
 
 class RecordedFuture:
-    """Recent joint states and commands of a recording: what the robot did after a tick.
+    """Recent joint states and commands of a recording: what the robot did around a tick.
 
-    With commands, entry a is the set-point in force at tick + a periods, at its due time
-    `offset_steps` periods later; without, it is the position measured at that due time.
+    Row a, from -past_steps to T - To, belongs to time tick + a periods. With commands it is the
+    set-point then in force, at its due time `lead_steps` periods later; without, it is the
+    position measured at that due time. lead_steps None takes the contract's offset_steps.
     """
 
-    def __init__(self, contract: PolicyContract, commanded: bool) -> None:
+    def __init__(
+        self,
+        contract: PolicyContract,
+        commanded: bool,
+        past_steps: int = 0,
+        lead_steps: int | None = None,
+    ) -> None:
         self._period_ns = round(contract.observation.period_s * 1e9)
-        self._offset_ns = contract.action.offset_steps * self._period_ns
-        self._count, self._width = contract.usable_actions, len(contract.action.joints)
+        lead_steps = contract.action.offset_steps if lead_steps is None else lead_steps
+        self._lead_ns = lead_steps * self._period_ns
+        self._steps = range(-past_steps, contract.usable_actions)
+        self._width = len(contract.action.joints)
         self._commanded = commanded
         self._stamps: list[int] = []
         self._values: list[Command | NDArray[np.float64]] = []
@@ -55,17 +64,17 @@ class RecordedFuture:
 
     def known(self, tick_ns: int, now_ns: int) -> bool:
         """Whether all that a tick is compared with has been seen, or is overdue by as much."""
-        span_ns = self._count * self._period_ns + self._offset_ns
+        span_ns = self._steps.stop * self._period_ns + self._lead_ns
         if now_ns >= tick_ns + 2 * span_ns:
             return True
         return bool(self._stamps) and self._stamps[-1] >= tick_ns + span_ns
 
-    def after(self, tick_ns: int) -> NDArray[np.float64]:
-        """Reference [T - To + 1, A] of a tick."""
-        future = np.full((self._count, self._width), np.nan)
-        for a in range(self._count):
-            time_ns = tick_ns + a * self._period_ns
-            future[a] = self._at(time_ns if self._commanded else time_ns + self._offset_ns)
+    def around(self, tick_ns: int) -> NDArray[np.float64]:
+        """Reference [past_steps + T - To + 1, A] of a tick, NaN where unknown."""
+        future = np.full((len(self._steps), self._width), np.nan)
+        for row, step in enumerate(self._steps):
+            time_ns = tick_ns + step * self._period_ns
+            future[row] = self._at(time_ns if self._commanded else time_ns + self._lead_ns)
         return future
 
     def _at(self, time_ns: int) -> NDArray[np.float64] | float:
@@ -77,7 +86,7 @@ class RecordedFuture:
             return np.nan
         value = self._values[at]
         if isinstance(value, Command):
-            return value.at(time_ns + self._offset_ns)
+            return value.at(time_ns + self._lead_ns)
         if at + 1 == len(self._stamps):
             return value
         following = self._values[at + 1]
@@ -85,27 +94,75 @@ class RecordedFuture:
         share = (time_ns - self._stamps[at]) / (self._stamps[at + 1] - self._stamps[at])
         return value + share * (following - value)
 
-    def forget_before(self, time_ns: int) -> None:
-        """Drop what no tick from `time_ns` on is compared with."""
-        first = max(0, bisect_right(self._stamps, time_ns) - 1)
+    def forget_before(self, tick_ns: int) -> None:
+        """Drop what no tick from `tick_ns` on is compared with."""
+        first_ns = tick_ns + self._steps.start * self._period_ns
+        first = max(0, bisect_right(self._stamps, first_ns) - 1)
         del self._stamps[:first], self._values[:first]
 
 
-class RecordedTicks:
-    """Iterates over the ticks of a recording, `interval_ns` apart, in bounded memory.
+class ReplaySchedule:
+    """The node's ticks for the samples of a recording; `now_ns` is the newest stamp seen."""
 
-    `window` counts the arrivals per key, `now_ns` is the time of the replay, and `waiting_for`
-    says what the next tick lacks.
-    """
+    def __init__(self, spec: WindowSpec, interval_ns: int) -> None:
+        self._schedule = TickSchedule(ObservationWindow(spec))
+        self._interval_ns = interval_ns
+        self.now_ns = 0
+        self._schedule.begin('start')
+
+    @property
+    def window(self) -> ObservationWindow:
+        """The window, with its counts of arrivals."""
+        return self._schedule.window
+
+    @property
+    def waiting_for(self) -> str:
+        """What the next tick lacks."""
+        return self._schedule.waiting_for
+
+    def add(self, sample: Sample) -> list[ScheduledTick]:
+        """Ticks that this sample makes possible, mostly none.
+
+        Raises
+        ------
+        ValueError
+            if the sample is stamped so long before others of its key that the clock went back.
+
+        """
+        if sample.key == 'cut':
+            self._schedule.restart('cut', keep_rhythm=False)
+        if sample.value is None:
+            return []
+        before_ns = self.now_ns
+        self.now_ns = max(self.now_ns, sample.stamp_ns)
+        arrival = self._schedule.store(sample.key, sample.stamp_ns, sample.value, self.now_ns)
+        if arrival is Arrival.BACKWARD:
+            raise ValueError(
+                f'{sample.key}: stamps that go forward expected, got {sample.stamp_ns} ns after '
+                f'{before_ns} ns'
+            )
+        ticks = []
+        while (tick := self._schedule.take(self.now_ns, self._interval_ns)) is not None:
+            self._schedule.finish(tick, self._interval_ns)
+            ticks.append(tick)
+        return ticks
+
+
+class RecordedTicks:
+    """Iterates over the ticks of a recording, `interval_ns` apart, in bounded memory."""
 
     def __init__(
-        self, samples: SampleReader, interval_ns: int, spec: WindowSpec | None = None
+        self,
+        samples: SampleReader,
+        interval_ns: int,
+        spec: WindowSpec | None = None,
+        future: RecordedFuture | None = None,
     ) -> None:
         self.samples = samples
-        self.interval_ns = interval_ns
-        self.window = ObservationWindow(spec or WindowSpec.of(samples.contract.observation))
-        self.now_ns = 0
-        self.waiting_for = ''
+        self._future = future or RecordedFuture(samples.contract, samples.has_commands)
+        self.schedule = ReplaySchedule(
+            spec or WindowSpec.of(samples.contract.observation), interval_ns
+        )
 
     def __iter__(self) -> Iterator[RecordedTick]:
         """Ticks in order.
@@ -116,52 +173,29 @@ class RecordedTicks:
             where the recording is damaged or its clock goes back, after the ticks before that.
 
         """
-        future = RecordedFuture(self.samples.contract, self.samples.has_commands)
+        future = self._future
         waiting: deque[ScheduledTick] = deque()
         damage: BagError | None = None
-        source = self._scheduled(future)
-        while True:
-            try:
-                tick = next(source)
-            except StopIteration:
-                break
-            except BagError as error:
-                damage = error
-                break
-            if tick is not None:
-                waiting.append(tick)
-            while waiting and future.known(waiting[0].stamp_ns, self.now_ns):
-                yield self._recorded(waiting.popleft(), future)
+        try:
+            for sample in self.samples:
+                future.add(sample)
+                waiting.extend(self._add(sample))
+                while waiting and future.known(waiting[0].stamp_ns, self.schedule.now_ns):
+                    yield self._recorded(waiting.popleft())
+        except BagError as error:
+            damage = error
         while waiting:
-            yield self._recorded(waiting.popleft(), future)
+            yield self._recorded(waiting.popleft())
         if damage is not None:
             raise damage
 
-    def _recorded(self, tick: ScheduledTick, future: RecordedFuture) -> RecordedTick:
-        recorded = RecordedTick(tick, future.after(tick.stamp_ns))
-        future.forget_before(tick.stamp_ns)
-        return recorded
+    def _add(self, sample: Sample) -> list[ScheduledTick]:
+        try:
+            return self.schedule.add(sample)
+        except ValueError as error:
+            raise BagError(f'{self.samples.bag.path}: {error}') from None
 
-    def _scheduled(self, future: RecordedFuture) -> Iterator[ScheduledTick | None]:
-        """Ticks, and None after every sample that brings none."""
-        schedule = TickSchedule(self.window)
-        schedule.begin('start')
-        self.now_ns = 0
-        for sample in self.samples:
-            future.add(sample)
-            if sample.key == 'cut':
-                schedule.restart('cut', keep_rhythm=False)
-            if sample.value is None:
-                continue
-            now_ns = self.now_ns = max(self.now_ns, sample.stamp_ns)
-            arrival = schedule.store(sample.key, sample.stamp_ns, sample.value, now_ns)
-            if arrival is Arrival.BACKWARD:
-                raise BagError(
-                    f'{self.samples.bag.path}: {sample.key}: stamps that go forward expected, got '
-                    f'{sample.stamp_ns} ns after {now_ns} ns'
-                )
-            while (tick := schedule.take(now_ns, self.interval_ns)) is not None:
-                schedule.finish(tick, self.interval_ns)
-                yield tick
-            self.waiting_for = schedule.waiting_for
-            yield None
+    def _recorded(self, tick: ScheduledTick) -> RecordedTick:
+        recorded = RecordedTick(tick, self._future.around(tick.stamp_ns))
+        self._future.forget_before(tick.stamp_ns)
+        return recorded

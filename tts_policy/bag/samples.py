@@ -7,7 +7,7 @@ nanoseconds of the clock that made them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +104,7 @@ class Refusals:
 
 @dataclass
 class SampleReader:
-    """Samples of one bag; topics are checked when it is made.
+    """Samples of one bag; topics are checked when it is made. `observe` sees every sample.
 
     Raises
     ------
@@ -117,6 +117,7 @@ class SampleReader:
     contract: PolicyContract
     topics: Topics
     decoder: str = 'auto'
+    observe: Callable[[Sample], None] | None = None
     refused: dict[str, Refusals] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -159,11 +160,20 @@ class SampleReader:
     def __iter__(self) -> Iterator[Sample]:
         """Samples in the order in which they were received; BagError where the bag is damaged."""
         for raw in self.bag.messages(self._wanted):
-            try:
-                yield self._convert(raw)
-            except ConversionError as error:
-                refusals = self.refused.setdefault(raw.topic, Refusals(str(error)))
-                refusals.count += 1
+            sample = self.convert(raw)
+            if sample is not None:
+                if self.observe is not None:
+                    self.observe(sample)
+                yield sample
+
+    def convert(self, raw: RawMessage) -> Sample | None:
+        """Sample of one message; None, counted and with its reason kept, if it does not fit."""
+        try:
+            return self._convert(raw)
+        except ConversionError as error:
+            refusals = self.refused.setdefault(raw.topic, Refusals(str(error)))
+            refusals.count += 1
+            return None
 
     def _convert(self, raw: RawMessage) -> Sample:
         topic = raw.topic

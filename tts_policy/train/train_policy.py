@@ -23,12 +23,14 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from tts_policy.bag.data_check import DataCheck, write_check
+from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
 from tts_policy.core.bundle import save_bundle
 from tts_policy.core.contract import PolicyContract
 from tts_policy.core.network import NetworkSpec, PolicyNetwork
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec, TrainingNoise
-from tts_policy.train.dataset import BagError, Windows, find_bags, load_windows
-from tts_policy.train.lift_contract import LIFT_CONTRACT, LIFT_SAMPLERS, LIFT_TOPICS
+from tts_policy.train.dataset import BagError, Topics, Windows, find_bags, load_windows
+from tts_policy.train.lift_contract import LIFT_CONTRACT, LIFT_SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         'bags', nargs='+', type=Path, help='rosbag2 recordings, or folders of them'
     )
     parser.add_argument('--out', type=Path, required=True, help='checkpoints, log and bundle')
+    add_topic_argument(parser)
     parser.add_argument('--steps', type=int, default=8000, help='optimiser steps in all')
     parser.add_argument('--encoder-steps', type=int, default=1500, help='of them, encoder alone')
     parser.add_argument('--batch', type=int, default=32, help='windows a step')
@@ -228,8 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
         bags = find_bags(args.bags)
         if len(bags) <= args.held_out:
             raise BagError(f'{len(bags)} bags, expected more than the {args.held_out} held out')
-        held_out = load_windows(bags[: args.held_out], LIFT_CONTRACT, LIFT_TOPICS)
-        windows = load_windows(bags[args.held_out :], LIFT_CONTRACT, LIFT_TOPICS)
+        topics = Topics.of(LIFT_CONTRACT, parse_pairs(args.topic, 'topic: STREAM:=TOPIC'))
+        check = DataCheck(LIFT_CONTRACT)
+        held_out = load_windows(bags[: args.held_out], LIFT_CONTRACT, topics, check=check)
+        windows = load_windows(bags[args.held_out :], LIFT_CONTRACT, topics, check=check)
     except BagError as error:
         print(f'train_policy: {error}', file=sys.stderr)
         return 2
@@ -237,6 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     network = NetworkSpec(width=args.width, layers=args.layers)
     trainer = PolicyTrainer(LIFT_CONTRACT, network, spec, windows)
     args.out.mkdir(parents=True, exist_ok=True)
+    write_check(args.out / 'data_check.json', check)
     if (args.out / 'checkpoint.pt').exists():
         trainer.load(args.out)
         print(f'resumed at step {trainer.step}')

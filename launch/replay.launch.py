@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch the policy node against a recording, as a dry run on simulated time.
+
+    ros2 launch tts_policy replay.launch.py bag:=/path/to/bag
+
+In lockstep the recording waits for every chunk, and the ticks are those of evaluate_bag. With
+player:=ros2 the recording is played by `ros2 bag play`, at its own pace. Recorded commands are
+played on /recorded/joint_trajectory, where no controller listens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext, LaunchDescription
+from launch.actions import (
+    DeclareLaunchArgument,
+    ExecuteProcess,
+    IncludeLaunchDescription,
+    OpaqueFunction,
+    Shutdown,
+)
+from launch.events.process import ProcessExited
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+
+SHARE = Path(get_package_share_directory('tts_policy'))
+# A recorded command must not move an arm.
+COMMANDS = '/joint_trajectory:=/recorded/joint_trajectory'
+# Passed on as they are; policy.launch.py says what they mean and what an empty one does.
+FORWARDED = {
+    'params_file': (str(SHARE / 'config' / 'panda_lift.yaml'), 'Parameter file of the policy.'),
+    'bundle': (str(SHARE / 'models' / 'panda_lift'), 'Model bundle, a folder with model.yaml.'),
+    'namespace': ('', 'Namespace of the policy and of its topics.'),
+    'device': ('', 'Torch device; empty: as params_file says.'),
+    'sampler': ('', 'Sampler of the bundle; empty: as params_file says.'),
+    'sparsity': ('', 'Share of reused computation; empty: as params_file says.'),
+}
+
+
+def _end(event: ProcessExited, context: LaunchContext) -> list[Shutdown]:
+    """End everything with the recording; launch fails on a second shutdown."""
+    return [] if context.is_shutdown else [Shutdown(reason='the recording has ended')]
+
+
+def _player(context: LaunchContext) -> list[Node | ExecuteProcess]:
+    """Create the player that was asked for."""
+    bag = LaunchConfiguration('bag').perform(context)
+    rate = LaunchConfiguration('rate').perform(context)
+    topics = LaunchConfiguration('topics').perform(context).split()
+    if LaunchConfiguration('player').perform(context) == 'ros2':
+        command = ['ros2', 'bag', 'play', bag, '--clock', '100', '--rate', rate]
+        command += ['--remap', COMMANDS]
+        if topics:
+            command += ['--topics', *topics]
+        return [ExecuteProcess(cmd=command, output='screen', on_exit=_end)]
+    arguments = [bag, '--rate', rate, '--remap', COMMANDS]
+    if topics:
+        arguments += ['--topics', *topics]
+    if LaunchConfiguration('player').perform(context) == 'lockstep':
+        namespace = LaunchConfiguration('namespace').perform(context).strip('/')
+        arguments += ['--lockstep', f'/{namespace}/tts_policy' if namespace else '/tts_policy']
+    return [
+        Node(
+            package='tts_policy',
+            executable='play_bag',
+            arguments=arguments,
+            output='screen',
+            emulate_tty=True,
+            on_exit=_end,
+        )
+    ]
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Describe the launch of policy and player."""
+    arguments = [
+        DeclareLaunchArgument(name, default_value=default, description=description)
+        for name, (default, description) in FORWARDED.items()
+    ]
+    arguments += [
+        DeclareLaunchArgument('bag', description='Recording: folder, .mcap or .db3.'),
+        DeclareLaunchArgument(
+            'player',
+            default_value='lockstep',
+            choices=['lockstep', 'paced', 'ros2'],
+            description='play_bag waiting for the policy, play_bag at a rate, or ros2 bag play.',
+        ),
+        DeclareLaunchArgument('rate', default_value='1.0', description='Rate of the paced ones.'),
+        DeclareLaunchArgument(
+            'topics', default_value='', description='Topics to play, space separated; empty: all.'
+        ),
+    ]
+    policy = IncludeLaunchDescription(
+        PythonLaunchDescriptionSource(str(SHARE / 'launch' / 'policy.launch.py')),
+        launch_arguments=[
+            *((name, LaunchConfiguration(name)) for name in FORWARDED),
+            ('use_sim_time', 'true'),
+            ('autostart', 'true'),
+            ('enable_output', 'false'),
+        ],
+    )
+    return LaunchDescription([*arguments, policy, OpaqueFunction(function=_player)])

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plays a recording to a policy node so that every tick is the one that `evaluate_bag` makes.
+
+Nothing depends on timing: after every message the player waits until the node has handled it
+(its lifecycle service is answered by the same thread, after the message), and after a message
+that completes a tick until its chunk is there. Which messages do so is computed by the node's own
+rule, with the settings that the node is asked for. The clock stands at the newest header stamp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lifecycle_msgs.msg import State
+from lifecycle_msgs.srv import GetState
+from rcl_interfaces.srv import GetParameters
+from rclpy.parameter import parameter_value_to_python
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from std_msgs.msg import String
+
+from tts_policy.bag.player import NAP_S, BagPlayer
+from tts_policy.bag.reader import BagError, RawMessage
+from tts_policy.bag.replay import ReplaySchedule
+from tts_policy.bag.samples import SampleReader, Topics
+from tts_policy.core.contract import PolicyContract
+from tts_policy.ros.conversions import seconds_to_ns
+from tts_policy.ros.observation import WindowSpec
+
+_SETTINGS = (
+    'use_sim_time',
+    'bundle',
+    'n_execute',
+    'max_observation_age_s',
+    'sample_tolerance_s',
+    'gap_limit_s',
+    'future_limit_s',
+)
+# A best-effort subscriber may have missed the clock; saying it again changes nothing.
+CLOCK_AGAIN_S = 1.0
+
+
+class LockstepError(RuntimeError):
+    """The node cannot be played to in lockstep, or does not answer; one line."""
+
+
+def read_contract(bundle: Path) -> PolicyContract:
+    """Contract of a bundle; its weights are not loaded."""
+    data: Any = yaml.safe_load((bundle / 'model.yaml').read_text())
+    return PolicyContract.from_dict(data)
+
+
+class LockstepPlayback:
+    """Plays to one policy node."""
+
+    def __init__(
+        self, player: BagPlayer, node: str, topics: dict[str, str], timeout_s: float
+    ) -> None:
+        """Wait for the node and take over its settings.
+
+        Raises
+        ------
+        LockstepError
+            if it is not there in time, not active, or does not run on /clock.
+
+        """
+        self._player, self._node, self._timeout_s = player, node, timeout_s
+        self._stamps: set[int] = set()
+        qos = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+        player.create_subscription(String, f'{node}/chunk_stats', self._on_chunk, qos)
+        self._state = player.create_client(GetState, f'{node}/get_state')
+        settings = self._settings()
+        if not settings['use_sim_time']:
+            raise LockstepError(f'{node}: use_sim_time true expected, got false')
+        contract = read_contract(Path(settings['bundle']))
+        n_execute = settings['n_execute'] or contract.action.execute
+        self._interval_ns = n_execute * seconds_to_ns(contract.observation.period_s)
+        self._spec = WindowSpec.of(
+            contract.observation,
+            tolerance_ns=seconds_to_ns(settings['sample_tolerance_s']),
+            max_age_ns=seconds_to_ns(settings['max_observation_age_s']),
+            gap_limit_ns=seconds_to_ns(settings['gap_limit_s']),
+            future_limit_ns=seconds_to_ns(settings['future_limit_s']),
+        )
+        self._samples = SampleReader(player.bag, contract, Topics.of(contract, topics))
+        self._streams = {*self._samples.topics.cameras.values(), self._samples.topics.joints}
+        missing = self._streams - set(player.topic_publishers)
+        if missing:
+            raise LockstepError(f'topics {sorted(missing)} expected to be played')
+
+    def _on_chunk(self, message: String) -> None:
+        self._stamps.add(int(json.loads(message.data)['stamp_ns']))
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        if not self._player.serve_until(done, self._timeout_s):
+            raise LockstepError(f'{self._node}: {what} expected within {self._timeout_s:g} s')
+
+    def _call(self, client: Any, request: Any, what: str) -> Any:
+        self._wait(client.service_is_ready, f'service {client.srv_name}')
+        future = client.call_async(request)
+        self._wait(future.done, what)
+        return future.result()
+
+    def _settings(self) -> dict[str, Any]:
+        client = self._player.create_client(GetParameters, f'{self._node}/get_parameters')
+        response = self._call(client, GetParameters.Request(names=list(_SETTINGS)), 'parameters')
+        values = [parameter_value_to_python(value) for value in response.values]
+        if len(values) != len(_SETTINGS):
+            raise LockstepError(f'{self._node}: a policy node expected, it lacks its parameters')
+        return dict(zip(_SETTINGS, values, strict=True))
+
+    def _handled(self) -> None:
+        """Return when the node has handled all that was published before."""
+        state = self._call(self._state, GetState.Request(), 'an answer').current_state
+        if state.id != State.PRIMARY_STATE_ACTIVE:
+            raise LockstepError(f'{self._node}: an active node expected, it is {state.label}')
+
+    def play(self, stopped: Callable[[], bool]) -> None:
+        """Publish every message; BagError where the recording is damaged."""
+        player = self._player
+        inputs = [player.topic_publishers[topic] for topic in sorted(self._streams)]
+        self._wait(
+            lambda: all(p.get_subscription_count() for p in inputs), 'subscriptions to its input'
+        )
+        self._wait(
+            lambda: player.count_publishers(f'{self._node}/chunk_stats') > 0, 'topic ~/chunk_stats'
+        )
+        self._handled()
+        schedule = ReplaySchedule(self._spec, self._interval_ns)
+        for message in player.messages():
+            while player.paused and not stopped():
+                player.serve(NAP_S)
+            if stopped():
+                return
+            if message.topic in self._streams:
+                self._step(schedule, message)
+            else:
+                player.publish(message)
+                player.serve(0.0)
+
+    def _step(self, schedule: ReplaySchedule, message: RawMessage) -> None:
+        """Publish one message of the node's input, and wait for what it brings about."""
+        sample = self._samples.convert(message)
+        try:
+            ticks = [] if sample is None else schedule.add(sample)
+        except ValueError as error:
+            raise BagError(f'{self._player.bag.path}: {error}') from None
+        self._player.publish_clock(schedule.now_ns)
+        self._player.publish(message)
+        self._handled()
+        for tick in ticks:
+            self._await_chunk(tick.stamp_ns, schedule.now_ns)
+
+    def _await_chunk(self, stamp_ns: int, now_ns: int) -> None:
+        waited_s = 0.0
+        while not self._player.serve_until(lambda: stamp_ns in self._stamps, CLOCK_AGAIN_S):
+            waited_s += CLOCK_AGAIN_S
+            if waited_s >= self._timeout_s:
+                raise LockstepError(
+                    f'{self._node}: a chunk for stamp {stamp_ns} expected within '
+                    f'{self._timeout_s:g} s'
+                )
+            self._player.publish_clock(now_ns)
+        self._stamps.discard(stamp_ns)

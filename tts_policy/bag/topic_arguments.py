@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NAME:=TOPIC arguments, written as in ROS remapping."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from tts_policy.bag.reader import BagError
+
+
+def parse_pairs(pairs: Sequence[str], expected: str) -> dict[str, str]:
+    """Left to right sides; raises BagError naming what was `expected`."""
+    parsed = {}
+    for pair in pairs:
+        left, separator, right = pair.partition(':=')
+        if not separator or not left:
+            raise BagError(f'{expected} expected, got {pair!r}')
+        parsed[left] = right
+    return parsed
+
+
+def add_topic_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --topic STREAM:=TOPIC, which may be given several times."""
+    parser.add_argument(
+        '--topic',
+        action='append',
+        default=[],
+        metavar='STREAM:=TOPIC',
+        help='recorded topic of a camera key, of joints or of commands (empty for none), or a '
+        'topic each of whose messages begins an episode, as cut',
+    )

@@ -57,7 +57,9 @@ class FoldedScheduler:
         to_x, to_eps, next_x0, next_x, next_eps, next_noise = rows.unbind(1)
         next_p = next_eps / to_eps
         shift = to_eps[:, None] * bias.double()
-        self._low, self._high = (list((side - shift).float().unbind(0)) for side in (-1.0, 1.0))
+        self._low, self._high = (
+            list((side - shift).float().unbind(0)) for side in (-scheduler.clip, scheduler.clip)
+        )
         shape = lattice.initial_noise.shape[1:]
         constant = (next_x0 + next_p)[:, None] * shift
         self._constant = constant.float()[:, None].expand(-1, *shape).contiguous()

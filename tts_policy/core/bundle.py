@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from tts_policy.core.contract import PolicyContract
 from tts_policy.core.network import NetworkSpec, PolicyNetwork
 from tts_policy.core.pruner import Pruner, PrunerSpec
+from tts_policy.core.query_pruner import QueryPruner, QueryPrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 
 FORMAT = 1
 MODEL_FILE = 'model.yaml'
 WEIGHTS_FILE = 'policy.safetensors'
 MAX_FILE_BYTES = 2 << 30
+QUERY_PRUNER = 'query'
+AnyPruner = Pruner | QueryPruner
 # Normalisation statistics map radians and metres: they keep full precision.
 _FULL_PRECISION = ('normalizer',)
 
@@ -43,14 +46,14 @@ class Bundle:
 
     name: str
     network: PolicyNetwork
-    samplers: Mapping[str, tuple[SamplerSpec, Pruner | None]]
+    samplers: Mapping[str, tuple[SamplerSpec, AnyPruner | None]]
 
     @property
     def default_sampler(self) -> str:
         """The sampler listed first."""
         return next(iter(self.samplers))
 
-    def sampler(self, name: str) -> tuple[SamplerSpec, Pruner | None]:
+    def sampler(self, name: str) -> tuple[SamplerSpec, AnyPruner | None]:
         """Settings and pruner of one sampler; raises BundleError naming those there are."""
         if name not in self.samplers:
             raise BundleError(f'sampler must be one of {list(self.samplers)}, got {name!r}')
@@ -59,12 +62,13 @@ class Bundle:
 
 def _half(name: str, value: Tensor) -> Tensor:
     keep = any(part in name for part in _FULL_PRECISION) or not value.is_floating_point()
-    return (value if keep else value.half()).contiguous()
+    return value if keep else value.half()
 
 
-def _write_weights(folder: Path, file: str, module: nn.Module) -> dict[str, str]:
+def _write_weights(folder: Path, file: str, module: nn.Module, half: bool) -> dict[str, str]:
     """Write a module's state; returns the entry of model.yaml that points to it."""
-    state = {name: _half(name, value.cpu()) for name, value in module.state_dict().items()}
+    state = {name: value.cpu() for name, value in module.state_dict().items()}
+    state = {k: (_half(k, v) if half else v).contiguous() for k, v in state.items()}
     data = save_tensors(state)
     (folder / file).write_bytes(data)
     return {'file': file, 'sha256': hashlib.sha256(data).hexdigest()}
@@ -104,28 +108,33 @@ def save_bundle(
     name: str,
     network: PolicyNetwork,
     samplers: Mapping[str, SamplerSpec],
-    pruners: Mapping[str, Pruner] | None = None,
+    pruners: Mapping[str, AnyPruner] | None = None,
+    half: bool = True,
 ) -> None:
-    """Write a bundle; `folder` is created, files of the same names are replaced."""
+    """Write a bundle; `folder` is created, files of the same names are replaced.
+
+    half: weights, but not normalisation statistics, are rounded to half precision.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data: dict[str, Any] = {
         'format': FORMAT,
         'name': name,
         **network.contract.to_dict(),
         'network': network.spec.to_dict(),
-        'weights': _write_weights(folder, WEIGHTS_FILE, network),
+        'weights': _write_weights(folder, WEIGHTS_FILE, network, half),
         'samplers': {key: spec.to_dict() for key, spec in samplers.items()},
     }
     _write_model_file(folder, data)
     for key, pruner in (pruners or {}).items():
-        save_pruner(folder, key, pruner)
+        save_pruner(folder, key, pruner, half)
 
 
-def save_pruner(folder: Path, sampler: str, pruner: Pruner) -> None:
+def save_pruner(folder: Path, sampler: str, pruner: AnyPruner, half: bool = True) -> None:
     """Add a sampler's pruner to an existing bundle, or replace it."""
     data = _read_model_file(folder)
-    entry = _write_weights(folder, f'pruner_{sampler}.safetensors', pruner)
-    data['samplers'][sampler]['pruner'] = {**entry, 'spec': pruner.spec.to_dict()}
+    entry = _write_weights(folder, f'pruner_{sampler}.safetensors', pruner, half)
+    kind = {} if isinstance(pruner, Pruner) else {'kind': QUERY_PRUNER}
+    data['samplers'][sampler]['pruner'] = {**entry, **kind, 'spec': pruner.spec.to_dict()}
     _write_model_file(folder, data)
 
 
@@ -155,7 +164,7 @@ def _read_model_file(folder: Path) -> dict[str, Any]:
 
 def _load_sampler(
     folder: Path, network: PolicyNetwork, name: str, data: Any
-) -> tuple[SamplerSpec, Pruner | None]:
+) -> tuple[SamplerSpec, AnyPruner | None]:
     data = dict(data)
     entry = data.pop('pruner', None)
     spec = SamplerSpec.from_dict(data)
@@ -166,18 +175,26 @@ def _load_sampler(
         )
     if entry is None:
         return spec, None
-    pruner_spec = PrunerSpec(**entry['spec'])
-    denoiser = network.denoiser.spec
+    denoiser, sizes = network.denoiser.spec, _pruner_spec(entry)
     expected = (spec.scheduler.steps, denoiser.blocks, denoiser.width, denoiser.obs_steps)
-    got = (pruner_spec.steps, pruner_spec.blocks, pruner_spec.memory_width, pruner_spec.obs_steps)
-    if got != expected or not 1 <= pruner_spec.hidden <= 4096:
+    got = (sizes.steps, sizes.blocks, sizes.memory_width, sizes.obs_steps)
+    if got != expected:
         raise ValueError(
             f'pruner of {name!r} must have (steps, blocks, memory_width, obs_steps) {expected}, '
             f'got {got}'
         )
-    pruner = Pruner(pruner_spec)
+    pruner = QueryPruner(sizes) if isinstance(sizes, QueryPrunerSpec) else Pruner(sizes)
     _read_weights(folder, entry, pruner)
     return spec, pruner
+
+
+def _pruner_spec(entry: dict[str, Any]) -> PrunerSpec | QueryPrunerSpec:
+    kind = entry.get('kind')
+    if kind == QUERY_PRUNER:
+        return QueryPrunerSpec(**entry['spec'])
+    if kind is not None:
+        raise ValueError(f'pruner kind must be {QUERY_PRUNER!r} or missing, got {kind!r}')
+    return PrunerSpec(**entry['spec'])
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -193,7 +210,7 @@ def load_bundle(folder: Path) -> Bundle:
     data = _read_model_file(folder)
     try:
         contract = PolicyContract.from_dict(data)
-        network = PolicyNetwork(contract, NetworkSpec(**data['network']))
+        network = PolicyNetwork(contract, NetworkSpec.from_dict(data['network']))
         _read_weights(folder, data['weights'], network)
         samplers = {
             str(name): _load_sampler(folder, network, str(name), entry)

@@ -16,7 +16,7 @@ from tts_policy.core.engine import Engine
 from tts_policy.core.engines import make_engine
 from tts_policy.core.lattice import Lattice
 from tts_policy.core.plan import Plan, dense_plan, make_plan
-from tts_policy.core.pruner import Pruner
+from tts_policy.core.pruner import PlanPruner
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import NoiseScheduler
 from tts_policy.core.stopwatch import Stopwatch
@@ -31,7 +31,7 @@ class ChunkSampler:
         self,
         denoiser: Denoiser,
         spec: SamplerSpec,
-        pruner: Pruner | None,
+        pruner: PlanPruner | None,
         seed: int = 0,
         engine: EngineMaker = make_engine,
     ) -> None:

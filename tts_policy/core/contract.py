@@ -38,14 +38,16 @@ class ObservationSpec:
 class ActionSpec:
     """A chunk of absolute joint set-points.
 
-    Index 0 of the horizon belongs to the oldest observation of the window. Set-point a, counted
-    from the newest observation, is due at observation time + (a + offset_steps) * period_s.
+    Index 0 of the horizon belongs to the oldest observation of the window or, with
+    `starts_at_newest`, to the newest. Set-point a, counted from the newest observation, is due at
+    observation time + (a + offset_steps) * period_s.
     """
 
     joints: tuple[str, ...]
     horizon: int
     execute: int
     offset_steps: int
+    starts_at_newest: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,21 +80,28 @@ class PolicyContract:
             raise ContractError(
                 f'observation.period_s must be in [0.001, 10] s, got {obs.period_s!r}'
             )
-        if act.execute > self.usable_actions:
+        if not isinstance(act.starts_at_newest, bool):
             raise ContractError(
-                f'action.execute must be at most horizon - steps + 1 = {self.usable_actions}, '
+                f'action.starts_at_newest must be true or false, got {act.starts_at_newest!r}'
+            )
+        if act.execute > self.usable_actions:
+            counted = 'horizon' if act.starts_at_newest else 'horizon - steps + 1'
+            raise ContractError(
+                f'action.execute must be at most {counted} = {self.usable_actions}, '
                 f'got {act.execute}'
             )
+        cameras = tuple(camera.key for camera in obs.cameras)
         for name, joints in (
             ('observation.joints', obs.joints),
             ('action.joints', act.joints),
-            ('observation.cameras', tuple(camera.key for camera in obs.cameras)),
+            ('observation.cameras', cameras),
         ):
-            if not joints or not all(isinstance(joint, str) and joint for joint in joints):
+            given = all(isinstance(joint, str) and joint for joint in joints)
+            if not given or not (joints or joints is cameras):
                 raise ContractError(f'{name} must be a list of names, got {joints!r}')
             if len(set(joints)) != len(joints):
                 raise ContractError(f'{name} must not repeat a name, got {list(joints)}')
-        if 'joints' in (camera.key for camera in obs.cameras):
+        if 'joints' in cameras:
             raise ContractError("observation.cameras: the key 'joints' is taken, choose another")
         for camera in obs.cameras:
             if not (16 <= camera.height <= 2048 and 16 <= camera.width <= 2048):
@@ -102,9 +111,14 @@ class PolicyContract:
                 )
 
     @property
+    def newest_action(self) -> int:
+        """Index of the horizon that belongs to the newest observation."""
+        return 0 if self.action.starts_at_newest else self.observation.steps - 1
+
+    @property
     def usable_actions(self) -> int:
-        """Set-points of a chunk from the newest observation on: horizon - steps + 1."""
-        return self.action.horizon - self.observation.steps + 1
+        """Set-points of a chunk from the newest observation on."""
+        return self.action.horizon - self.newest_action
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they stand in model.yaml."""
@@ -112,6 +126,8 @@ class PolicyContract:
         data['observation']['cameras'] = [asdict(camera) for camera in self.observation.cameras]
         data['observation']['joints'] = list(self.observation.joints)
         data['action']['joints'] = list(self.action.joints)
+        if not self.action.starts_at_newest:
+            del data['action']['starts_at_newest']
         return data
 
     @staticmethod

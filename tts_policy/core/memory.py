@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conditional encoding of all denoising steps at once.
 
-With an MLP per token (n_cond_layers = 0) the memory of step i is [time token of t_i, observation
+With an MLP per token (cond_layers = 0) the memory of step i is [time token of t_i, observation
 tokens]: time tokens and their cross-attention keys and values are folded at load, observation
-tokens are encoded once a tick. `ConditionalMemory` hands every (step, layer) its keys and values.
+tokens are encoded once a tick. With attention between the tokens (cond_layers > 0) the memories of
+all steps differ and are encoded in one batch. `ConditionalMemory` hands every (step, layer) its
+keys and values.
 """
 
 from __future__ import annotations
@@ -28,32 +30,33 @@ class ConditionalMemory:
         self._time = [
             block.keys_values(self.time_tokens[:, None]) for block in denoiser.cross_attentions
         ]
-        self._observation: list[tuple[Tensor, Tensor]] = []
+        # Per layer [B, heads, To, D / heads], or [B, K, heads, 1 + To, D / heads] where it mixes.
+        self._tick: list[tuple[Tensor, Tensor]] = []
         self.observation_tokens = torch.empty(0, device=device)
 
     def encode(self, features: Tensor) -> None:
         """Encode the observation features [B, To, Do] of a tick, for all steps and layers."""
-        self.observation_tokens = self._denoiser.encoder.observation_tokens(features)
-        self._observation = [
-            block.keys_values(self.observation_tokens) for block in self._denoiser.cross_attentions
-        ]
+        denoiser = self._denoiser
+        self.observation_tokens = denoiser.encoder.observation_tokens(features)
+        tokens = self.rows() if denoiser.encoder.mixes else self.observation_tokens
+        self._tick = [block.keys_values(tokens) for block in denoiser.cross_attentions]
 
     def conditioning(self, step: int, layer: int) -> Conditioning:
         """Conditioning of the blocks of one layer at one step."""
-        keys, values = self._observation[layer]
-        time_keys, time_values = self._time[layer]
-        batch = len(keys)
+        keys, values = self._tick[layer]
         denoiser = self._denoiser
-        return Conditioning(
-            torch.cat([time_keys[step].expand(batch, -1, -1, -1), keys], dim=2),
-            torch.cat([time_values[step].expand(batch, -1, -1, -1), values], dim=2),
-            denoiser.self_mask,
-            denoiser.memory_mask,
-        )
+        if denoiser.encoder.mixes:
+            keys, values = keys[:, step], values[:, step]
+        else:
+            time_keys, time_values = self._time[layer]
+            batch = len(keys)
+            keys = torch.cat([time_keys[step].expand(batch, -1, -1, -1), keys], dim=2)
+            values = torch.cat([time_values[step].expand(batch, -1, -1, -1), values], dim=2)
+        return Conditioning(keys, values, denoiser.self_mask, denoiser.memory_mask)
 
     def rows(self) -> Tensor:
         """The whole memory as the paper writes it: [B, K, 1 + To, D]."""
         batch, steps = len(self.observation_tokens), len(self.time_tokens)
         time = self.time_tokens[None, :, None].expand(batch, -1, -1, -1)
         observation = self.observation_tokens[:, None].expand(-1, steps, -1, -1)
-        return torch.cat([time, observation], dim=2)
+        return self._denoiser.encoder.mix(torch.cat([time, observation], dim=2))

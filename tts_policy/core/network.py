@@ -11,22 +11,44 @@ from torch import Tensor, nn
 from tts_policy.core.contract import PolicyContract
 from tts_policy.core.denoiser import Denoiser, DenoiserSpec
 from tts_policy.core.normalizer import LinearNormalizer
+from tts_policy.core.resnet import ResNetSpec
 from tts_policy.core.vision import ObservationEncoder
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Sizes of a policy network; `train_steps` is the length of the training noise schedule."""
+    """Sizes of a policy network; `train_steps` is the length of the training noise schedule.
+
+    causal, cond_layers: see DenoiserSpec. Cameras are encoded by a ResNet where `resnet` is given,
+    by a small network of `camera_channels` channels otherwise.
+    """
 
     width: int = 256
     layers: int = 8
     heads: int = 4
     camera_channels: int = 32
     train_steps: int = 100
+    causal: bool = True
+    cond_layers: int = 0
+    resnet: ResNetSpec | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they stand in model.yaml."""
-        return asdict(self)
+        data = asdict(self)
+        if self.resnet is None:
+            del data['resnet']
+        else:
+            data['resnet']['crop'] = list(self.resnet.crop)
+        return data
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> NetworkSpec:
+        """Inverse of `to_dict`; raises ValueError or TypeError for malformed data."""
+        data = dict(data)
+        if 'resnet' in data:
+            resnet = dict(data['resnet'])
+            data['resnet'] = ResNetSpec(**{**resnet, 'crop': tuple(resnet.get('crop', ()))})
+        return NetworkSpec(**data)
 
 
 class PolicyNetwork(nn.Module):
@@ -39,7 +61,9 @@ class PolicyNetwork(nn.Module):
         observation = contract.observation
         self.joint_normalizer = LinearNormalizer(len(observation.joints))
         self.action_normalizer = LinearNormalizer(len(contract.action.joints))
-        self.observation_encoder = ObservationEncoder(observation, spec.camera_channels)
+        self.observation_encoder = ObservationEncoder(
+            observation, spec.camera_channels, spec.resnet
+        )
         self.denoiser = Denoiser(
             DenoiserSpec(
                 action_dim=len(contract.action.joints),
@@ -49,6 +73,8 @@ class PolicyNetwork(nn.Module):
                 width=spec.width,
                 layers=spec.layers,
                 heads=spec.heads,
+                causal=spec.causal,
+                cond_layers=spec.cond_layers,
             )
         )
 

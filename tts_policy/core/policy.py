@@ -51,7 +51,7 @@ class ChunkStats:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Set-points [T - To + 1, A] in robot units from the newest observation on, and their plan."""
+    """Usable set-points [n, A] in robot units from the newest observation on, and their plan."""
 
     actions: NDArray[np.float64]
     plan: Plan
@@ -89,7 +89,7 @@ class TestTimeSparsePolicy:
         self._denoiser = self._network.denoiser
         self._frames = FrameEncoder(self._network.observation_encoder, self.device)
         self._sampler = ChunkSampler(self._denoiser, self.spec, pruner, seed)
-        encoder = flops.conditional_encoder_flops(self._denoiser.spec)
+        encoder = flops.conditional_encoder_flops(self._denoiser.spec, self.spec.scheduler.steps)
         self._fixed_flops = encoder
         self._dense_flops = encoder + flops.decoder_flops(self._denoiser.spec, self._sampler.dense)
         self._pruner_flops = flops.pruner_flops(pruner.spec) if pruner is not None else 0
@@ -199,8 +199,7 @@ class TestTimeSparsePolicy:
         watch.lap('observation_encoder')
         x, plan, oldest = self._sampler.sample(features, sparsity, watch)
         chunk = self._network.action_normalizer.unnormalize(x[0])
-        first = self.contract.observation.steps - 1
-        actions = chunk[first:].cpu().double().numpy()
+        actions = chunk[self.contract.newest_action :].cpu().double().numpy()
         watch.lap('copy_out')
         return Chunk(actions, plan, self._stats(plan, oldest, watch))
 

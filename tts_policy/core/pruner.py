@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pruner: from the shared conditional memory to logits of a reuse plan.
+"""Pruners: from the shared conditional memory to logits of a reuse plan.
 
-It reads the very memory that the decoder attends to (no second encoder). What depends on the
-step alone, its gate of the time token, is folded when a sampler is set up; a tick costs two small
-matrices on the observation tokens and one product per step, well under a thousandth of a dense
-decoder. A table per sparsity serves the whole range with one pruner: which cells are worth
+They read the very memory that the decoder attends to (no second encoder). What depends on the
+step alone is folded when a sampler is set up. `Pruner` is the one trained here: a tick costs two
+small matrices on the observation tokens and one product per step, well under a thousandth of a
+dense decoder. A table per sparsity serves the whole range with one pruner: which cells are worth
 computing depends on how many may be.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +35,11 @@ class PrunerSpec:
     hidden: int = 96
 
     def __post_init__(self) -> None:
-        """Refuse tables without order; raises ValueError."""
+        """Refuse tables without order and impossible sizes; raises ValueError naming the field."""
+        for name in ('steps', 'blocks', 'memory_width', 'obs_steps', 'hidden'):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 16384:
+                raise ValueError(f'pruner {name} must be an integer in [1, 16384], got {value!r}')
         # model.yaml knows lists only.
         object.__setattr__(self, 'sparsities', tuple(float(s) for s in self.sparsities))
         ordered = tuple(sorted(set(self.sparsities)))
@@ -48,7 +53,19 @@ class PrunerSpec:
         return {**asdict(self), 'sparsities': list(self.sparsities)}
 
 
-class Pruner(nn.Module):
+class PlanPruner(nn.Module, ABC):
+    """What a sampler needs of a pruner: `gates` when it is set up, a call per tick."""
+
+    @abstractmethod
+    def gates(self, time_tokens: Tensor) -> Any:
+        """What the logits need of the time tokens [K, D]; it depends on the steps alone."""
+
+    @abstractmethod
+    def forward(self, gates: Any, observation_tokens: Tensor, sparsity: float) -> Tensor:
+        """Logits [B, K, N, 4] from gates and observation tokens [B, To, D], for a sparsity."""
+
+
+class Pruner(PlanPruner):
     """logits[i, b] = table[i, b] + cell[b] (gate(time token i) * hidden(observation tokens))."""
 
     def __init__(self, spec: PrunerSpec) -> None:

@@ -46,7 +46,7 @@ class SamplerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they stand in model.yaml."""
-        return asdict(self)
+        return {**asdict(self), 'scheduler': self.scheduler.to_dict()}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> SamplerSpec:

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise schedulers: squared-cosine training schedule, DDPM and DDIM sampling as folded tables.
+"""Noise schedulers: training noise schedules, DDPM and DDIM sampling as folded tables.
 
-Every sampling step of either scheduler is
-    x0 = clip(to_x0_x[i] * x + to_x0_eps[i] * eps, -1, 1)
+Every sampling step of either scheduler is, for a model that predicts noise (or the clean sample,
+then read eps as that prediction),
+    x0 = clip(to_x0_x[i] * x + to_x0_eps[i] * eps)
     x  = next_x0[i] * x0 + next_x[i] * x + next_eps[i] * eps + next_noise[i] * z[i]
 with coefficients that are folded once.
 Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (squared cosine), Song et al. 2021 (DDIM);
-conventions (leading spacing, fixed small variance, clipping) are those of Diffusion Policy.
+names and conventions (leading spacing, noise of the clipped sample not recomputed) are those of
+diffusers, which Diffusion Policy uses.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,33 +34,90 @@ def squared_cosine_alphas_cumprod(train_steps: int) -> Tensor:
     return torch.cumprod(1.0 - torch.tensor(betas, dtype=torch.float64), dim=0)
 
 
+BETA_SCHEDULES = ('squaredcos_cap_v2', 'linear', 'scaled_linear', 'sigmoid')
+
+
 @dataclass(frozen=True)
 class SchedulerSpec:
-    """`kind` is 'ddpm' or 'ddim'; `steps` denoising steps are taken of `train_steps`."""
+    """`kind` is 'ddpm' or 'ddim'; `steps` denoising steps are taken of `train_steps`.
+
+    beta_schedule: 'squaredcos_cap_v2', or 'linear', 'scaled_linear', 'sigmoid' between beta_start
+    and beta_end. prediction: the model's output, 'epsilon' or 'sample'. variance: of DDPM's noise,
+    'fixed_small', 'fixed_small_log' (the same, as a clamped logarithm) or 'fixed_large'.
+    clip: the clean sample is clipped to [-clip, clip]; 0 leaves it alone. steps_offset is added to
+    DDIM's timesteps; with set_alpha_to_one its last step ends at the clean sample.
+    """
 
     kind: str
     steps: int
     train_steps: int = 100
+    beta_schedule: str = 'squaredcos_cap_v2'
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    prediction: str = 'epsilon'
+    variance: str = 'fixed_small'
+    clip: float = 1.0
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be sampled; raises ValueError naming the field."""
-        if self.kind not in ('ddpm', 'ddim'):
-            raise ValueError(f"scheduler kind must be 'ddpm' or 'ddim', got {self.kind!r}")
+        for name, value, allowed in (
+            ('kind', self.kind, ('ddpm', 'ddim')),
+            ('beta_schedule', self.beta_schedule, BETA_SCHEDULES),
+            ('prediction', self.prediction, ('epsilon', 'sample')),
+            ('variance', self.variance, ('fixed_small', 'fixed_small_log', 'fixed_large')),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f'scheduler {name} must be {" or ".join(map(repr, allowed))}, got {value!r}'
+                )
         if not 1 <= self.train_steps <= 10_000:
             raise ValueError(f'train_steps must be in [1, 10000], got {self.train_steps}')
         if not 1 <= self.steps <= self.train_steps:
             raise ValueError(
                 f'scheduler steps must be in [1, {self.train_steps}], got {self.steps}'
             )
-        if self.kind == 'ddpm' and self.steps != self.train_steps:
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ValueError(
-                f'a ddpm scheduler takes all {self.train_steps} steps, got {self.steps}'
+                f'0 < beta_start <= beta_end < 1 expected, got {self.beta_start}, {self.beta_end}'
             )
+        if not 0.0 <= self.clip <= 1e6:
+            raise ValueError(f'scheduler clip must be in [0, 1e6], got {self.clip}')
+        last = (self.steps - 1) * (self.train_steps // self.steps) + self.steps_offset
+        if self.steps_offset < 0 or last >= self.train_steps:
+            raise ValueError(
+                f'scheduler steps_offset must leave timesteps in [0, {self.train_steps}), '
+                f'got {self.steps_offset}'
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as they stand in model.yaml: what differs from the defaults."""
+        required = ('kind', 'steps', 'train_steps')
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name in required or getattr(self, field.name) != field.default
+        }
 
     def timesteps(self) -> list[int]:
         """Training timestep of every denoising step, noisiest first (leading spacing)."""
         stride = self.train_steps // self.steps
-        return [i * stride for i in range(self.steps)][::-1]
+        return [i * stride + self.steps_offset for i in range(self.steps)][::-1]
+
+    def alphas_cumprod(self) -> Tensor:
+        """Cumulative product of alphas of the training schedule, float64 [train_steps]."""
+        if self.beta_schedule == 'squaredcos_cap_v2':
+            return squared_cosine_alphas_cumprod(self.train_steps)
+        low, high, steps = self.beta_start, self.beta_end, self.train_steps
+        if self.beta_schedule == 'linear':
+            betas = torch.linspace(low, high, steps, dtype=torch.float64)
+        elif self.beta_schedule == 'scaled_linear':
+            betas = torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float64) ** 2
+        else:
+            ramp = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64))
+            betas = ramp * (high - low) + low
+        return torch.cumprod(1.0 - betas, dim=0)
 
 
 class NoiseScheduler:
@@ -67,23 +127,35 @@ class NoiseScheduler:
 
     def __init__(self, spec: SchedulerSpec) -> None:
         self.spec = spec
-        self._rows = [self._coefficients(spec, t) for t in spec.timesteps()]
+        self.clip = spec.clip or math.inf
+        alphas_cumprod = spec.alphas_cumprod().tolist()
+        self._rows = [self._coefficients(spec, alphas_cumprod, t) for t in spec.timesteps()]
 
     @staticmethod
-    def _coefficients(spec: SchedulerSpec, t: int) -> tuple[float, ...]:
+    def _coefficients(
+        spec: SchedulerSpec, alphas_cumprod: list[float], t: int
+    ) -> tuple[float, ...]:
         """to_x0_x, to_x0_eps, next_x0, next_x, next_eps, next_noise of training timestep t."""
-        alphas_cumprod = squared_cosine_alphas_cumprod(spec.train_steps).tolist()
         stride = spec.train_steps // spec.steps
         now = alphas_cumprod[t]
-        before = alphas_cumprod[t - stride] if t >= stride else 1.0
-        to_x0 = (now**-0.5, -((1 - now) ** 0.5) / now**0.5)
+        is_epsilon = spec.prediction == 'epsilon'
+        to_x0 = (now**-0.5, -((1 - now) ** 0.5) / now**0.5) if is_epsilon else (0.0, 1.0)
         if spec.kind == 'ddim':
-            return (*to_x0, before**0.5, 0.0, (1 - before) ** 0.5, 0.0)
+            final = 1.0 if spec.set_alpha_to_one else alphas_cumprod[0]
+            before = alphas_cumprod[t - stride] if t >= stride else final
+            noise = (1 - before) ** 0.5
+            if is_epsilon:
+                return (*to_x0, before**0.5, 0.0, noise, 0.0)
+            # eps = (x - sqrt(now) * prediction) / sqrt(1 - now)
+            scale = noise / (1 - now) ** 0.5
+            return (*to_x0, before**0.5, scale, -scale * now**0.5, 0.0)
+        before = alphas_cumprod[t - stride] if t >= stride else 1.0
         alpha = now / before
-        variance = max((1 - before) / (1 - now) * (1 - alpha), 1e-20) if t > 0 else 0.0
+        small = max((1 - before) / (1 - now) * (1 - alpha), 1e-20)
+        variance = 1 - alpha if spec.variance == 'fixed_large' else small
         x0 = before**0.5 * (1 - alpha) / (1 - now)
         x = alpha**0.5 * (1 - before) / (1 - now)
-        return (*to_x0, x0, x, 0.0, variance**0.5)
+        return (*to_x0, x0, x, 0.0, variance**0.5 if t > 0 else 0.0)
 
     @property
     def coefficients(self) -> list[tuple[float, ...]]:
@@ -98,12 +170,12 @@ class NoiseScheduler:
     def step(self, i: int, x: Tensor, eps: Tensor, noise: Tensor | None) -> Tensor:
         """One denoising step: x [..., T, A] -> the less noisy x; `noise` is z_i [..., T, A].
 
-        DDPM reads `noise`, DDIM ignores it.
+        eps is the model's prediction. DDPM reads `noise`, DDIM ignores it.
         """
         to_x0_x, to_x0_eps, next_x0, next_x, next_eps, next_noise = self._rows[i]
         x0 = (to_x0_x * x + to_x0_eps * eps).clamp(-self.clip, self.clip)
         if not self.needs_noise:
-            return next_x0 * x0 + next_eps * eps
+            return next_x0 * x0 + next_x * x + next_eps * eps
         assert noise is not None, 'a DDPM step needs its noise'
         return next_x0 * x0 + next_x * x + next_noise * noise
 

@@ -8,30 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tts_policy.core.contract import ObservationSpec
-
-
-class SpatialSoftmax(nn.Module):
-    """Expected image coordinate of every channel: [B, C, H, W] -> [B, 2C] in [-1, 1].
-
-    Source: Levine et al., "End-to-End Training of Deep Visuomotor Policies", section 5.
-    """
-
-    columns: Tensor
-    rows: Tensor
-
-    def __init__(self, height: int, width: int) -> None:
-        super().__init__()
-        rows = torch.linspace(-1.0, 1.0, height)[:, None].expand(height, width)
-        columns = torch.linspace(-1.0, 1.0, width)[None, :].expand(height, width)
-        self.register_buffer('rows', rows.reshape(-1, 1).clone(), persistent=False)
-        self.register_buffer('columns', columns.reshape(-1, 1).clone(), persistent=False)
-        self.temperature = nn.Parameter(torch.ones(()))
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Map activation maps [B, C, H, W] to coordinates [B, 2C]."""
-        weights = torch.softmax(maps.flatten(2) / self.temperature, dim=-1)
-        return torch.cat([weights @ self.columns, weights @ self.rows], dim=-1).flatten(1)
+from tts_policy.core.contract import CameraSpec, ObservationSpec
+from tts_policy.core.resnet import ResNetEncoder, ResNetSpec
+from tts_policy.core.spatial_softmax import SpatialSoftmax
 
 
 class CameraEncoder(nn.Module):
@@ -58,8 +37,8 @@ class CameraEncoder(nn.Module):
         self.out_features = 2 * channels
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map images in [-1, 1], [B, 3, H, W], to keypoints [B, 2C]."""
-        return self.pool(self.stages(image))
+        """Map images with values 0 to 255, [B, 3, H, W], to keypoints [B, 2C]."""
+        return self.pool(self.stages(image.div(127.5).sub(1.0).contiguous()))
 
 
 class ObservationEncoder(nn.Module):
@@ -68,12 +47,19 @@ class ObservationEncoder(nn.Module):
     The window's images are uint8 [B, To, H, W, 3]; joints are normalised, [B, To, J].
     """
 
-    def __init__(self, spec: ObservationSpec, channels: int = 32) -> None:
+    def __init__(
+        self, spec: ObservationSpec, channels: int = 32, resnet: ResNetSpec | None = None
+    ) -> None:
         super().__init__()
-        self.cameras = nn.ModuleDict(
-            {c.key: CameraEncoder(c.height, c.width, channels) for c in spec.cameras}
-        )
-        self.out_features = 2 * channels * len(spec.cameras) + len(spec.joints)
+
+        def make(camera: CameraSpec) -> CameraEncoder | ResNetEncoder:
+            if resnet is None:
+                return CameraEncoder(camera.height, camera.width, channels)
+            return ResNetEncoder(camera.height, camera.width, resnet)
+
+        encoders = {camera.key: make(camera) for camera in spec.cameras}
+        self.cameras = nn.ModuleDict(encoders)
+        self.out_features = len(spec.joints) + sum(e.out_features for e in encoders.values())
 
     def forward(self, images: dict[str, Tensor], joints: Tensor) -> Tensor:
         """Encode a batch of windows into features [B, To, Do]."""
@@ -85,8 +71,7 @@ class ObservationEncoder(nn.Module):
 
     def camera_features(self, key: str, images: Tensor) -> Tensor:
         """Features [n, F] of uint8 images [n, H, W, 3] of one camera."""
-        pixels = images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
-        features: Tensor = self.cameras[key](pixels)
+        features: Tensor = self.cameras[key](images.permute(0, 3, 1, 2).float())
         return features
 
     def combine(self, cameras: Mapping[str, Tensor], joints: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.steps, args.batch, args.sample, args.seed, SearchSpec(trials=args.trials)
     )
     contract = network.contract
-    measure = ActionError(contract.observation.steps - 1, contract.action.execute)
+    measure = ActionError(contract.newest_action, contract.action.execute)
     lessons = make_lessons(teacher, sequences)
     trainer = PrunerTrainer(teacher, sampler, sparsities, lessons, measure, spec)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,10 @@
 """`train_pruner`: recordings and a bundle's frozen policy to the pruner of one sampler.
 
 Ordered ticks of recorded episodes; tick 0 dense, then each tick sparse with its caches carried
-over. The sparsest plan starts from the static schedule, every other from the next sparser one,
-and each is searched for a number of steps (see `plan_search`). The plan that did best on lessons
-kept back becomes the table of its sparsity.
+over. The sparsest plan starts from a static schedule, or grows from one of half its cost if that
+ends up better; every other grows from the next sparser one. Each is searched for a number of
+steps (see `plan_search`), and the plan that did best on lessons kept back becomes the table of
+its sparsity.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class PrunerTrainer:
         self.tables: dict[float, Tensor] = {}
         self.best_error = float('inf')
         self.step = 0
-        self._begin(static_plan(*shape, max(1, self._budget() // shape[1])))
+        count = max(1, self._budget() // shape[1])
+        self._begin([static_plan(*shape, n) for n in sorted({count, max(1, count // 2)})])
 
     @property
     def sparsity(self) -> float:
@@ -98,11 +100,23 @@ class PrunerTrainer:
     def _budget(self) -> int:
         return round((1 - self.sparsity) * self._forced.size)
 
-    def _begin(self, plan: Plan) -> None:
-        self._search = PlanSearch(
-            self._loop, self._measure, plan, self._budget(), self._forced, self.spec.search
-        )
-        self.best, self.best_error = plan, float('inf')
+    def _begin(self, starts: list[Plan]) -> None:
+        """Begin with the sparsity in work; the search starts from the best of some plans."""
+        self._search: PlanSearch | None = None
+        self._starts = starts
+        self.best, self.best_error = starts[0], float('inf')
+
+    def _new_search(self, plan: Plan) -> PlanSearch:
+        budget = self._budget()
+        return PlanSearch(self._loop, self._measure, plan, budget, self._forced, self.spec.search)
+
+    def _started(self, random: np.random.Generator) -> PlanSearch:
+        """Search from the start that is best once it has grown to the budget."""
+        searches = [self._new_search(plan) for plan in self._starts]
+        for search in searches:
+            while search.computed < search.budget:
+                search.grow(self._batch(random, self.spec.sample)[1])
+        return min(searches, key=lambda search: self._kept_error(search.plan))
 
     def _random(self) -> np.random.Generator:
         """Random numbers of the step in work; they depend on seed and step alone."""
@@ -117,33 +131,35 @@ class PrunerTrainer:
     def train_step(self) -> tuple[float, float]:
         """One step of the search in work; returns the batch error before and after."""
         random = self._random()
-        while self._search.computed < self._search.budget:
-            self._search.grow(self._batch(random, self.spec.sample)[1])
+        if self._search is None:
+            self._search = self._started(random)
         errors = self._search.step(*self._batch(random, self.spec.batch), random)
         self.step += 1
         done = self.step % self.spec.steps == 0
         if done or self.step % VALIDATE_EVERY == 0:
-            self.validate()
+            self._validate(self._search.plan)
         if done:
-            self._finish()
+            self._finish(self._search)
         return errors
 
-    def validate(self) -> float:
-        """Error of the present plan on the lessons kept back; remembers the best plan."""
-        errors = [self._loop.error(b, self._search.plan, self._measure) for b in self._kept]
-        error = float(np.mean(errors))
-        if error < self.best_error:
-            self.best, self.best_error = self._search.plan, error
-        return error
+    def _kept_error(self, plan: Plan) -> float:
+        """Error of a plan on the lessons kept back."""
+        return float(np.mean([self._loop.error(b, plan, self._measure) for b in self._kept]))
 
-    def _finish(self) -> None:
+    def _validate(self, plan: Plan) -> None:
+        """Remember the plan if it is the best so far."""
+        error = self._kept_error(plan)
+        if error < self.best_error:
+            self.best, self.best_error = plan, error
+
+    def _finish(self, search: PlanSearch) -> None:
         """Turn the best plan into the table of its sparsity and go on to the next."""
-        self._search.plan = self.best
+        search.plan = self.best
         sample = self._batch(self._random(), self.spec.sample)[1]
         gradient = reuse_gradient(self._loop, sample, self.best, self._measure)
-        self.tables[self.sparsity] = plan_table(self.best, self._search.ranking(gradient))
+        self.tables[self.sparsity] = plan_table(self.best, search.ranking(gradient))
         if len(self.tables) < len(self.sparsities):
-            self._begin(self.best)
+            self._begin([self.best])
 
     def pruner(self) -> Pruner:
         """The trained pruner."""
@@ -162,16 +178,18 @@ class PrunerTrainer:
             'tables': self.tables,
             'best': torch.from_numpy(self.best),
             'best_error': self.best_error,
-            'search': self._search.state(),
+            'search': None if self._search is None else self._search.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state`."""
         self.step, self.tables = state['step'], state['tables']
         if len(self.tables) < len(self.sparsities):
-            self._begin(state['best'].numpy())
+            self._begin([state['best'].numpy()])
             self.best_error = state['best_error']
-            self._search.restore(state['search'])
+            if state['search'] is not None:
+                self._search = self._new_search(self.best)
+                self._search.restore(state['search'])
 
 
 def plan_table(plan: Plan, ranking: NDArray[np.float32]) -> Tensor:

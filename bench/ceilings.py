@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ceilings of the machine for a roofline: arithmetic by type, and reading by working set.
 
+One thread; processor time, which other processes on the machine change little.
+
 .venv/bin/python bench/ceilings.py
 """
 
@@ -19,22 +21,21 @@ WORKING_SETS_MIB = (0.5, 4, 24, 96)
 
 
 def median_s(call: Callable[[], object], rounds: int = 60) -> float:
-    """Median seconds of a call, after one that is not counted."""
+    """Median processor seconds of a call, after one that is not counted."""
     call()
     taken = []
     for _ in range(rounds):
-        started = time.perf_counter()
+        started = time.process_time()
         call()
-        taken.append(time.perf_counter() - started)
+        taken.append(time.process_time() - started)
     return float(np.median(taken))
 
 
 @torch.inference_mode()
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--threads', type=int, default=1, help='torch threads')
-    torch.set_num_threads(parser.parse_args().threads)
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    torch.set_num_threads(1)
     print(', '.join(f'{key} {value}' for key, value in describe_machine('cpu').items()))
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(SIZE, SIZE).to(dtype)

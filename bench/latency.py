@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import Arm, bundle_model, make_arms, random_model, run_timed
+from arms import Arm, Timing, bundle_model, make_arms, random_model, run_timed
 from machine import describe_machine
 from tqdm import tqdm
 
@@ -56,36 +56,42 @@ def parse_arguments() -> argparse.Namespace:
 def measure(arms: list[Arm], chunks: int, warm_up: int, device: str) -> dict[str, Any]:
     """Run the arms in turn; returns percentiles and median stages by arm, in milliseconds."""
     synchronise = torch.cuda.synchronize if device == 'cuda' else lambda: None
-    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    stages: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
+    timings: dict[str, list[Timing]] = {arm.name: [] for arm in arms}
     for turn in tqdm(range(warm_up + chunks), desc='chunks', dynamic_ncols=True):
         for arm in arms:
-            taken, parts = run_timed(arm, synchronise)
+            timing = run_timed(arm, synchronise)
             if turn >= warm_up:
-                seconds[arm.name].append(taken)
-                stages[arm.name].append(parts)
-    results = {}
-    for name, taken in seconds.items():
-        p50, p95, p99 = 1e3 * np.percentile(taken, (50, 95, 99))
-        results[name] = {
-            'p50_ms': round(float(p50), 3),
-            'p95_ms': round(float(p95), 3),
-            'p99_ms': round(float(p99), 3),
-            'stages_ms': {
-                stage: round(1e3 * float(np.median([parts[stage] for parts in stages[name]])), 3)
-                for stage in stages[name][0]
-            },
-        }
-    return results
+                timings[arm.name].append(timing)
+    return {name: summarise(taken) for name, taken in timings.items()}
+
+
+def summarise(timings: list[Timing]) -> dict[str, Any]:
+    """Percentiles of an arm and its median stages; processor time is free of other processes."""
+    p50, p95, p99 = np.percentile([timing.wall_s for timing in timings], (50, 95, 99))
+    stages = {
+        stage: np.median([timing.stages_s[stage] for timing in timings])
+        for stage in timings[0].stages_s
+    }
+    times = {
+        'p50_ms': p50,
+        'p95_ms': p95,
+        'p99_ms': p99,
+        'cpu_p50_ms': np.median([timing.cpu_s for timing in timings]),
+    }
+    return {
+        **{name: round(1e3 * float(value), 3) for name, value in times.items()},
+        'stages_ms': {name: round(1e3 * float(value), 3) for name, value in stages.items()},
+    }
 
 
 def print_table(results: dict[str, Any]) -> None:
     """Percentiles and speed against the first arm, then the stages of every arm."""
     baseline = next(iter(results.values()))['p50_ms']
     width = max(len(name) for name in results)
-    print(f'{"arm":{width}}  {"p50 ms":>9} {"p95 ms":>9} {"p99 ms":>9} {"speed":>7}')
+    columns = ('p50_ms', 'p95_ms', 'p99_ms', 'cpu_p50_ms')
+    print(f'{"arm":{width}}  {" ".join(f"{column:>10}" for column in columns)}   speed')
     for name, row in results.items():
-        times = ' '.join(f'{row[f"p{p}_ms"]:9.2f}' for p in (50, 95, 99))
+        times = ' '.join(f'{row[column]:10.2f}' for column in columns)
         print(f'{name:{width}}  {times} {baseline / row["p50_ms"]:6.1f}x')
     print()
     for name, row in results.items():

@@ -2,7 +2,8 @@
 """Time of the denoiser's linear layers at batch size one, by the way their weights are kept.
 
 It is what `core/packed.py` chooses by. Layers of one shape are taken in turn, as a chunk does, so
-that the weights do not stay in the first caches; kinds are interleaved.
+that the weights do not stay in the first caches; kinds are interleaved. Times are processor time
+of the one thread, which other processes on the machine change little.
 
     .venv/bin/python bench/linear.py --rows 10 --json out/linear.json
 """
@@ -63,11 +64,11 @@ def measure(shape: tuple[int, int], rows: int, rounds: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in layers[0]}
     for turn in range(rounds + 1):
         for name, times in taken.items():
-            started = time.perf_counter()
+            started = time.process_time()
             for layer in layers:
                 layer[name](x)
             if turn:
-                times.append((time.perf_counter() - started) / LAYERS)
+                times.append((time.process_time() - started) / LAYERS)
     return {name: round(1e6 * float(np.median(times)), 1) for name, times in taken.items()}
 
 
@@ -75,11 +76,10 @@ def main() -> None:
     """Measure every shape, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--rows', type=int, default=10, help='tokens T')
-    parser.add_argument('--threads', type=int, default=1, help='torch threads')
     parser.add_argument('--rounds', type=int, default=100, help='times every layer is run')
     parser.add_argument('--json', type=Path, help='write the result to this file as well')
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     machine = describe_machine('cpu')
     print(', '.join(f'{key} {value}' for key, value in machine.items()))

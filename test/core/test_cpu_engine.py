@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ STEPS = 6
 SCHEDULERS = {
     'ddpm': SchedulerSpec('ddpm', STEPS, STEPS),
     'ddim': SchedulerSpec('ddim', STEPS, 60),
+    'ddim_sample': SchedulerSpec('ddim', STEPS, 60, prediction='sample', clip=0.5, steps_offset=1),
+    'ddpm_sample': SchedulerSpec('ddpm', STEPS, STEPS, prediction='sample', clip=0.0),
 }
 
 
@@ -57,12 +60,16 @@ class Run:
         scheduler: str,
         force: bool,
         half: bool,
-        clip: float = 1.0,
+        causal: bool = True,
     ) -> None:
         noise_scheduler = NoiseScheduler(SCHEDULERS[scheduler])
-        noise_scheduler.clip = clip
         self.lattice = Lattice(SPEC, STEPS, noise_scheduler.needs_noise, torch.device('cpu'))
-        self.engine: Engine = kind(random_denoiser(half), noise_scheduler, self.lattice, force)
+        self.engine: Engine = kind(
+            random_denoiser(half, replace(SPEC, causal=causal)),
+            noise_scheduler,
+            self.lattice,
+            force,
+        )
         self.force = force
         self.reset(0)
 
@@ -87,14 +94,15 @@ class Run:
     sparsities=st.lists(st.floats(0.0, 1 - 1 / STEPS), min_size=2, max_size=4),
     force=st.booleans(),
     half=st.booleans(),
+    causal=st.booleans(),
     scheduler=st.sampled_from(sorted(SCHEDULERS)),
 )
 @settings(max_examples=40, deadline=None)
 @torch.inference_mode()
 def test_equals_the_eager_engine_over_random_plans_and_a_reset(
-    seed: int, sparsities: list[float], force: bool, half: bool, scheduler: str
+    seed: int, sparsities: list[float], force: bool, half: bool, causal: bool, scheduler: str
 ) -> None:
-    eager, fast = (Run(kind, scheduler, force, half) for kind in (EagerEngine, CpuEngine))
+    eager, fast = (Run(kind, scheduler, force, half, causal) for kind in (EagerEngine, CpuEngine))
     rng = np.random.default_rng(seed)
     for episode in range(2):
         for run in (eager, fast):
@@ -103,26 +111,13 @@ def test_equals_the_eager_engine_over_random_plans_and_a_reset(
             features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
             logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
             expected = eager.tick(features, logits, sparsity)
-            assert (fast.tick(features, logits, sparsity) - expected).abs().max() < 1e-4
+            difference = (fast.tick(features, logits, sparsity) - expected).abs().max()
+            assert difference < 1e-4 * max(1.0, float(expected.abs().max()))
             tokens = eager.engine.observation_tokens
             assert (fast.engine.observation_tokens - tokens).abs().max() < 1e-5
         # Later ticks reuse these.
-        difference = (fast.lattice.features - eager.lattice.features).abs().max()
-        assert difference < 1e-4
+        assert (fast.lattice.features - eager.lattice.features).abs().max() < 1e-4
     assert (fast.engine.time_tokens == eager.engine.time_tokens).all()
-
-
-@pytest.mark.parametrize('scheduler', sorted(SCHEDULERS))
-@pytest.mark.parametrize('clip', [0.3, float('inf')])
-@torch.inference_mode()
-def test_the_clean_sample_is_clipped_where_the_scheduler_says(scheduler: str, clip: float) -> None:
-    runs = [Run(kind, scheduler, True, True, clip) for kind in (EagerEngine, CpuEngine)]
-    unclipped = Run(EagerEngine, scheduler, True, True)
-    logits = np.zeros((STEPS, SPEC.blocks, 4), np.float32)
-    eager, fast = (run.tick(torch.ones(1, 2, 7), logits, 0.0) for run in runs)
-    scale = eager.abs().max()
-    assert (fast - eager).abs().max() < 1e-4 * max(1.0, float(scale))
-    assert not torch.equal(eager, unclipped.tick(torch.ones(1, 2, 7), logits, 0.0))
 
 
 @pytest.mark.parametrize('scheduler', sorted(SCHEDULERS))

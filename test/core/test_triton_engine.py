@@ -32,7 +32,7 @@ SPEC = DenoiserSpec(
 STEPS = 4
 SCHEDULERS = {
     'ddpm': SchedulerSpec('ddpm', STEPS, STEPS),
-    'ddim': SchedulerSpec('ddim', STEPS, 40),
+    'ddim': SchedulerSpec('ddim', STEPS, 40, clip=0.5),
 }
 
 
@@ -51,7 +51,6 @@ class Run:
         from tts_policy.core.triton_engine import TritonEngine
 
         noise = NoiseScheduler(SCHEDULERS[scheduler])
-        noise.clip = 0.5 if force else 1.0
         self.lattice = Lattice(SPEC, STEPS, noise.needs_noise, torch.device('cpu'))
         self.force = force
         arguments = (random_denoiser(), noise, self.lattice, force)

@@ -123,8 +123,6 @@ class SchedulerSpec:
 class NoiseScheduler:
     """One sampler; coefficients are Python floats, folded once."""
 
-    clip = 1.0  # bound of the clean sample x0
-
     def __init__(self, spec: SchedulerSpec) -> None:
         self.spec = spec
         self.clip = spec.clip or math.inf

@@ -146,6 +146,18 @@ def test_a_folder_of_other_settings_is_not_mixed_into(
     assert 'with the same seed expected: choose another --out' in capsys.readouterr().err
 
 
+def test_a_sparsity_above_the_limit_of_the_sampler_is_left_out_and_said(
+    tmp_path: Path,
+    evaluate: Callable[..., tuple[int, Path]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bag = Recording(frames=12).write(tmp_path / 'bag')
+    status, out = evaluate(bag, extra=('--sparsity', '0', '0.9', '0.95'))
+    assert status == 0
+    assert 'ddim10 takes at most 0.9: [0.95] left out' in capsys.readouterr().err
+    assert list(json.loads((out / 'report.json').read_text())['sparsity']) == ['0.0', '0.9']
+
+
 @pytest.mark.fault
 def test_damage_is_one_line_and_what_could_be_read_is_reported(
     tmp_path: Path,
@@ -180,6 +192,7 @@ def test_damage_is_one_line_and_what_could_be_read_is_reported(
     ('extra', 'reason'),
     [
         (('--sparsity', '0.95'), 'sparsity must be in [0, 0.9]'),
+        (('--sparsity', '-0.1', '0.5'), 'sparsity must be in [0, 0.9]'),
         (('--sampler', 'euler'), 'sampler must be one of'),
         (('--topic', 'camera'), 'STREAM:=TOPIC expected'),
         (('--topic', 'wrist:=/x'), "got ['wrist']"),

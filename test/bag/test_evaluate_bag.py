@@ -93,6 +93,19 @@ def test_chunks_are_those_of_the_policy_seeded_by_the_episode(
 
 
 @pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_bits(
+    tmp_path: Path, evaluate: Callable[..., tuple[int, Path]]
+) -> None:
+    pytest.importorskip('ray', reason='ray is not installed')
+    bag = Recording(gaps_after=(20,)).write(tmp_path / 'bag')
+    _, one = evaluate(bag, out='one')
+    status, two = evaluate(bag, out='two', extra=('--engine', 'ray', '--processes', '2'))
+    assert status == 0
+    for name in ('stamp_ns', 'actions', 'plan'):
+        np.testing.assert_array_equal(arrays(one, bag, name), arrays(two, bag, name))
+
+
+@pytest.mark.slow
 def test_processes_share_a_bag_by_episodes_without_changing_a_bit(
     tmp_path: Path, evaluate: Callable[..., tuple[int, Path]]
 ) -> None:

@@ -35,7 +35,7 @@ setup(
         *below_share('launch/*.launch.py', 'config/*', 'models/*/*'),
     ],
     install_requires=['setuptools'],
-    extras_require={'test': ['pytest']},
+    extras_require={'test': ['pytest'], 'ray': ['ray']},
     zip_safe=False,
     entry_points={
         'console_scripts': [

@@ -149,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
                     rows.append(row)
                     print(
                         f'{image:5} {decoder:8} {row["gib"]:6.2f} GiB {row["seconds"]:7.2f} s '
-                        f'{row["real_time"]:6.1f} x real time, peak {row["peak_mib"]:.0f} MiB '
+                        f'{row["real_time"]:6.1f} x real time ({row["cpu_s"]:.2f} s of CPU), '
+                        f'peak {row["peak_mib"]:.0f} MiB '
                         f'({row["before_mib"]:.0f} before), {row["ticks"]} ticks'
                     )
             shutil.rmtree(path)

@@ -93,6 +93,19 @@ def test_chunks_are_those_of_the_policy_seeded_by_the_episode(
 
 
 @pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_bits(
+    tmp_path: Path, evaluate: Callable[..., tuple[int, Path]]
+) -> None:
+    pytest.importorskip('ray', reason='ray is not installed')
+    bag = Recording(gaps_after=(20,)).write(tmp_path / 'bag')
+    _, one = evaluate(bag, out='one')
+    status, two = evaluate(bag, out='two', extra=('--engine', 'ray', '--processes', '2'))
+    assert status == 0
+    for name in ('stamp_ns', 'actions', 'plan'):
+        np.testing.assert_array_equal(arrays(one, bag, name), arrays(two, bag, name))
+
+
+@pytest.mark.slow
 def test_processes_share_a_bag_by_episodes_without_changing_a_bit(
     tmp_path: Path, evaluate: Callable[..., tuple[int, Path]]
 ) -> None:
@@ -146,6 +159,18 @@ def test_a_folder_of_other_settings_is_not_mixed_into(
     assert 'with the same seed expected: choose another --out' in capsys.readouterr().err
 
 
+def test_a_sparsity_above_the_limit_of_the_sampler_is_left_out_and_said(
+    tmp_path: Path,
+    evaluate: Callable[..., tuple[int, Path]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bag = Recording(frames=12).write(tmp_path / 'bag')
+    status, out = evaluate(bag, extra=('--sparsity', '0', '0.9', '0.95'))
+    assert status == 0
+    assert 'ddim10 takes at most 0.9: [0.95] left out' in capsys.readouterr().err
+    assert list(json.loads((out / 'report.json').read_text())['sparsity']) == ['0.0', '0.9']
+
+
 @pytest.mark.fault
 def test_damage_is_one_line_and_what_could_be_read_is_reported(
     tmp_path: Path,
@@ -180,6 +205,7 @@ def test_damage_is_one_line_and_what_could_be_read_is_reported(
     ('extra', 'reason'),
     [
         (('--sparsity', '0.95'), 'sparsity must be in [0, 0.9]'),
+        (('--sparsity', '-0.1', '0.5'), 'sparsity must be in [0, 0.9]'),
         (('--sampler', 'euler'), 'sampler must be one of'),
         (('--topic', 'camera'), 'STREAM:=TOPIC expected'),
         (('--topic', 'wrist:=/x'), "got ['wrist']"),

@@ -26,9 +26,10 @@ from tts_policy.bag.report import write_report
 from tts_policy.bag.samples import Topics
 from tts_policy.bag.summary import read_ticks, summarise, write_csv, write_json
 from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
+from tts_policy.core.policy import TestTimeSparsePolicy
 
-SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9)
-TOLERANCE_RAD = 0.02
+SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
+TOLERANCE_RAD = 0.015
 
 
 def bag_folder(out: Path, bag: Path) -> Path:
@@ -94,7 +95,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         'bags', nargs='+', type=Path, help='recordings (folder, .mcap, .db3), or folders of them'
     )
     parser.add_argument('--bundle', type=Path, required=True)
-    parser.add_argument('--sampler', default='ddim10', help='of the bundle (default %(default)s)')
+    parser.add_argument('--sampler', help='of the bundle (default: its first)')
     parser.add_argument('--sparsity', nargs='+', type=float, default=list(SPARSITIES), metavar='S')
     parser.add_argument('--out', type=Path, required=True, help='report and partial results')
     parser.add_argument(
@@ -120,10 +121,20 @@ def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]
     """Check everything that needs no message; raises ValueError with the reason."""
     if not (args.bundle / 'model.yaml').is_file():
         raise BagError(f'{args.bundle}: a bundle with model.yaml expected, there is none')
+    policy = TestTimeSparsePolicy.from_bundle(args.bundle, args.sampler, args.device)
+    sparsities = sorted({value for value in args.sparsity if value <= policy.max_sparsity})
+    for value in (sparsities or args.sparsity)[:1]:
+        policy.check_sparsity(value)
+    if sparsities != sorted(set(args.sparsity)):
+        print(
+            f'evaluate_bag: {policy.sampler} takes at most {policy.max_sparsity:.4g}: '
+            f'{sorted(set(args.sparsity) - set(sparsities))} left out',
+            file=sys.stderr,
+        )
     spec = EvaluationSpec(
         args.bundle.resolve(),
-        args.sampler,
-        tuple(sorted(set(args.sparsity))),
+        policy.sampler,
+        tuple(sparsities),
         parse_pairs(args.topic, 'topic: STREAM:=TOPIC'),
         args.device,
         args.seed,
@@ -132,8 +143,6 @@ def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]
         args.decoder,
     )
     arms = Arms(spec)
-    for sparsity in spec.sparsities:
-        arms.policies[0].check_sparsity(sparsity)
     Topics.of(arms.contract, spec.topics)
     if args.processes < 1 or not 0 <= args.n_execute <= arms.contract.usable_actions:
         raise BagError(

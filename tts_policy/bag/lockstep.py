@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lifecycle_msgs.msg import State
 from lifecycle_msgs.srv import GetState
 from rcl_interfaces.srv import GetParameters
@@ -26,7 +25,7 @@ from tts_policy.bag.player import NAP_S, BagPlayer
 from tts_policy.bag.reader import BagError, RawMessage
 from tts_policy.bag.replay import ReplaySchedule
 from tts_policy.bag.samples import SampleReader, Topics
-from tts_policy.core.contract import PolicyContract
+from tts_policy.core.contract import read_contract
 from tts_policy.ros.conversions import seconds_to_ns
 from tts_policy.ros.observation import WindowSpec
 
@@ -45,12 +44,6 @@ CLOCK_AGAIN_S = 1.0
 
 class LockstepError(RuntimeError):
     """The node cannot be played to in lockstep, or does not answer; one line."""
-
-
-def read_contract(bundle: Path) -> PolicyContract:
-    """Contract of a bundle; its weights are not loaded."""
-    data: Any = yaml.safe_load((bundle / 'model.yaml').read_text())
-    return PolicyContract.from_dict(data)
 
 
 class LockstepPlayback:
@@ -75,7 +68,7 @@ class LockstepPlayback:
         settings = self._settings()
         if not settings['use_sim_time']:
             raise LockstepError(f'{node}: use_sim_time true expected, got false')
-        contract = read_contract(Path(settings['bundle']))
+        contract = read_contract(Path(settings['bundle']) / 'model.yaml')
         n_execute = settings['n_execute'] or contract.action.execute
         self._interval_ns = n_execute * seconds_to_ns(contract.observation.period_s)
         self._spec = WindowSpec.of(

@@ -8,7 +8,10 @@ the model side reads dimensions. Neither knows the other.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 class ContractError(ValueError):
@@ -149,3 +152,18 @@ class PolicyContract:
             return PolicyContract(ObservationSpec(**obs), ActionSpec(**act))
         except (KeyError, TypeError) as error:
             raise ContractError(f'observation/action contract is malformed: {error}') from error
+
+
+def read_contract(path: Path) -> PolicyContract:
+    """Contract in a YAML file with `observation` and `action`, such as a bundle's model.yaml.
+
+    Raises
+    ------
+    ContractError
+        naming the file, if it cannot be read or holds no contract.
+
+    """
+    try:
+        return PolicyContract.from_dict(yaml.safe_load(path.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ContractError) as error:
+        raise ContractError(f'{path}: {" ".join(str(error).split())}') from None

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tts_policy.bag.data_check import DataCheck, write_check
 from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
 from tts_policy.core.bundle import save_bundle
-from tts_policy.core.contract import PolicyContract
+from tts_policy.core.contract import ContractError, PolicyContract, read_contract
 from tts_policy.core.network import NetworkSpec, PolicyNetwork
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec, TrainingNoise
 from tts_policy.train.dataset import BagError, Topics, Windows, find_bags, load_windows
@@ -210,6 +210,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--out', type=Path, required=True, help='checkpoints, log and bundle')
     add_topic_argument(parser)
+    parser.add_argument(
+        '--contract',
+        type=Path,
+        help='yaml with observation and action, as in a model.yaml (default: those of Lift)',
+    )
+    parser.add_argument('--name', default='panda_lift', help='of the bundle')
     parser.add_argument('--steps', type=int, default=8000, help='optimiser steps in all')
     parser.add_argument('--encoder-steps', type=int, default=1500, help='of them, encoder alone')
     parser.add_argument('--batch', type=int, default=32, help='windows a step')
@@ -231,16 +237,17 @@ def main(arguments: list[str] | None = None) -> int:
         bags = find_bags(args.bags)
         if len(bags) <= args.held_out:
             raise BagError(f'{len(bags)} bags, expected more than the {args.held_out} held out')
-        topics = Topics.of(LIFT_CONTRACT, parse_pairs(args.topic, 'topic: STREAM:=TOPIC'))
-        check = DataCheck(LIFT_CONTRACT)
-        held_out = load_windows(bags[: args.held_out], LIFT_CONTRACT, topics, check=check)
-        windows = load_windows(bags[args.held_out :], LIFT_CONTRACT, topics, check=check)
-    except BagError as error:
+        contract = LIFT_CONTRACT if args.contract is None else read_contract(args.contract)
+        topics = Topics.of(contract, parse_pairs(args.topic, 'topic: STREAM:=TOPIC'))
+        check = DataCheck(contract)
+        held_out = load_windows(bags[: args.held_out], contract, topics, check=check)
+        windows = load_windows(bags[args.held_out :], contract, topics, check=check)
+    except (BagError, ContractError) as error:
         print(f'train_policy: {error}', file=sys.stderr)
         return 2
     spec = TrainingSpec(args.steps, args.encoder_steps, args.batch, args.learning_rate, args.seed)
     network = NetworkSpec(width=args.width, layers=args.layers)
-    trainer = PolicyTrainer(LIFT_CONTRACT, network, spec, windows)
+    trainer = PolicyTrainer(contract, network, spec, windows)
     args.out.mkdir(parents=True, exist_ok=True)
     write_check(args.out / 'data_check.json', check)
     if (args.out / 'checkpoint.pt').exists():
@@ -252,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
         trainer.save(args.out)
         print(f'interrupted at step {trainer.step}; run the same command again to go on')
         return 130
-    save_bundle(args.out / 'bundle', 'panda_lift', trainer.averaged_network, LIFT_SAMPLERS)
+    save_bundle(args.out / 'bundle', args.name, trainer.averaged_network, LIFT_SAMPLERS)
     return 0
 
 

@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
 from tts_policy.core.bundle import BundleError, load_bundle, save_pruner
 from tts_policy.core.plan import Plan, Reuse, static_plan
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
-from tts_policy.train.dataset import BagError, find_bags, load_windows
+from tts_policy.train.dataset import BagError, Topics, find_bags, load_windows
 from tts_policy.train.lessons import (
     ActionError,
     Lesson,
@@ -38,7 +39,6 @@ from tts_policy.train.lessons import (
     forced_cells,
     make_lessons,
 )
-from tts_policy.train.lift_contract import LIFT_TOPICS
 from tts_policy.train.plan_comparison import compare_plans
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
 from tts_policy.train.reuse_gradient import reuse_gradient
@@ -243,6 +243,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         'bags', nargs='+', type=Path, help='rosbag2 recordings, or folders of them'
     )
+    add_topic_argument(parser)
     parser.add_argument('--bundle', type=Path, required=True, help='gets the pruner')
     parser.add_argument('--sampler', required=True, help='sampler of the bundle, e.g. ddim10')
     parser.add_argument('--out', type=Path, required=True, help='checkpoints, log and report')
@@ -281,9 +282,10 @@ def main(arguments: list[str] | None = None) -> int:
         _check_sparsities(sparsities, sampler)
         network = bundle.network.eval().requires_grad_(False)
         bags = find_bags(args.bags)
-        held_out = load_windows(bags[: args.held_out], network.contract, LIFT_TOPICS)
+        topics = Topics.of(network.contract, parse_pairs(args.topic, 'topic: STREAM:=TOPIC'))
+        held_out = load_windows(bags[: args.held_out], network.contract, topics)
         chosen = bags[args.held_out : args.held_out + args.episodes]
-        windows = load_windows(chosen, network.contract, LIFT_TOPICS)
+        windows = load_windows(chosen, network.contract, topics)
     except (BagError, BundleError, ValueError) as error:
         print(f'train_pruner: {error}', file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ import torch
 
 from tts_policy.convert.checkpoint import Checkpoint
 from tts_policy.convert.diffusion_policy import ConvertedPolicy, Naming, read_diffusion_policy
+from tts_policy.convert.lerobot import refuse_lerobot
 from tts_policy.convert.parameter_file import parameter_file
 from tts_policy.convert.published_pruner import read_pruner
 from tts_policy.convert.restricted_pickle import CheckpointError
@@ -106,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise CheckpointError(f'--rate must be in [0.1, 1000] Hz, got {args.rate}')
         if (args.out / MODEL_FILE).exists():
             raise CheckpointError(f'{args.out}: folder without a bundle expected, got one')
+        if args.checkpoint.is_dir():
+            refuse_lerobot(args.checkpoint)
         naming = Naming(1.0 / args.rate, tuple(args.observation_joints), tuple(args.action_joints))
         with Checkpoint(args.checkpoint) as checkpoint:
             try:

@@ -109,15 +109,15 @@ class SchedulerSpec:
         """Cumulative product of alphas of the training schedule, float64 [train_steps]."""
         if self.beta_schedule == 'squaredcos_cap_v2':
             return squared_cosine_alphas_cumprod(self.train_steps)
-        # In single precision, as diffusers does: the last, nearly noiseless steps feel the rounding.
         low, high, steps = self.beta_start, self.beta_end, self.train_steps
         if self.beta_schedule == 'linear':
-            betas = torch.linspace(low, high, steps)
+            betas = torch.linspace(low, high, steps, dtype=torch.float64)
         elif self.beta_schedule == 'scaled_linear':
-            betas = torch.linspace(low**0.5, high**0.5, steps) ** 2
+            betas = torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float64) ** 2
         else:
-            betas = torch.sigmoid(torch.linspace(-6, 6, steps)) * (high - low) + low
-        return torch.cumprod(1.0 - betas, dim=0).double()
+            ramp = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64))
+            betas = ramp * (high - low) + low
+        return torch.cumprod(1.0 - betas, dim=0)
 
 
 class NoiseScheduler:

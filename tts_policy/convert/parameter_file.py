@@ -28,7 +28,7 @@ def parameter_file(converted: ConvertedPolicy, bundle: Path) -> str:
     action = network.action_normalizer
     low = action.unnormalize(-action.scale.new_ones(action.scale.shape))
     high = action.unnormalize(action.scale.new_ones(action.scale.shape))
-    sampler, spec = next(iter(converted.samplers.items()))
+    sampler = next(iter(converted.samplers))
     topics = [
         'joint_states      sensor_msgs/JointState, ' + ', '.join(contract.observation.joints)
     ]
@@ -40,7 +40,7 @@ def parameter_file(converted: ConvertedPolicy, bundle: Path) -> str:
     values = {
         'sampler': sampler,
         'device': 'cpu',
-        'sparsity': spec.recommended_sparsity,
+        'sparsity': 0.0,  # dense, until the user has seen what the policy stands
         'n_execute': 0,
         'enable_output': False,
         'limits': {

@@ -47,6 +47,7 @@ setup(
             'evaluate_bag = tts_policy.bag.evaluate_bag:main',
             'play_bag = tts_policy.bag.play_bag:main',
             'evaluate_lift = tts_policy.sim.evaluate:main',
+            'convert_checkpoint = tts_policy.convert.convert_checkpoint:main',
             'demo = tts_policy.sim.demo:main',
         ],
     },

@@ -20,6 +20,11 @@ from tts_policy.core.bundle import (
     save_bundle,
     save_pruner,
 )
+from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
+from tts_policy.core.network import NetworkSpec, PolicyNetwork
+from tts_policy.core.resnet import ResNetSpec
+from tts_policy.core.sampler import SamplerSpec
+from tts_policy.core.scheduler import SchedulerSpec
 
 
 def _edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -68,6 +73,33 @@ def test_a_pruner_can_be_replaced(bundle: Path) -> None:
     assert again is not None and (again.tables == 0.5).all()
 
 
+def test_options_of_imported_policies_survive_the_bundle(tmp_path: Path) -> None:
+    contract = PolicyContract(
+        ObservationSpec((CameraSpec('view', 40, 36),), ('a', 'b'), steps=2, period_s=0.1),
+        ActionSpec(('a', 'b'), 6, 6, 0, starts_at_newest=True),
+    )
+    resnet = ResNetSpec(norm='batch', crop=(32, 33), keypoints=8, features=16)
+    network = NetworkSpec(
+        width=16, layers=1, heads=2, causal=False, cond_layers=1, resnet=resnet, train_steps=20
+    )
+    scheduler = SchedulerSpec('ddpm', 10, 20, 'linear', prediction='sample', clip=0.0)
+    made = PolicyNetwork(contract, network).eval()
+    save_bundle(tmp_path, 'imported', made, {'ddpm10': SamplerSpec(scheduler)}, half=False)
+    loaded = load_bundle(tmp_path)
+    assert loaded.network.contract == contract and loaded.network.spec == network
+    assert loaded.sampler('ddpm10')[0].scheduler == scheduler
+    for name, value in made.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[name], value), name
+    assert contract.usable_actions == 6
+
+
+def test_a_policy_without_cameras_is_a_policy() -> None:
+    contract = PolicyContract(
+        ObservationSpec((), ('a',), steps=1, period_s=0.1), ActionSpec(('a',), 4, 4, 0)
+    )
+    assert PolicyContract.from_dict(contract.to_dict()) == contract
+
+
 @pytest.mark.parametrize(
     ('change', 'reason'),
     [
@@ -87,6 +119,11 @@ def test_a_pruner_can_be_replaced(bundle: Path) -> None:
         (_put('samplers', 'ddim5', 'scheduler', 'kind', value='x'), "got 'x'"),
         (_put('samplers', 'ddim5', 'recommended_sparsity', value=0.9), 'recommended_sparsity'),
         (_put('samplers', 'ddim5', 'pruner', 'spec', 'steps', value=4), 'pruner of'),
+        (_put('samplers', 'ddim5', 'pruner', 'kind', value='oracle'), "got 'oracle'"),
+        (_put('samplers', 'ddim5', 'scheduler', 'beta_schedule', value='x'), "got 'x'"),
+        (_put('network', 'resnet', value={'norm': 'layer'}), "got 'layer'"),
+        (_put('network', 'cond_layers', value=-1), r'in \[0, 16384\], got -1'),
+        (_put('action', 'starts_at_newest', value='no'), "true or false, got 'no'"),
     ],
 )
 def test_a_bundle_that_contradicts_itself_is_refused(

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a checkpoint of Diffusion Policy into a model bundle and a draft parameter file.
+
+Nothing in the checkpoint is executed. Until `train_pruner` has made a pruner for the policy, or
+the paper's code has and --pruner names its file, the samplers follow the static schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from tts_policy.convert.checkpoint import Checkpoint
+from tts_policy.convert.diffusion_policy import ConvertedPolicy, Naming, read_diffusion_policy
+from tts_policy.convert.lerobot import refuse_lerobot
+from tts_policy.convert.parameter_file import parameter_file
+from tts_policy.convert.published_pruner import read_pruner
+from tts_policy.convert.restricted_pickle import CheckpointError
+from tts_policy.core.bundle import MODEL_FILE, AnyPruner, save_bundle
+from tts_policy.core.pruner import Pruner, PrunerSpec
+from tts_policy.core.sampler import SamplerSpec
+
+
+def static_pruner(converted: ConvertedPolicy, sampler: SamplerSpec) -> Pruner:
+    """Pruner that prefers the static schedule whatever it observes; it needs no training."""
+    denoiser = converted.network.denoiser.spec
+    pruner = Pruner(
+        PrunerSpec(
+            sampler.scheduler.steps,
+            denoiser.blocks,
+            denoiser.width,
+            denoiser.obs_steps,
+            sparsities=(sampler.recommended_sparsity,),
+        )
+    )
+    pruner.start_from_static()
+    return pruner
+
+
+def make_pruners(converted: ConvertedPolicy, file: Path | None) -> dict[str, AnyPruner]:
+    """A pruner for every sampler; that of the file for the checkpoint's own, the first one."""
+    pruners: dict[str, AnyPruner] = {
+        name: static_pruner(converted, spec) for name, spec in converted.samplers.items()
+    }
+    if file is not None:
+        own = next(iter(converted.samplers))
+        steps = converted.samplers[own].scheduler.steps
+        with Checkpoint(file) as checkpoint:
+            try:
+                pruners[own] = read_pruner(checkpoint, converted.network.denoiser.spec, steps)
+            except ValueError as error:
+                raise CheckpointError(f'{file}: {error}') from error
+    return pruners
+
+
+def summary(converted: ConvertedPolicy, pruners: Mapping[str, AnyPruner]) -> str:
+    """What was converted, as lines of text."""
+    contract, spec = converted.network.contract, converted.network.denoiser.spec
+    obs, act = contract.observation, contract.action
+    cameras = ', '.join(f'{c.key} {c.height} x {c.width}' for c in obs.cameras) or 'none'
+    attention = 'causal' if spec.causal else 'not causal'
+    parameters = sum(p.numel() for p in converted.network.parameters())
+    lines = [
+        f'{converted.name}: {parameters / 1e6:.1f} M parameters',
+        f'  denoiser   {spec.layers} layers, width {spec.width}, {spec.heads} heads, {attention}, '
+        f'{spec.cond_layers} condition layers',
+        f'  observes   {obs.steps} samples, {obs.period_s:g} s apart; cameras: {cameras}',
+        f'             joints: {", ".join(obs.joints)}',
+        f'  commands   {act.horizon} actions, {act.execute} executed: {", ".join(act.joints)}',
+    ]
+    for name, sampler in converted.samplers.items():
+        kind = 'static schedule' if isinstance(pruners[name], Pruner) else 'pruner of the paper'
+        lines.append(f'  sampler    {name}: {kind}, sparsity up to {sampler.max_sparsity:.4g}')
+    lines += [f'  note       {remark}' for remark in converted.remarks]
+    return '\n'.join(lines)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line of `convert_checkpoint`."""
+    parser = argparse.ArgumentParser(
+        prog='convert_checkpoint', description=__doc__.split('\n')[0] if __doc__ else None
+    )
+    parser.add_argument('checkpoint', type=Path, help='.ckpt file of Diffusion Policy')
+    parser.add_argument('out', type=Path, help='folder of the bundle')
+    parser.add_argument(
+        '--weights', choices=('ema', 'model'), default='ema', help='averaged or last weights'
+    )
+    parser.add_argument('--pruner', type=Path, help="pruner checkpoint of the paper's code")
+    parser.add_argument(
+        '--rate', type=float, default=10.0, help='control rate in Hz, which no checkpoint holds'
+    )
+    parser.add_argument('--observation-joints', nargs='+', default=(), metavar='NAME')
+    parser.add_argument('--action-joints', nargs='+', default=(), metavar='NAME')
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Convert; returns the exit status, 2 for a checkpoint that cannot be converted."""
+    args = parse_arguments(arguments)
+    torch.set_num_threads(1)
+    try:
+        if not 0.1 <= args.rate <= 1000.0:
+            raise CheckpointError(f'--rate must be in [0.1, 1000] Hz, got {args.rate}')
+        if (args.out / MODEL_FILE).exists():
+            raise CheckpointError(f'{args.out}: folder without a bundle expected, got one')
+        if args.checkpoint.is_dir():
+            refuse_lerobot(args.checkpoint)
+        naming = Naming(1.0 / args.rate, tuple(args.observation_joints), tuple(args.action_joints))
+        with Checkpoint(args.checkpoint) as checkpoint:
+            try:
+                converted = read_diffusion_policy(checkpoint, args.weights, naming)
+            except ValueError as error:
+                raise CheckpointError(f'{args.checkpoint}: {error}') from error
+        pruners = make_pruners(converted, args.pruner)
+    except CheckpointError as error:
+        print(f'convert_checkpoint: {error}', file=sys.stderr)
+        return 2
+    save_bundle(
+        args.out, args.out.name, converted.network, converted.samplers, pruners, half=False
+    )
+    parameters = args.out / 'parameters.yaml'
+    parameters.write_text(parameter_file(converted, args.out), encoding='utf-8')
+    print(summary(converted, pruners))
+    print(f'written: {args.out} and, as a draft to be completed, {parameters}')
+    return 0

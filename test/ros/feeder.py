@@ -33,6 +33,7 @@ HEIGHT, WIDTH = 24, 32
 JOINTS = ('shoulder', 'elbow', 'finger')
 JOINT_PERIOD_S = 0.01
 FRAME_EVERY = 5
+IN_FLIGHT = 8
 RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
 LATCHED = QoSProfile(
     depth=1,
@@ -83,6 +84,7 @@ class Feeder:
         self.ticks: list[dict[str, Any]] = []
         self.status: DiagnosticStatus | None = None
         self._policy = f'{namespace}/tts_policy'
+        self._clients: dict[str, Any] = {}
         self._images = node.create_publisher(Image, f'{namespace}/camera/image', RELIABLE)
         self._states = node.create_publisher(JointState, f'{namespace}/joint_states', RELIABLE)
         self._clock = node.create_publisher(Clock, '/clock', RELIABLE)
@@ -188,21 +190,28 @@ class Feeder:
     # Services
 
     def _call(self, kind: Any, name: str, request: Any, timeout_s: float = 15.0) -> Any:
-        client = self.node.create_client(kind, f'{self._policy}/{name}')
-        try:
-            assert client.wait_for_service(timeout_s), f'no service {name}'
-            done = threading.Event()
-            future = client.call_async(request)
-            future.add_done_callback(lambda _: done.set())
-            assert done.wait(timeout_s), f'no answer from {name}'
-            return future.result()
-        finally:
-            self.node.destroy_client(client)
+        client = self._client(kind, name, timeout_s)
+        done = threading.Event()
+        future = client.call_async(request)
+        future.add_done_callback(lambda _: done.set())
+        assert done.wait(timeout_s), f'no answer from {name}'
+        return future.result()
+
+    def _client(self, kind: Any, name: str, timeout_s: float = 15.0) -> Any:
+        if name not in self._clients:
+            self._clients[name] = self.node.create_client(kind, f'{self._policy}/{name}')
+        assert self._clients[name].wait_for_service(timeout_s), f'no service {name}'
+        return self._clients[name]
 
     def change(self, transition: str) -> bool:
         """Ask for a lifecycle transition."""
         request = ChangeState.Request(transition=Transition(id=TRANSITIONS[transition]))
         return bool(self._call(ChangeState, 'change_state', request).success)
+
+    def ask(self, transition: str) -> None:
+        """Ask for a transition that is not possible: rclpy does not answer then."""
+        request = ChangeState.Request(transition=Transition(id=TRANSITIONS[transition]))
+        self._client(ChangeState, 'change_state').call_async(request)
 
     def state(self) -> str:
         """Return the lifecycle state."""
@@ -210,14 +219,33 @@ class Feeder:
 
     def set(self, **values: Any) -> str:
         """Set parameters (`__` stands for a dot); returns '' or the reason of the refusal."""
-        request = SetParameters.Request(
+        results = self._call(SetParameters, 'set_parameters', self._request(values)).results
+        return '; '.join(r.reason or 'refused' for r in results if not r.successful)
+
+    def set_all(self, changes: list[dict[str, Any]], timeout_s: float = 60.0) -> int:
+        """Send many requests, some always in flight; returns how many were granted."""
+        client = self._client(SetParameters, 'set_parameters')
+        end_s = time.monotonic() + timeout_s
+        futures: list[Any] = []
+        for values in changes:
+            # A service keeps ten requests and forgets the oldest of more.
+            while sum(not future.done() for future in futures[-IN_FLIGHT:]) >= IN_FLIGHT:
+                assert time.monotonic() < end_s, 'no answer from set_parameters'
+                time.sleep(0.001)
+            futures.append(client.call_async(self._request(values)))
+        while not all(future.done() for future in futures):
+            assert time.monotonic() < end_s, 'no answer from set_parameters'
+            time.sleep(0.01)
+        return sum(all(r.successful for r in future.result().results) for future in futures)
+
+    @staticmethod
+    def _request(values: dict[str, Any]) -> SetParameters.Request:
+        return SetParameters.Request(
             parameters=[
                 Parameter(name.replace('__', '.'), value=value).to_parameter_msg()
                 for name, value in values.items()
             ]
         )
-        results = self._call(SetParameters, 'set_parameters', request).results
-        return '; '.join(r.reason or 'refused' for r in results if not r.successful)
 
     def describe(self, name: str) -> Any:
         """Return the descriptor of a parameter."""

@@ -38,7 +38,7 @@ class Faults:
     """
 
     # Longer than the pause between reports and the one between two looks at the input.
-    HOLD_S = 3.0
+    HOLD_S = 1.5
     SAY_AGAIN_S = 5.0
 
     def __init__(self) -> None:

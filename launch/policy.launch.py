@@ -66,6 +66,11 @@ ARGUMENTS = [
         description='Share of reused computation, 0 is dense; empty: as params_file says.',
     ),
     DeclareLaunchArgument(
+        'remap',
+        default_value='',
+        description='Topics under other names, separated by spaces: camera/image:=/front/image.',
+    ),
+    DeclareLaunchArgument(
         'log_level', default_value='info', description='Level of the node: debug to fatal.'
     ),
 ]
@@ -80,6 +85,7 @@ def _policy_node(context: LaunchContext) -> list[LifecycleNode]:
     for name, kind in (('bundle', str), ('device', str), ('sampler', str), ('sparsity', float)):
         if LaunchConfiguration(name).perform(context):
             overrides[name] = ParameterValue(LaunchConfiguration(name), value_type=kind)
+    remap = LaunchConfiguration('remap').perform(context).split()
     return [
         LifecycleNode(
             package='tts_policy',
@@ -87,6 +93,7 @@ def _policy_node(context: LaunchContext) -> list[LifecycleNode]:
             name='tts_policy',
             namespace=LaunchConfiguration('namespace'),
             parameters=[LaunchConfiguration('params_file'), overrides],
+            remappings=[tuple(pair.split(':=', 1)) for pair in remap],
             ros_arguments=['--log-level', ['tts_policy:=', LaunchConfiguration('log_level')]],
             output='screen',
             emulate_tty=True,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,10 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.srv import DescribeParameters, SetParameters
 from rclpy.parameter import Parameter
-from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import String
+from std_msgs.msg import Bool, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
@@ -32,7 +33,13 @@ HEIGHT, WIDTH = 24, 32
 JOINTS = ('shoulder', 'elbow', 'finger')
 JOINT_PERIOD_S = 0.01
 FRAME_EVERY = 5
+IN_FLIGHT = 8
 RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+LATCHED = QoSProfile(
+    depth=1,
+    reliability=ReliabilityPolicy.RELIABLE,
+    durability=DurabilityPolicy.TRANSIENT_LOCAL,
+)
 TRANSITIONS = {
     'configure': Transition.TRANSITION_CONFIGURE,
     'activate': Transition.TRANSITION_ACTIVATE,
@@ -63,21 +70,29 @@ def joint_message(stamp_ns: int) -> JointState:
 class Feeder:
     """Topics and services around one policy node.
 
-    `spoil_image` and `spoil_joints` may change or, returning None, hold back a message.
+    `spoil_image` and `spoil_joints` may change or, returning None, hold back a message; a list is
+    published one by one. `period_s` is the pause between joint states.
     """
 
     def __init__(self, node: Node, namespace: str = '') -> None:
         self.node = node
-        self.spoil_image: Callable[[Image], Image | None] = lambda message: message
-        self.spoil_joints: Callable[[JointState], JointState | None] = lambda message: message
+        self.period_s = JOINT_PERIOD_S
+        self.spoil_image: Callable[[Image], Any] = lambda message: message
+        self.spoil_joints: Callable[[JointState], Any] = lambda message: message
         self.commands: list[JointTrajectory] = []
         self.proposals: list[JointTrajectory] = []
         self.ticks: list[dict[str, Any]] = []
         self.status: DiagnosticStatus | None = None
         self._policy = f'{namespace}/tts_policy'
+        self._clients: dict[str, Any] = {}
         self._images = node.create_publisher(Image, f'{namespace}/camera/image', RELIABLE)
         self._states = node.create_publisher(JointState, f'{namespace}/joint_states', RELIABLE)
         self._clock = node.create_publisher(Clock, '/clock', RELIABLE)
+        self._stop = node.create_publisher(Bool, f'{namespace}/emergency_stop', RELIABLE)
+        self._description = node.create_publisher(
+            String, f'{namespace}/robot_description', LATCHED
+        )
+        self._fault = node.create_publisher(String, f'{self._policy}/fault', RELIABLE)
         self._subscriptions = [
             node.create_subscription(kind, topic, callback, RELIABLE)
             for kind, topic, callback in (
@@ -124,23 +139,42 @@ class Feeder:
             self._thread.join()
             self._thread = None
 
+    def _run_forever(self) -> None:
+        self._running.set()
+        self._run()
+
     def _run(self) -> None:
         due_s = time.monotonic()
         count = 0
         while self._running.is_set():
             self.publish(time.time_ns(), picture=count % FRAME_EVERY == 0)
             count += 1
-            due_s += JOINT_PERIOD_S
+            due_s += self.period_s
             time.sleep(max(0.0, due_s - time.monotonic()))
 
     def publish(self, stamp_ns: int, picture: bool) -> None:
         """Publish one joint state and perhaps an image, with the very same stamp."""
-        state = self.spoil_joints(joint_message(stamp_ns))
-        if state is not None:
-            self._states.publish(state)
-        image = self.spoil_image(image_message(stamp_ns)) if picture else None
-        if image is not None:
-            self._images.publish(image)
+        self._publish(self._states, self.spoil_joints(joint_message(stamp_ns)))
+        if picture:
+            self._publish(self._images, self.spoil_image(image_message(stamp_ns)))
+
+    @staticmethod
+    def _publish(publisher: Any, spoiled: Any) -> None:
+        for message in spoiled if isinstance(spoiled, list) else [spoiled]:
+            if message is not None:
+                publisher.publish(message)
+
+    def emergency_stop(self, stop: bool) -> None:
+        """Publish one message of the stop topic."""
+        self._stop.publish(Bool(data=stop))
+
+    def describe_robot(self, urdf: str) -> None:
+        """Publish a robot description."""
+        self._description.publish(String(data=urdf))
+
+    def inject(self, fault: str) -> None:
+        """Tell the policy of `faulty_node` what to do wrong."""
+        self._fault.publish(String(data=fault))
 
     def publish_clock(self, stamp_ns: int) -> None:
         """Publish simulated time."""
@@ -156,21 +190,28 @@ class Feeder:
     # Services
 
     def _call(self, kind: Any, name: str, request: Any, timeout_s: float = 15.0) -> Any:
-        client = self.node.create_client(kind, f'{self._policy}/{name}')
-        try:
-            assert client.wait_for_service(timeout_s), f'no service {name}'
-            done = threading.Event()
-            future = client.call_async(request)
-            future.add_done_callback(lambda _: done.set())
-            assert done.wait(timeout_s), f'no answer from {name}'
-            return future.result()
-        finally:
-            self.node.destroy_client(client)
+        client = self._client(kind, name, timeout_s)
+        done = threading.Event()
+        future = client.call_async(request)
+        future.add_done_callback(lambda _: done.set())
+        assert done.wait(timeout_s), f'no answer from {name}'
+        return future.result()
+
+    def _client(self, kind: Any, name: str, timeout_s: float = 15.0) -> Any:
+        if name not in self._clients:
+            self._clients[name] = self.node.create_client(kind, f'{self._policy}/{name}')
+        assert self._clients[name].wait_for_service(timeout_s), f'no service {name}'
+        return self._clients[name]
 
     def change(self, transition: str) -> bool:
         """Ask for a lifecycle transition."""
         request = ChangeState.Request(transition=Transition(id=TRANSITIONS[transition]))
         return bool(self._call(ChangeState, 'change_state', request).success)
+
+    def ask(self, transition: str) -> None:
+        """Ask for a transition that is not possible: rclpy does not answer then."""
+        request = ChangeState.Request(transition=Transition(id=TRANSITIONS[transition]))
+        self._client(ChangeState, 'change_state').call_async(request)
 
     def state(self) -> str:
         """Return the lifecycle state."""
@@ -178,20 +219,55 @@ class Feeder:
 
     def set(self, **values: Any) -> str:
         """Set parameters (`__` stands for a dot); returns '' or the reason of the refusal."""
-        request = SetParameters.Request(
+        results = self._call(SetParameters, 'set_parameters', self._request(values)).results
+        return '; '.join(r.reason or 'refused' for r in results if not r.successful)
+
+    def set_all(self, changes: list[dict[str, Any]], timeout_s: float = 60.0) -> int:
+        """Send many requests, some always in flight; returns how many were granted."""
+        client = self._client(SetParameters, 'set_parameters')
+        end_s = time.monotonic() + timeout_s
+        futures: list[Any] = []
+        for values in changes:
+            # A service keeps ten requests and forgets the oldest of more.
+            while sum(not future.done() for future in futures[-IN_FLIGHT:]) >= IN_FLIGHT:
+                assert time.monotonic() < end_s, 'no answer from set_parameters'
+                time.sleep(0.001)
+            futures.append(client.call_async(self._request(values)))
+        while not all(future.done() for future in futures):
+            assert time.monotonic() < end_s, 'no answer from set_parameters'
+            time.sleep(0.01)
+        return sum(all(r.successful for r in future.result().results) for future in futures)
+
+    @staticmethod
+    def _request(values: dict[str, Any]) -> SetParameters.Request:
+        return SetParameters.Request(
             parameters=[
                 Parameter(name.replace('__', '.'), value=value).to_parameter_msg()
                 for name, value in values.items()
             ]
         )
-        results = self._call(SetParameters, 'set_parameters', request).results
-        return '; '.join(r.reason or 'refused' for r in results if not r.successful)
 
     def describe(self, name: str) -> Any:
         """Return the descriptor of a parameter."""
         request = DescribeParameters.Request(names=[name])
         return self._call(DescribeParameters, 'describe_parameters', request).descriptors[0]
 
+    def clear_stop(self) -> Trigger.Response:
+        """Call ~/clear_stop of the policy."""
+        return self._call(Trigger, 'clear_stop', Trigger.Request())
+
     def reset(self) -> Trigger.Response:
         """Call ~/reset of the policy."""
         return self._call(Trigger, 'reset', Trigger.Request())
+
+
+def main() -> None:
+    """Be a robot of its own: publish until killed."""
+    import rclpy
+
+    rclpy.init()
+    Feeder(rclpy.create_node('robot'), *sys.argv[1:])._run_forever()
+
+
+if __name__ == '__main__':
+    main()

@@ -38,8 +38,8 @@ def test_statistics_give_percentiles_and_totals() -> None:
     statistics = TickStatistics()
     assert 'realised_sparsity' not in statistics.values()
     for ms in range(1, 101):
-        statistics.record(delivery(ms * 1e-3))
-    statistics.record(delivery(0.5, age_ns=INTERVAL_NS + 1, skipped=2))
+        statistics.record(delivery(ms * 1e-3), None)
+    statistics.record(delivery(0.5, age_ns=INTERVAL_NS + 1, skipped=2), None)
     values = statistics.values()
     assert values['ticks'] == 101
     assert values['latency_p50_ms'] == 51.0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import yaml
 from processes import REPOSITORY, child_environment
@@ -31,18 +32,25 @@ EXPECTED_ARGUMENTS = {
 }
 
 
-def config() -> dict[str, Any]:
-    text = (REPOSITORY / 'config' / 'panda_lift.yaml').read_text(encoding='utf-8')
-    return yaml.safe_load(text)['/**/tts_policy']['ros__parameters']
+CONFIGURATIONS = ('panda_lift.yaml', 'ur5e.yaml')
 
 
-def test_every_parameter_of_the_configuration_exists_and_is_in_range() -> None:
+def config(name: str) -> dict[str, Any]:
+    """Return the parameters of a configuration, nested ones with a dot in their name."""
+    text = (REPOSITORY / 'config' / name).read_text(encoding='utf-8')
+    values: dict[str, Any] = {}
+    for key, value in yaml.safe_load(text)['/**/tts_policy']['ros__parameters'].items():
+        nested = value.items() if isinstance(value, dict) else [('', value)]
+        values.update({f'{key}.{inner}' if inner else key: item for inner, item in nested})
+    return values
+
+
+@pytest.mark.parametrize('name', CONFIGURATIONS)
+def test_every_parameter_of_a_configuration_exists_and_is_in_range(name: str) -> None:
     pytest.importorskip('rclpy', reason='rclpy is not installed')
-    from tts_policy.ros.parameters import PARAMETERS
+    from tts_policy.ros.parameter_table import PARAMETERS
 
-    values = config()
-    limits = values.pop('limits')
-    values.update({f'limits.{name}': value for name, value in limits.items()})
+    values = config(name)
     specs = {spec.name: spec for spec in PARAMETERS}
     assert set(values) <= set(specs)
     for name, value in values.items():
@@ -51,19 +59,35 @@ def test_every_parameter_of_the_configuration_exists_and_is_in_range() -> None:
             assert type(value) is type(spec.default), name
         if spec.low is not None and spec.high is not None:
             assert spec.low <= value <= spec.high, name
+        if spec.choices:
+            assert value in spec.choices, name
 
 
-def test_limits_of_the_configuration_belong_to_the_joints_of_the_task() -> None:
+@pytest.mark.parametrize('name', CONFIGURATIONS)
+def test_a_configuration_moves_nothing_and_bounds_every_joint(name: str) -> None:
     pytest.importorskip('rclpy', reason='rclpy is not installed')
-    pytest.importorskip('rosbags', reason='rosbags is not installed')
+    from tts_policy.ros.parameter_table import PARAMETERS
     from tts_policy.ros.parameters import Settings, joint_limits
+
+    values = config(name)
+    assert values['enable_output'] is False
+    settings = Settings({**{spec.name: spec.default for spec in PARAMETERS}, **values})
+    limits = joint_limits(settings, values['limits.joints'])
+    for bound in (limits.lower, limits.upper, limits.velocity, limits.first_distance):
+        assert np.isfinite(bound).all()
+    assert set(values.get('hold_last_command', [])) <= set(limits.joints)
+    assert set(values.get('gripper.joints', [])) <= set(limits.joints)
+
+
+def test_limits_of_the_panda_belong_to_the_joints_of_the_task() -> None:
+    pytest.importorskip('rosbags', reason='rosbags is not installed')
     from tts_policy.train.lift_contract import LIFT_CONTRACT
 
-    settings = Settings({f'limits.{name}': value for name, value in config()['limits'].items()})
-    limits = joint_limits(settings, LIFT_CONTRACT.action.joints)
-    assert limits.upper[-1] == 0.04
-    assert limits.upper[3] == -0.0698
-    assert set(config()['hold_last_command']) <= set(LIFT_CONTRACT.action.joints)
+    values = config('panda_lift.yaml')
+    assert sorted(values['limits.joints']) == sorted(LIFT_CONTRACT.action.joints)
+    upper = dict(zip(values['limits.joints'], values['limits.upper'], strict=True))
+    assert upper['panda_finger_joint1'] == 0.04
+    assert upper['panda_joint4'] == -0.0698
 
 
 def test_fast_dds_profile_has_large_shared_memory_beside_udp() -> None:

@@ -234,3 +234,18 @@ def test_whatever_arrives_a_window_is_true_to_its_stamps(
             assert (np.abs(values[:, 0] - targets) <= SPEC.tolerance_ns).all()
             assert (values[:, 0] <= tick).all()
         assert now - tick <= SPEC.max_age_ns
+
+
+def test_skew_between_the_keys_of_a_step_is_bounded() -> None:
+    def window(skew_ms: int) -> ObservationWindow:
+        window = ObservationWindow(replace(SPEC, max_skew_ns=10 * MS))
+        for stamp in (T0, T0 + PERIOD):
+            window.add('camera', stamp, np.array([stamp]), T0 + PERIOD)
+            window.add('joints', stamp - skew_ms * MS, np.array([stamp]), T0 + PERIOD)
+        return window
+
+    assert window(10).window(T0 + PERIOD, T0 + PERIOD)['joints'].shape == (2, 1)
+    with pytest.raises(
+        WindowUnavailable, match=r'joints: .* 10\.0 ms of the one of camera, got 11'
+    ):
+        window(11).window(T0 + PERIOD, T0 + PERIOD)

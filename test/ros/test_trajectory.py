@@ -14,7 +14,7 @@ pytest.importorskip('rclpy', reason='rclpy is not installed')
 
 from tts_policy.ros.conversions import time_to_ns
 from tts_policy.ros.trajectory import (
-    JointLimits,
+    ChunkTooLate,
     Trajectory,
     TrajectoryRefused,
     hold_trajectory,
@@ -69,9 +69,9 @@ def test_points_already_past_are_dropped_and_one_due_now_is_past(
 
 
 def test_a_chunk_that_is_wholly_past_is_refused() -> None:
-    with pytest.raises(TrajectoryRefused, match='last was due 0 ms ago'):
+    with pytest.raises(TrajectoryRefused, match='the last was due 0 ms ago'):
         plan(STAMP + 15 * PERIOD)
-    with pytest.raises(TrajectoryRefused, match='last was due 250 ms ago'):
+    with pytest.raises(TrajectoryRefused, match='the last was due 250 ms ago'):
         plan(STAMP + 20 * PERIOD)
 
 
@@ -116,63 +116,6 @@ def test_chunks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         plan(actions=np.zeros(shape))
 
 
-def limits(**changes: object) -> JointLimits:
-    values = {
-        'lower': np.array([-1.0, -1.0]),
-        'upper': np.array([1.0, 1.0]),
-        'velocity': np.array([1.0, 1.0]),
-        'first_distance': np.array([0.3, 0.3]),
-        'tolerance': 0.1,
-        **changes,
-    }
-    return JointLimits(JOINTS, **values)  # type: ignore[arg-type]
-
-
-MEASURED = np.array([0.0, 1.0])
-
-
-def test_a_chunk_within_limits_is_unchanged() -> None:
-    got = limits().apply(plan(), PERIOD, MEASURED)
-    assert np.array_equal(got.positions, RAMP)
-
-
-def test_positions_within_the_tolerance_are_clipped() -> None:
-    actions = RAMP + np.array([0.0, 0.15])
-    got = limits().apply(plan(actions=actions), PERIOD, MEASURED)
-    assert got.positions.max() == 1.0
-    assert np.array_equal(got.positions, np.clip(actions, -1, 1))
-
-
-@pytest.mark.parametrize(
-    ('actions', 'changes', 'reason'),
-    [
-        (
-            RAMP + np.array([0.0, 0.21]),
-            {},
-            r'b: expected position \[-1\.0, 1\.0\], got 1\.2100 at point 0',
-        ),
-        (
-            -RAMP,
-            {'first_distance': np.full(2, 9.0), 'lower': np.array([0.0, -1.0])},
-            'a: expected',
-        ),
-        (RAMP * [6.0, 1.0], {}, r'a: expected velocity at most 1\.0, got 1\.2'),
-        (RAMP + np.array([0.31, 0.0]), {}, 'a: expected distance of the first point'),
-    ],
-)
-def test_a_violation_beyond_the_tolerance_refuses_the_whole_chunk(
-    actions: np.ndarray, changes: dict[str, object], reason: str
-) -> None:
-    with pytest.raises(TrajectoryRefused, match=reason):
-        limits(**changes).apply(plan(actions=actions), PERIOD, MEASURED)
-
-
-def test_unbounded_limits_let_everything_finite_pass() -> None:
-    actions = RAMP * 1e6
-    got = JointLimits.unbounded(JOINTS).apply(plan(actions=actions), PERIOD, MEASURED)
-    assert np.array_equal(got.positions, actions)
-
-
 def test_message_carries_stamp_names_and_points() -> None:
     message = trajectory_message(plan(STAMP + PERIOD))
     assert time_to_ns(message.header.stamp) == STAMP
@@ -189,8 +132,29 @@ def test_hold_is_one_point_at_rest_in_the_future() -> None:
     assert time_to_ns(point.time_from_start) == PERIOD
 
 
-def test_position_in_force_is_the_last_one_due() -> None:
+def test_set_points_between_points_are_interpolated_and_held_outside() -> None:
     got = plan()
-    assert np.array_equal(got.position_at(STAMP), RAMP[0])
-    assert np.array_equal(got.position_at(STAMP + 3 * PERIOD), RAMP[2])
-    assert np.array_equal(got.position_at(STAMP + 99 * PERIOD), RAMP[14])
+    times = STAMP + np.array([0, 3 * PERIOD, 3 * PERIOD + PERIOD // 2, 99 * PERIOD])
+    expected = [RAMP[0], RAMP[2], (RAMP[2] + RAMP[3]) / 2, RAMP[14]]
+    assert np.allclose(got.positions_at(times), expected)
+
+
+def test_some_joints_of_a_trajectory_keep_its_points() -> None:
+    got = plan().of(['b'])
+    assert got.joints == ('b',)
+    assert np.array_equal(got.positions, RAMP[:, 1:])
+    assert np.array_equal(got.times_ns, plan().times_ns)
+
+
+def test_points_that_a_message_cannot_reach_in_time_are_dropped() -> None:
+    got = plan_trajectory(RAMP, JOINTS, PERIOD, 1, STAMP, STAMP + PERIOD - 10, lead_ns=10)
+    assert got.dropped == 1
+    got = plan_trajectory(RAMP, JOINTS, PERIOD, 1, STAMP, STAMP + PERIOD - 11, lead_ns=10)
+    assert got.dropped == 0
+
+
+def test_a_chunk_with_fewer_points_than_the_floor_is_too_late() -> None:
+    late = STAMP + 12 * PERIOD
+    assert len(plan_trajectory(RAMP, JOINTS, PERIOD, 1, STAMP, late, 0, 3).times_ns) == 3
+    with pytest.raises(ChunkTooLate, match=r'expected 4 set-points .* got 3: .* in 150 ms'):
+        plan_trajectory(RAMP, JOINTS, PERIOD, 1, STAMP, late, 0, 4)

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tts_policy.core.policy import ChunkStats
     from tts_policy.ros.inference import Delivery
-    from tts_policy.ros.trajectory import Trajectory
+    from tts_policy.ros.output import Sent
 
 OK = DiagnosticStatus.OK
 WARN = DiagnosticStatus.WARN
@@ -38,7 +38,7 @@ class Faults:
     """
 
     # Longer than the pause between reports and the one between two looks at the input.
-    HOLD_S = 3.0
+    HOLD_S = 1.5
     SAY_AGAIN_S = 5.0
 
     def __init__(self) -> None:
@@ -83,7 +83,10 @@ class _Fault:
 
 @dataclass
 class TickStatistics:
-    """Totals since configure, and the latencies of the last 256 ticks."""
+    """Totals since configure, and latencies, ages and jumps of the last 256 ticks.
+
+    A chunk that came too late to be sent is a deadline miss as well; `late` is the ROS clock's.
+    """
 
     ticks: int = 0
     deadline_misses: int = 0
@@ -95,28 +98,31 @@ class TickStatistics:
     resets: Counter[str] = field(default_factory=Counter)
     last: ChunkStats | None = None
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=256))
+    ages_s: deque[float] = field(default_factory=lambda: deque(maxlen=256))
+    jumps: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=256))
 
-    def record(self, delivery: Delivery) -> None:
-        """Count one tick whose chunk was delivered."""
+    def record(self, delivery: Delivery, sent: Sent | None, too_late: bool = False) -> None:
+        """Count one tick whose chunk was delivered, and what was sent of it."""
         self.ticks += 1
-        self.deadline_misses += delivery.late
+        self.deadline_misses += delivery.late or too_late
+        self.ages_s.append(delivery.age_s)
+        if sent is not None:
+            self.jumps.append(astuple(sent.continuity))
         self.deadline_misses_wall += delivery.late_wall
         self.skipped_ticks += delivery.tick.skipped
         self.last = delivery.chunk.stats
         self.latencies_s.append(delivery.latency_s)
 
-    def latency_ms(self) -> dict[str, float]:
-        """p50, p95 and p99 of the wall latency in milliseconds, NaN before the first tick."""
-        if not self.latencies_s:
-            return {'p50': math.nan, 'p95': math.nan, 'p99': math.nan}
-        values = np.percentile(np.array(self.latencies_s) * 1e3, [50, 95, 99])
-        return dict(zip(('p50', 'p95', 'p99'), values.tolist(), strict=True))
+    def age_p95_s(self) -> float | None:
+        """p95 of the age of the newest observation at publishing; None until 20 ticks are in."""
+        return float(np.percentile(self.ages_s, 95)) if len(self.ages_s) >= 20 else None
 
     def values(self) -> dict[str, Any]:
         """Flat table for a report."""
         table: dict[str, Any] = {
             'ticks': self.ticks,
-            **{f'latency_{name}_ms': round(ms, 2) for name, ms in self.latency_ms().items()},
+            **_percentiles('latency', self.latencies_s),
+            **_percentiles('publishing_age', self.ages_s),
             'deadline_misses': self.deadline_misses,
             'deadline_misses_wall': self.deadline_misses_wall,
             'skipped_ticks': self.skipped_ticks,
@@ -126,6 +132,9 @@ class TickStatistics:
             **{f'resets: {reason}': n for reason, n in self.resets.items()},
             **{f'refused messages: {topic}': n for topic, n in self.refused_messages.items()},
         }
+        if self.jumps:
+            for name, largest in zip(_JUMPS, np.max(self.jumps, axis=0), strict=True):
+                table[f'{name}_max'] = f'{largest:.4g}'
         if self.last is not None:
             table['realised_sparsity'] = round(self.last.sparsity, 4)
             table['flops'] = int(self.last.flops)
@@ -134,6 +143,18 @@ class TickStatistics:
             for name, share in self.last.reuse_mix.items():
                 table[f'reuse_mix {name}'] = round(share, 4)
         return table
+
+
+_JUMPS = ('jump', 'velocity_jump', 'jerk')
+
+
+def _percentiles(name: str, values_s: deque[float]) -> dict[str, float]:
+    """p50, p95 and p99 in milliseconds, NaN before the first value."""
+    values = np.full(3, math.nan)
+    if values_s:
+        values = np.percentile(np.array(values_s) * 1e3, [50, 95, 99])
+    labels = ('p50', 'p95', 'p99')
+    return {f'{name}_{p}_ms': round(ms, 2) for p, ms in zip(labels, values.tolist(), strict=True)}
 
 
 def report(
@@ -166,15 +187,14 @@ def report(
     return message
 
 
-def chunk_report(
-    delivery: Delivery, trajectory: Trajectory | None, refused: str | None
-) -> dict[str, Any]:
+def chunk_report(delivery: Delivery, sent: Sent | None, refused: str | None) -> dict[str, Any]:
     """One tick as plain containers for JSON; times in seconds, plan as K lists of N classes.
 
     `deadline_miss`: the chunk came after the next tick's observation was due (ROS clock);
     `deadline_miss_wall`: its wall latency is above the replan interval, whatever that clock did.
     """
     tick, stats = delivery.tick, delivery.chunk.stats
+    trajectory = None if sent is None else sent.trajectory
     return {
         'stamp_ns': tick.stamp_ns,
         'requested_sparsity': tick.sparsity,
@@ -183,7 +203,7 @@ def chunk_report(
         'dense_flops': int(stats.dense_flops),
         'latency_s': delivery.latency_s,
         'inference_s': stats.latency_s,
-        'observation_age_s': (delivery.now_ns - tick.stamp_ns) * 1e-9,
+        'observation_age_s': delivery.age_s,
         'stages': dict(stats.stages_s),
         'reuse_mix': dict(stats.reuse_mix),
         'oldest_rollout_ticks': stats.oldest_rollout_ticks,
@@ -193,6 +213,7 @@ def chunk_report(
         'reset': tick.reset,
         'points': 0 if trajectory is None else len(trajectory.times_ns),
         'dropped_points': 0 if trajectory is None else trajectory.dropped,
+        'continuity': None if sent is None else asdict(sent.continuity),
         'refused': refused,
         'plan': np.asarray(delivery.chunk.plan).tolist(),
     }

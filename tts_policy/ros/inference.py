@@ -67,6 +67,11 @@ class Delivery:
     latency_s: float
 
     @property
+    def age_s(self) -> float:
+        """Age of the newest observation at delivery (ROS clock)."""
+        return (self.now_ns - self.tick.stamp_ns) * 1e-9
+
+    @property
     def late(self) -> bool:
         """Whether the next tick's observation was due before this chunk arrived (ROS clock)."""
         return self.now_ns - self.tick.stamp_ns > self.tick.interval_ns
@@ -102,6 +107,7 @@ class InferenceWorker:
         self._active = False
         self._stopping = False
         self._generation = 0
+        self._began_s: float | None = None
         self._sparsity = 0.0
         self._interval_ns = 1
         self._thread = threading.Thread(target=self._main, name='inference', daemon=True)
@@ -134,6 +140,18 @@ class InferenceWorker:
         if self.policy is None:
             raise InferenceFailed(self.failure)
         return self.policy
+
+    def fault(self, limit_s: float) -> str | None:
+        """Why the thread cannot be relied on: it ended, or a tick takes more than `limit_s`."""
+        if self.failure is not None:
+            return f'inference failed: {self.failure}'
+        if not self._thread.is_alive():
+            return 'inference failed: the thread is gone'
+        began_s = self._began_s
+        busy_s = 0.0 if began_s is None else time.perf_counter() - began_s
+        if busy_s > limit_s:
+            return f'inference failed: a tick has taken {busy_s:.1f} s, limit {limit_s:g} s'
+        return None
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread; False when it is still inside the policy after the timeout."""
@@ -249,11 +267,13 @@ class InferenceWorker:
                 tick = self._next_tick()
             if tick is None or self._stopping:
                 return False
+            self._began_s = tick.began_s
         if tick.reset is not None:
             # A seed per episode: a replayed recording draws the same noise wherever it starts.
             self.policy.reset(self._seed + tick.scheduled.episode)
         chunk = self.policy.act(tick.scheduled.observation, sparsity=tick.sparsity)
         with self._condition:
+            self._began_s = None
             if tick.generation != self._generation:
                 self.discarded += 1
                 return not self._stopping
@@ -283,9 +303,16 @@ class InferenceWorker:
 
 
 def load_policy(
-    path: str, sampler: str, device: str, seed: int, threads: int
+    path: str,
+    sampler: str,
+    device: str,
+    seed: int,
+    threads: int,
+    warmed: Callable[[float], None] = lambda latency_s: None,
 ) -> TestTimeSparsePolicy:
     """Load a bundle and warm it up; to be called by the thread that will run it.
+
+    `warmed` is told the latency in seconds of a tick at the recommended sparsity.
 
     Raises
     ------
@@ -305,7 +332,8 @@ def load_policy(
     }
     grey['joints'] = np.zeros((spec.steps, len(spec.joints)))
     policy.reset()
-    for _ in range(2):  # the first tick is dense, the second takes the sparse path
-        policy.act(grey, sparsity=policy.recommended_sparsity)
+    # The first tick is dense; of the sparse ones the first is slower than what follows.
+    chunks = [policy.act(grey, sparsity=policy.recommended_sparsity) for _ in range(3)]
+    warmed(chunks[-1].stats.latency_s)
     policy.reset()
     return policy

@@ -63,7 +63,8 @@ class WindowSpec:
     """Shape and limits of a window; times in nanoseconds.
 
     `keys[0]` is the reference: its stamps are the ticks. `tolerance_ns` bounds the distance of a
-    sample from the time it stands for.
+    sample from the time it stands for, `max_skew_ns` that of the samples of one step, of cameras
+    and joints, from each other.
     """
 
     keys: tuple[str, ...]
@@ -74,6 +75,7 @@ class WindowSpec:
     gap_limit_ns: int
     future_limit_ns: int
     capacity: int = 1024
+    max_skew_ns: int | None = None
 
     @staticmethod
     def of(
@@ -136,6 +138,24 @@ class _Buffer:
         at = bisect_left(self.stamps, target_ns, 0, end)
         around = [i for i in (at - 1, at) if 0 <= i < end]
         return min(around, key=lambda i: abs(self.stamps[i] - target_ns), default=None)
+
+
+class _Span:
+    """Earliest and latest stamp of the samples of one step, with their keys."""
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[int, str]] = []
+
+    def include(self, stamp_ns: int, key: str) -> None:
+        self._samples.append((stamp_ns, key))
+
+    def check(self, max_skew_ns: int) -> None:
+        (first_ns, early), (last_ns, late) = min(self._samples), max(self._samples)
+        if last_ns - first_ns > max_skew_ns:
+            raise WindowUnavailable(
+                f'{early}: expected a sample within {max_skew_ns / 1e6:.1f} ms of the one of '
+                f'{late}, got {(last_ns - first_ns) / 1e6:.1f} ms'
+            )
 
 
 class ObservationWindow:
@@ -223,7 +243,8 @@ class ObservationWindow:
         Raises
         ------
         WindowUnavailable
-            when a sample is missing, or the tick is older than `max_age_ns`.
+            when a sample is missing, samples of a step are more than `max_skew_ns` apart, or the
+            tick is older than `max_age_ns`.
 
         """
         spec = self.spec
@@ -233,6 +254,7 @@ class ObservationWindow:
                 f's, got one of {(now_ns - tick_ns) / 1e9:.3f} s'
             )
         stacked = {}
+        spans = [_Span() for _ in range(spec.steps)]
         for key, buffer in self._buffers.items():
             chosen = []
             for step in range(spec.steps):
@@ -249,7 +271,11 @@ class ObservationWindow:
                         )
                     )
                 chosen.append(buffer.values[at])
+                spans[step].include(buffer.stamps[at], key)
             stacked[key] = np.stack(chosen)
+        if spec.max_skew_ns is not None:
+            for span in spans:
+                span.check(spec.max_skew_ns)
         return stacked
 
     def latest(self, key: str) -> tuple[int, Any] | None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only way from a chunk to the robot: timing, limits, the output gate and the hold point.
+"""The only way from a chunk to the robot: timing, blending, limits and the hold point.
 
-A command is sent only with the gate open. When the gate closes after a command, one hold-position
-point follows. Calls come from the inference thread and from the executor; the owner serialises
-them with `InferenceWorker.exclusive`.
+A command is sent only where the caller found the gate open. When it closes after a command, one
+hold-position point follows. Calls come from the inference thread and from the executor; the owner
+serialises them with `InferenceWorker.exclusive`.
 """
 
 from __future__ import annotations
@@ -11,28 +11,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rclpy.duration import Duration
+import numpy as np
 
-from tts_policy.ros.conversions import seconds_to_ns
+from tts_policy.ros.continuity import Continuity, blend, measure
 from tts_policy.ros.trajectory import (
-    JointLimits,
     Trajectory,
     TrajectoryRefused,
     hold_trajectory,
     plan_trajectory,
-    trajectory_message,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    import numpy as np
-    from rclpy.publisher import Publisher
+    from tts_policy.ros.limit_source import LimitSource
+    from tts_policy.ros.sinks import TrajectorySink
 
-    from tts_policy.core.contract import PolicyContract
 
-# Long enough for a local controller to acknowledge, short enough not to delay a shutdown.
-_HOLD_ACK_TIMEOUT_S = 0.2
+@dataclass(frozen=True)
+class ChunkTiming:
+    """Set-point a of a chunk is due at stamp + (a + offset_steps) * period_ns.
+
+    Points due within `lead_ns` of publishing are dropped; fewer than `min_points` are not sent.
+    """
+
+    joints: tuple[str, ...]
+    period_ns: int
+    offset_steps: int
+    lead_ns: int
+    min_points: int
 
 
 @dataclass(frozen=True)
@@ -47,36 +54,46 @@ class HoldRule:
     max_age_ns: int
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A trajectory that was published, and how smoothly it took over."""
+
+    trajectory: Trajectory
+    continuity: Continuity
+
+
 class CommandOutput:
-    """Publishes chunks as trajectories, on the command topic or, gate closed, as proposals."""
+    """Sends chunks as trajectories, to the robot or, gate closed, as proposals."""
 
     def __init__(
         self,
-        contract: PolicyContract,
-        limits: JointLimits,
+        timing: ChunkTiming,
+        limits: LimitSource,
         hold_rule: HoldRule,
-        command: Publisher,
-        proposed: Publisher,
+        command: TrajectorySink,
+        proposed: TrajectorySink,
     ) -> None:
-        self.joints = contract.action.joints
-        self._offset_steps = contract.action.offset_steps
-        self._period_ns = seconds_to_ns(contract.observation.period_s)
+        self.blend_ns = 0
         self._limits = limits
+        self._timing = timing
         self._hold_rule = hold_rule
         self._command = command
         self._proposed = proposed
         self._measured: tuple[int, np.ndarray] | None = None
-        self._sent: Trajectory | None = None
+        # The newest trajectory sent, and whether to the robot.
+        self._last: Trajectory | None = None
+        self._commanded = False
 
     def begin(self) -> None:
         """Forget the measured state and the last command: nothing was commanded yet."""
-        self._measured = self._sent = None
+        self._measured = self._last = None
+        self._commanded = False
 
     def measured(self, stamp_ns: int, positions: np.ndarray) -> None:
-        """Newest measured positions [A] of `joints`."""
+        """Newest measured positions [A] of the joints."""
         self._measured = (stamp_ns, positions)
 
-    def send(self, actions: np.ndarray, stamp_ns: int, now_ns: int, enabled: bool) -> Trajectory:
+    def send(self, actions: np.ndarray, stamp_ns: int, now_ns: int, enabled: bool) -> Sent:
         """Publish the points of a chunk that are still to come.
 
         Raises
@@ -85,32 +102,64 @@ class CommandOutput:
             for a chunk that must not reach the robot; nothing is published then.
 
         """
+        timing = self._timing
         trajectory = plan_trajectory(
-            actions, self.joints, self._period_ns, self._offset_steps, stamp_ns, now_ns
+            actions,
+            timing.joints,
+            timing.period_ns,
+            timing.offset_steps,
+            stamp_ns,
+            now_ns,
+            timing.lead_ns,
+            timing.min_points,
         )
         if self._measured is None:
             raise TrajectoryRefused('chunk: expected a measured joint state, got none yet')
-        trajectory = self._limits.apply(trajectory, self._period_ns, self._measured[1])
-        (self._command if enabled else self._proposed).publish(trajectory_message(trajectory))
-        if enabled:
-            self._sent = trajectory
-        return trajectory
+        now_ns = max(now_ns, stamp_ns)
+        measured = self._measured[1]
+        old_at = self._old_at(now_ns, enabled)
+        if self.blend_ns > 0:
+            start = old_at or (lambda due_ns: np.repeat(measured[None], len(due_ns), axis=0))
+            trajectory = blend(trajectory, start, now_ns, self.blend_ns)
+        trajectory = self._limits.current().apply(
+            trajectory, measured, None if old_at is None else self._before(trajectory, old_at)
+        )
+        continuity = measure(trajectory, old_at, timing.period_ns)
+        (self._command if enabled else self._proposed).send(trajectory)
+        self._last, self._commanded = trajectory, enabled
+        return Sent(trajectory, continuity)
 
     def hold(self, now_ns: int) -> bool:
         """Command the present position once; False when nothing was commanded before."""
-        if self._sent is None or self._measured is None:
+        if self._last is None or self._measured is None or not self._commanded:
             return False
-        rule = self._hold_rule
+        rule, joints = self._hold_rule, self._timing.joints
         stamp_ns, measured = self._measured
-        position = self._sent.position_at(now_ns)
+        position = self._last.positions_at(np.array([now_ns]))[0]
         if now_ns - stamp_ns <= rule.max_age_ns:
-            keep = position
-            position = measured.copy()
-            for at, name in enumerate(self.joints):
-                if name in rule.last_command:
-                    position[at] = keep[at]
-        hold = hold_trajectory(self.joints, position, now_ns, rule.delay_ns)
-        self._command.publish(trajectory_message(hold))
-        self._command.wait_for_all_acked(Duration(seconds=_HOLD_ACK_TIMEOUT_S))
-        self._sent = None
+            keep = [name in rule.last_command for name in joints]
+            position = np.where(keep, position, measured)
+        self._command.finish(hold_trajectory(joints, position, now_ns, rule.delay_ns))
+        self._last, self._commanded = None, False
         return True
+
+    def _old_at(self, now_ns: int, enabled: bool) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Set-points of the trajectory to be replaced; None where there is none of this kind."""
+        last = self._last
+        if last is None or self._commanded is not enabled or now_ns < last.stamp_ns:
+            return None
+        # After its end the arm is at rest: the next chunk is a start, bounded by its distance.
+        if now_ns > last.stamp_ns + int(last.times_ns[-1]):
+            return None
+        return last.positions_at
+
+    def _before(
+        self, trajectory: Trajectory, old_at: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[int, np.ndarray]:
+        """Set-point a period before the first point.
+
+        A first point that is due sooner than that is judged by the pace of the chunk all the
+        same: whatever it is away from the old set-points, blending is there to spread.
+        """
+        before_ns = int(trajectory.times_ns[0]) - self._timing.period_ns
+        return before_ns, old_at(np.array([trajectory.stamp_ns + before_ns]))[0]

@@ -1,140 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every parameter of the node in one table, its declaration and its validation.
-
-LIVE parameters take effect at the next tick. STRUCTURAL ones may be set until configure and are
-refused, with the reason, while the node is configured. START ones are read once and are read-only.
-"""
+"""The node's parameters: declared from their table, validated, and turned into what they mean."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.exceptions import (
     InvalidParameterTypeException,
     InvalidParameterValueException,
     ParameterUninitializedException,
 )
-from rclpy.parameter import Parameter
 
 from tts_policy.ros.conversions import seconds_to_ns
+from tts_policy.ros.images import ImageFit
+from tts_policy.ros.limits import JointLimits
 from tts_policy.ros.observation import WindowSpec
-from tts_policy.ros.output import HoldRule
-from tts_policy.ros.trajectory import JointLimits
+from tts_policy.ros.output import ChunkTiming, HoldRule
+from tts_policy.ros.parameter_table import PARAMETERS, Change, ParameterSpec, Type
+from tts_policy.ros.sensors import SensorOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rclpy.node import Node
+    from rclpy.parameter import Parameter
 
     from tts_policy.core.contract import PolicyContract
     from tts_policy.core.policy import TestTimeSparsePolicy
-
-Type = Parameter.Type
 
 
 class ParameterError(ValueError):
     """A parameter value that cannot work; one line: name, expected, got."""
 
-
-class Change(Enum):
-    """When a parameter may be changed."""
-
-    LIVE = 'live'
-    STRUCTURAL = 'fixed while configured'
-    START = 'read-only'
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """One row: an array type without a default is simply unset until somebody sets it."""
-
-    name: str
-    type: Parameter.Type
-    default: Any
-    change: Change
-    unit: str
-    description: str
-    low: float | None = None
-    high: float | None = None
-
-    def descriptor(self) -> ParameterDescriptor:
-        """ROS descriptor: text with unit and change rule, range where there is one."""
-        unit = f' [{self.unit}]' if self.unit else ''
-        descriptor = ParameterDescriptor(
-            name=self.name,
-            type=self.type.value,
-            description=f'{self.description}{unit} ({self.change.value})',
-            read_only=self.change is Change.START,
-        )
-        if self.low is not None and self.high is not None:
-            if self.type is Type.DOUBLE:
-                span = FloatingPointRange(from_value=float(self.low), to_value=float(self.high))
-                descriptor.floating_point_range = [span]
-            else:
-                span = IntegerRange(from_value=int(self.low), to_value=int(self.high), step=1)
-                descriptor.integer_range = [span]
-        return descriptor
-
-
-def _row(
-    change: Change, name: str, kind: Parameter.Type, default: Any, *rest: Any
-) -> ParameterSpec:
-    unit, description, *span = rest
-    return ParameterSpec(name, kind, default, change, unit, description, *span)
-
-
-_live = partial(_row, Change.LIVE)
-_fixed = partial(_row, Change.STRUCTURAL)
-
-# fmt: off
-PARAMETERS: tuple[ParameterSpec, ...] = (
-    _fixed('bundle', Type.STRING, '', '', 'Path of the model bundle, a folder with model.yaml'),
-    _fixed('sampler', Type.STRING, 'ddim10', '', 'Sampler of the bundle to run'),
-    _fixed('device', Type.STRING, 'cpu', '', 'Torch device'),
-    _fixed('threads', Type.INTEGER, 1, '',
-           'Torch threads; more than one hurts beside a busy core', 1, 256),
-    _fixed('seed', Type.INTEGER, 0, '',
-           'Seed of the noise held within an episode', 0, 2**31 - 1),
-    _live('sparsity', Type.DOUBLE, 0.8, '',
-          'Share of the plan that is reused; 0 is dense', 0.0, 1.0),
-    _live('n_execute', Type.INTEGER, 0, 'periods',
-          'Replan interval; 0 takes the one of the bundle', 0, 1024),
-    _live('enable_output', Type.BOOL, False, '',
-          'Publish on joint_trajectory; otherwise on ~/proposed_trajectory'),
-    _fixed('max_observation_age_s', Type.DOUBLE, 0.25, 's',
-           'Older input gives no chunk', 0.001, 60.0),
-    _fixed('sample_tolerance_s', Type.DOUBLE, 0.0, 's',
-           'Largest distance of a sample from its time; 0 takes half a period', 0.0, 10.0),
-    _fixed('gap_limit_s', Type.DOUBLE, 0.5, 's',
-           'A longer gap in the stamps of a topic resets the policy', 0.01, 3600.0),
-    _fixed('future_limit_s', Type.DOUBLE, 0.1, 's',
-           'A message stamped further ahead of the clock waits for it', 0.0, 60.0),
-    _fixed('reliable_sensors', Type.BOOL, False, '',
-           'Subscribe to the sensors with reliable instead of best-effort QoS'),
-    _fixed('hold_delay_s', Type.DOUBLE, 0.1, 's',
-           'Time until a hold-position point is due', 0.001, 10.0),
-    _fixed('hold_last_command', Type.STRING_ARRAY, None, '',
-           'Joints (a gripper) that hold the last command instead of the measured position'),
-    _fixed('limits.joints', Type.STRING_ARRAY, None, '',
-           'Joints the limits belong to: all of the bundle, in any order'),
-    _fixed('limits.lower', Type.DOUBLE_ARRAY, None, 'rad or m', 'Lowest position per joint'),
-    _fixed('limits.upper', Type.DOUBLE_ARRAY, None, 'rad or m', 'Highest position per joint'),
-    _fixed('limits.velocity', Type.DOUBLE_ARRAY, None, 'rad/s or m/s',
-           'Highest speed between two set-points per joint'),
-    _fixed('limits.first_point', Type.DOUBLE_ARRAY, None, 'rad or m',
-           'Longest way from the measured state to the first point per joint'),
-    _fixed('limits.tolerance', Type.DOUBLE, 0.02, '',
-           'Share of a bound by which it may be exceeded; positions are clipped', 0.0, 0.5),
-    _row(Change.START, 'autostart', Type.BOOL, False, '',
-         'Configure and activate without being asked'),
-)
-# fmt: on
 
 _BY_NAME = {spec.name: spec for spec in PARAMETERS}
 
@@ -169,7 +69,7 @@ def declare(node: Node) -> None:
             node.declare_parameter(spec.name, value, spec.descriptor())
         except (InvalidParameterTypeException, InvalidParameterValueException) as error:
             raise ParameterError(
-                f'{spec.name}: expected {_expected(spec)}, got another value at start: {error}'
+                f'{spec.name}: expected {spec.expected}, got another value at start: {error}'
             ) from error
 
 
@@ -184,10 +84,37 @@ def read(node: Node) -> Settings:
     return Settings(values)
 
 
+def _bad_value(spec: ParameterSpec, value: Any) -> str | None:
+    """Why a value of the right type is refused all the same."""
+    finite = spec.type is not Type.DOUBLE or math.isfinite(value)
+    if finite and (not spec.choices or value in spec.choices):
+        return None
+    return f'{spec.name}: expected {spec.expected}, got {value!r}'
+
+
+def check(settings: Settings) -> None:
+    """Check every value as `refusal` does for changes: overrides at the start were not seen there.
+
+    Raises
+    ------
+    ParameterError
+        for the first value that is refused.
+
+    """
+    for spec in PARAMETERS:
+        value = settings[spec.name]
+        reason = None if value is None else _bad_value(spec, value)
+        if reason is not None:
+            raise ParameterError(reason)
+
+
 def refusal(
-    changes: Sequence[Parameter], configured: bool, policy: TestTimeSparsePolicy | None
+    changes: Sequence[Parameter],
+    configured: bool,
+    policy: TestTimeSparsePolicy | None,
+    latency_s: float = 0.0,
 ) -> str | None:
-    """Why a set of changes is refused, None when it is not.
+    """Why a set of changes is refused, None when it is not; `latency_s` is what a chunk takes.
 
     Type and range of the table are checked by rclpy before; here are the rules that depend on the
     state of the node and on the policy it runs.
@@ -198,12 +125,15 @@ def refusal(
             continue
         if spec.change is Change.STRUCTURAL and configured:
             return f'{spec.name} is fixed while the node is configured: clean up, set, configure'
-        if spec.type is Type.DOUBLE and not math.isfinite(change.value):
-            return f'{spec.name}: expected {_expected(spec)}, got {change.value}'
+        reason = _bad_value(spec, change.value)
+        if reason is not None:
+            return reason
         if policy is None:
             continue
         try:
             check_with_policy(policy, {change.name: change.value})
+            if change.name == 'n_execute':
+                check_latency(policy.contract, change.value, latency_s)
         except ValueError as error:
             return str(error)
     return None
@@ -240,6 +170,46 @@ def window_spec(settings: Settings, contract: PolicyContract) -> WindowSpec:
         max_age_ns=settings.ns('max_observation_age_s'),
         gap_limit_ns=settings.ns('gap_limit_s'),
         future_limit_ns=settings.ns('future_limit_s'),
+        max_skew_ns=settings.ns('max_skew_s') or None,
+    )
+
+
+def chunk_timing(settings: Settings, contract: PolicyContract) -> ChunkTiming:
+    """When the points of a chunk are due, and which are worth sending."""
+    return ChunkTiming(
+        joints=contract.action.joints,
+        period_ns=seconds_to_ns(contract.observation.period_s),
+        offset_steps=contract.action.offset_steps,
+        lead_ns=settings.ns('lead_time_s'),
+        min_points=settings['min_points'],
+    )
+
+
+def check_latency(contract: PolicyContract, n_execute: int, latency_s: float) -> None:
+    """Refuse a replan interval that leaves the arm without set-points before the next chunk.
+
+    Raises
+    ------
+    ParameterError
+        when interval and latency exceed the usable actions of a chunk.
+
+    """
+    period_s, usable = contract.observation.period_s, contract.usable_actions
+    interval = n_execute or contract.action.execute
+    if interval * period_s + latency_s > usable * period_s:
+        raise ParameterError(
+            f'n_execute: expected replan interval and latency to fit into the {usable} usable '
+            f'actions of a chunk ({usable * period_s:.2f} s), got {interval} periods '
+            f'({interval * period_s:.2f} s) and {latency_s:.3f} s'
+        )
+
+
+def sensor_options(settings: Settings) -> SensorOptions:
+    """How the sensors come."""
+    return SensorOptions(
+        reliable=settings['reliable_sensors'],
+        compressed=frozenset(settings['compressed_cameras'] or ()),
+        fit=ImageFit(settings['image_fit']),
     )
 
 
@@ -263,7 +233,8 @@ def joint_limits(settings: Settings, joints: Sequence[str]) -> JointLimits:
     """
     names = settings['limits.joints']
     arrays = {
-        key: settings[f'limits.{key}'] for key in ('lower', 'upper', 'velocity', 'first_point')
+        key: settings[f'limits.{key}']
+        for key in ('lower', 'upper', 'velocity', 'acceleration', 'first_point')
     }
     if not names:
         given = [f'limits.{key}' for key, value in arrays.items() if value]
@@ -290,7 +261,7 @@ def joint_limits(settings: Settings, joints: Sequence[str]) -> JointLimits:
         columns[key] = column[order]
     if not (columns['lower'] < columns['upper']).all():
         raise ParameterError('limits.lower: expected less than limits.upper for every joint')
-    for key in ('velocity', 'first_point'):
+    for key in ('velocity', 'acceleration', 'first_point'):
         if not (columns[key] > 0.0).all():
             raise ParameterError(f'limits.{key}: expected positive numbers, got {arrays[key]}')
     return JointLimits(
@@ -298,11 +269,7 @@ def joint_limits(settings: Settings, joints: Sequence[str]) -> JointLimits:
         columns['lower'],
         columns['upper'],
         columns['velocity'],
+        columns['acceleration'],
         columns['first_point'],
         settings['limits.tolerance'],
     )
-
-
-def _expected(spec: ParameterSpec) -> str:
-    span = f' in [{spec.low}, {spec.high}]' if spec.low is not None else ''
-    return f'{spec.type.name.lower()}{span}'

@@ -5,60 +5,55 @@
 
 configure loads and warms up the bundle and checks every parameter against it, or stays
 unconfigured with the reason. activate starts a new episode. A command leaves the node only while
-it is active and `enable_output` is true; when either ends after a command was sent, one
-hold-position point follows and nothing after it. Callbacks only convert and store messages;
-`tts_policy.ros.inference` runs the policy in a thread of its own.
+it is active and its gate is open (`gate.OutputGate`); when either ends after a command was sent,
+one hold-position point follows and nothing after it. Callbacks only convert and store messages;
+`tts_policy.ros.inference` runs the policy in a thread of its own, which a timer here watches.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
-from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, JumpThreshold
 from rclpy.clock_type import ClockType
 from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
-from rclpy.parameter import Parameter
-from rclpy.qos import QoSProfile, ReliabilityPolicy
-from std_msgs.msg import String
-from std_srvs.srv import Trigger
-from trajectory_msgs.msg import JointTrajectory
 
-from tts_policy.ros import diagnostics, parameters
-from tts_policy.ros.conversions import seconds_to_ns
+from tts_policy.ros import parameters
+from tts_policy.ros.chunk_delivery import ChunkDelivery
+from tts_policy.ros.command_topics import CommandTopics
+from tts_policy.ros.gate import OutputGate
 from tts_policy.ros.inference import InferenceFailed, InferenceWorker, load_policy
+from tts_policy.ros.interface import RESET
+from tts_policy.ros.limit_source import LimitSource
+from tts_policy.ros.monitor import Monitor
 from tts_policy.ros.observation import Arrival, ObservationWindow
-from tts_policy.ros.output import CommandOutput
 from tts_policy.ros.process import run_node
+from tts_policy.ros.safety import SafetyInputs
 from tts_policy.ros.sensors import Sensors
-from tts_policy.ros.trajectory import TrajectoryRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy as np
     from rclpy.lifecycle import LifecycleState
+    from rclpy.parameter import Parameter
+    from std_srvs.srv import Trigger
 
-    from tts_policy.core.contract import PolicyContract
+    from tts_policy.core.policy import TestTimeSparsePolicy
     from tts_policy.ros.conversions import ConversionError
-    from tts_policy.ros.inference import Delivery
-    from tts_policy.ros.trajectory import JointLimits
 
     Transition = Callable[['PolicyNode', LifecycleState], TransitionCallbackReturn]
 
 SUCCESS = TransitionCallbackReturn.SUCCESS
 FAILURE = TransitionCallbackReturn.FAILURE
 
-WATCH_PERIOD_S = 0.1
-REPORT_EVERY = 10
-DISCOVERY_S = 0.5
-WAITS_BEFORE_WARNING = 4
+WATCH_PERIOD_S = 0.05
+REPORT_EVERY = 20
 STOP_TIMEOUT_S = 1.5
 
 
@@ -77,24 +72,27 @@ def _logged(transition: Transition) -> Transition:
 
 
 class PolicyNode(LifecycleNode):
-    """ROS shell around one `InferenceWorker`."""
+    """ROS shell around one `InferenceWorker`; `load` is called in its thread at configure."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self, load: Callable[..., TestTimeSparsePolicy] = load_policy, **kwargs: Any
+    ) -> None:
         """Declare parameters; raises `parameters.ParameterError` for a bad override."""
         super().__init__('tts_policy', **kwargs)
         parameters.declare(self)
         self.finalized = False
+        self._load = load
         self._state = 'unconfigured'
         self._settings = parameters.read(self)
         self._worker: InferenceWorker | None = None
-        self._statistics = diagnostics.TickStatistics()
-        self._faults = diagnostics.Faults()
-        self._configure_failure: str | None = None
-        self._output: CommandOutput | None = None
+        self._delivery: ChunkDelivery | None = None
         self._entities: list[Callable[[], object]] = []
-        self._watch_count = self._waits = 0
-        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
-        self.create_service(Trigger, '~/reset', self._on_reset_service)
+        self._watch_count = 0
+        self._warm_latency_s = 0.0
+        self._monitor = Monitor(self)
+        self._gate = OutputGate()
+        self._safety = SafetyInputs(self, self._gate, self._close_gate)
+        self.create_service(RESET.kind, RESET.name, self._on_reset_service)
         self.add_on_set_parameters_callback(self._on_set_parameters)
         self.add_post_set_parameters_callback(self._after_set_parameters)
         # Wall time on purpose: a simulation that stands still must not blind the watch.
@@ -117,34 +115,25 @@ class PolicyNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load and warm up the bundle, check the parameters against it, create topics."""
         self._settings = settings = parameters.read(self)
-        self._statistics = diagnostics.TickStatistics()
-        self._faults.clear()
+        self._monitor.begin()
+        model = (settings[name] for name in ('bundle', 'sampler', 'device', 'seed', 'threads'))
         worker = InferenceWorker(
-            partial(
-                load_policy,
-                *(settings[name] for name in ('bundle', 'sampler', 'device', 'seed', 'threads')),
-            ),
+            partial(self._load, *model, warmed=self._on_warm),
             self._now_ns,
             self._deliver,
             self._count_reset,
             settings['seed'],
         )
         try:
+            parameters.check(settings)
+            self._worker = worker
             policy = worker.start()
-            parameters.check_with_policy(policy, settings.values)
-            limits = parameters.joint_limits(settings, policy.contract.action.joints)
+            self._connect(worker, policy)
         except (InferenceFailed, ValueError) as error:
-            worker.stop(STOP_TIMEOUT_S)
-            self._configure_failure = f'configure failed: {error}'
-            self.get_logger().error(self._configure_failure)
+            self._release()
+            self._monitor.fail(f'configure failed: {error}')
             self._publish_report()
             return FAILURE
-        self._configure_failure = None
-        self._contract = policy.contract
-        worker.window = ObservationWindow(parameters.window_spec(settings, policy.contract))
-        self._worker = worker
-        self._apply_tick_settings()
-        self._create_topics(policy.contract, limits)
         self._state = 'inactive'
         self.get_logger().info(
             f'configured {settings["bundle"]}: {settings["sampler"]} on {settings["device"]}, '
@@ -155,17 +144,18 @@ class PolicyNode(LifecycleNode):
     @_logged
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin a new episode."""
-        assert self._worker is not None and self._output is not None
-        if self._worker.failure is not None:
-            self.get_logger().error(f'inference failed before: {self._worker.failure}')
+        assert self._worker is not None and self._delivery is not None
+        reason = self._worker.fault(self._settings['inference_timeout_s'])
+        if reason is not None:
+            self.get_logger().error(f'not activated: {reason}')
             return FAILURE
-        self._output.begin()
+        self._delivery.output.begin()
         result = super().on_activate(state)
         self._worker.activate()
         self._state = 'active'
-        self._active_since_s = time.monotonic()
-        gate = 'enabled' if self._settings['enable_output'] else 'disabled (dry run)'
-        self.get_logger().info(f'active, output {gate}')
+        self._monitor.activated()
+        closed = self._gate.closed_by(time.monotonic())
+        self.get_logger().info(f'active, {f"{closed} (dry run)" if closed else "output enabled"}')
         return result
 
     @_logged
@@ -198,7 +188,10 @@ class PolicyNode(LifecycleNode):
     @_logged
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Go back to unconfigured after a transition raised."""
-        self._configure_failure = f'transition from {state.label} failed, see the log'
+        self._monitor.fail(f'transition from {state.label} failed, see the log')
+        if self._worker is not None:
+            self._worker.deactivate()
+            self._hold('failed')
         self._release()
         self._state = 'unconfigured'
         return SUCCESS
@@ -207,7 +200,7 @@ class PolicyNode(LifecycleNode):
         if self._worker is not None and not self._worker.stop(STOP_TIMEOUT_S):
             self.get_logger().warning('inference thread is still busy, leaving it behind')
         self._worker = None
-        self._output = None
+        self._delivery = None
         for destroy in self._entities:
             destroy()
         self._entities.clear()
@@ -217,19 +210,32 @@ class PolicyNode(LifecycleNode):
         if self.trigger_configure() == SUCCESS:
             self.trigger_activate()
 
-    def _create_topics(self, contract: PolicyContract, limits: JointLimits) -> None:
-        command_qos = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
-        command, proposed = (
-            self.create_lifecycle_publisher(JointTrajectory, topic, command_qos)
-            for topic in ('joint_trajectory', '~/proposed_trajectory')
+    def _connect(self, worker: InferenceWorker, policy: TestTimeSparsePolicy) -> None:
+        """Create everything that depends on the bundle; raises ValueError with the reason."""
+        settings, contract = self._settings, policy.contract
+        parameters.check_with_policy(policy, settings.values)
+        if settings['check_latency']:
+            parameters.check_latency(contract, settings['n_execute'], self._latency_s())
+        limits = LimitSource(
+            parameters.joint_limits(settings, contract.action.joints), settings['limits.urdf']
         )
-        self._chunk_stats = self.create_lifecycle_publisher(String, '~/chunk_stats', 100)
-        for publisher in (command, proposed, self._chunk_stats):
-            self._entities.append(partial(self.destroy_lifecycle_publisher, publisher))
-        rule = parameters.hold_rule(self._settings)
-        self._output = CommandOutput(contract, limits, rule, command, proposed)
-        self._sensors = Sensors(self, contract, self._settings['reliable_sensors'], self)
-        self._entities.append(self._sensors.destroy)
+        topics = CommandTopics(
+            self, settings, contract.action.joints, partial(self._monitor.error, 'action')
+        )
+        self._entities.append(topics.destroy)
+        self._delivery = ChunkDelivery(
+            policy, settings, limits, topics, self._gate, self._monitor, self._choose_sparsity
+        )
+        worker.window = ObservationWindow(parameters.window_spec(settings, contract))
+        sensors = Sensors(self, contract, parameters.sensor_options(settings), self)
+        self._entities.append(sensors.destroy)
+        self._apply_tick_settings()
+        self._safety.listen(settings['limits.urdf'], self._on_robot_description)
+        self._entities.append(self._safety.stop_listening)
+        if topics.stream is not None:
+            period_s = contract.observation.period_s
+            timer = self.create_timer(period_s, partial(self._stream, topics.stream.stream))
+            self._entities.append(partial(self.destroy_timer, timer))
 
     # Messages in
 
@@ -240,18 +246,28 @@ class PolicyNode(LifecycleNode):
         if arrival in (Arrival.LATE, Arrival.FUTURE):
             ahead_s = (stamp_ns - self._now_ns()) * 1e-9
             text = f'{topic}: message is {arrival.value}, stamped {ahead_s:+.3f} s from now'
-            self._fault(diagnostics.WARN, topic, text)
+            self._monitor.warn(topic, text)
 
     def on_measured(self, stamp_ns: int, positions: np.ndarray) -> None:
         """Remember the measured state; see `SensorReceiver`."""
-        assert self._output is not None
-        self._output.measured(stamp_ns, positions)
+        assert self._delivery is not None
+        self._delivery.output.measured(stamp_ns, positions)
 
     def on_refused(self, topic: str, error: ConversionError) -> None:
         """Report a message that does not fit; see `SensorReceiver`."""
         if self._state == 'active':
-            self._statistics.refused_messages[topic] += 1
-            self._fault(diagnostics.ERROR, topic, f'message refused: {error}')
+            self._monitor.statistics.refused_messages[topic] += 1
+            self._monitor.error(topic, f'message refused: {error}')
+
+    def _on_robot_description(self, text: str) -> None:
+        assert self._worker is not None and self._delivery is not None
+        limits = self._delivery.limits
+        with self._worker.exclusive():
+            limits.describe(text)
+        if limits.missing is not None:
+            self._monitor.error('limits', limits.missing)
+        else:
+            self.get_logger().info('limits tightened by robot_description')
 
     def _on_clock_jump(self, jump: Any) -> None:
         if self._worker is not None and self._state == 'active':
@@ -272,117 +288,100 @@ class PolicyNode(LifecycleNode):
 
     def _on_set_parameters(self, changes: list[Parameter]) -> SetParametersResult:
         policy = None if self._worker is None else self._worker.policy
-        reason = parameters.refusal(changes, self._worker is not None, policy)
+        latency_s = self._latency_s() if self._settings['check_latency'] else 0.0
+        reason = parameters.refusal(changes, self._worker is not None, policy, latency_s)
         return SetParametersResult(successful=reason is None, reason=reason or '')
 
     def _after_set_parameters(self, changes: list[Parameter]) -> None:
         settings = parameters.read(self)
-        if self._worker is None:
+        if self._worker is None or self._delivery is None:
             self._settings = settings
             return
         with self._worker.exclusive():
             self._settings = settings
             self._apply_tick_settings()
-            if not settings['enable_output']:
-                self._hold('output disabled')
+        if not settings['enable_output']:
+            self._close_gate()
 
     def _apply_tick_settings(self) -> None:
-        assert self._worker is not None
-        contract = self._contract
-        n_execute = self._settings['n_execute'] or contract.action.execute
-        interval_ns = n_execute * seconds_to_ns(contract.observation.period_s)
-        self._worker.configure_ticks(self._settings['sparsity'], interval_ns)
+        assert self._worker is not None and self._delivery is not None
+        sparsity, interval_ns = self._delivery.apply(self._settings)
+        self._worker.configure_ticks(sparsity, interval_ns)
+
+    def _choose_sparsity(self, sparsity: float, interval_ns: int) -> None:
+        if self._worker is not None:
+            self._worker.configure_ticks(sparsity, interval_ns)
+
+    def _on_warm(self, latency_s: float) -> None:
+        self._warm_latency_s = latency_s
+
+    def _latency_s(self) -> float:
+        """Time from an observation to its chunk, as far as it is known (ROS clock)."""
+        measured_s = self._monitor.statistics.age_p95_s()
+        if measured_s is not None:
+            return measured_s
+        # Simulated time may stand still during inference.
+        return 0.0 if self.get_parameter('use_sim_time').value else self._warm_latency_s
 
     # Commands out
 
-    def _deliver(self, delivery: Delivery) -> None:
+    def _deliver(self, delivery: Any) -> None:
         """Send a chunk; runs in the inference thread, with the worker held."""
-        assert self._output is not None
-        tick, refused, trajectory = delivery.tick, None, None
-        try:
-            trajectory = self._output.send(
-                delivery.chunk.actions,
-                tick.stamp_ns,
-                delivery.now_ns,
-                self._settings['enable_output'],
-            )
-        except TrajectoryRefused as error:
-            refused = str(error)
-            self._statistics.refused_chunks += 1
-            self._fault(diagnostics.ERROR, 'chunk', f'chunk refused: {refused}')
-        self._statistics.record(delivery)
-        if delivery.late:
-            self._faults.raise_(diagnostics.WARN, 'deadline', 'deadline missed')
-        report = diagnostics.chunk_report(delivery, trajectory, refused)
-        self._chunk_stats.publish(String(data=json.dumps(report)))
+        assert self._delivery is not None
+        self._delivery.deliver(delivery)
+
+    def _stream(self, stream: Callable[[int], None]) -> None:
+        if self._worker is not None and self._state == 'active':
+            with self._worker.exclusive():
+                stream(self._now_ns())
+
+    def _close_gate(self) -> None:
+        """Hold the position if the gate is closed; what is in flight becomes a proposal."""
+        if self._worker is None:
+            return
+        with self._worker.exclusive():
+            closed = self._gate.closed_by(time.monotonic())
+            if closed is not None:
+                self._hold(closed)
 
     def _hold(self, why: str) -> None:
-        if self._output is not None and self._output.hold(self._now_ns()):
+        if self._delivery is not None and self._delivery.output.hold(self._now_ns()):
             self.get_logger().info(f'{why}: holding position')
 
-    # Diagnostics
+    # Watch
 
     def _count_reset(self, reason: str) -> None:
-        self._statistics.resets[reason] += 1
+        self._monitor.statistics.resets[reason] += 1
         self.get_logger().info(f'new episode ({reason})')
-
-    def _patience_s(self) -> float:
-        """Wall time after activate before missing input is a fault: discovery, then the limit."""
-        return DISCOVERY_S + float(self._settings['max_observation_age_s'])
-
-    def _values(self) -> dict[str, Any]:
-        values = {
-            'sparsity': self._settings['sparsity'],
-            'output_enabled': self._settings['enable_output'],
-        }
-        if self._worker is None:
-            return values
-        with self._worker.exclusive():
-            self._statistics.discarded_chunks = self._worker.discarded
-            return {**values, **self._statistics.values()}
-
-    def _fault(self, level: bytes, key: str, reason: str) -> None:
-        if self._faults.raise_(level, key, reason):
-            logger = self.get_logger()
-            logger.error(reason) if level == diagnostics.ERROR else logger.warning(reason)
 
     def _watch(self) -> None:
         worker = self._worker
         if self._state == 'active' and worker is not None:
-            if worker.failure is not None:
-                self.get_logger().error(f'inference failed: {worker.failure}')
+            reason = worker.fault(self._settings['inference_timeout_s'])
+            if reason is not None:
+                self._monitor.fail(reason)
                 self.trigger_deactivate()
-            _, stale = worker.inspect()
-            if stale and time.monotonic() - self._active_since_s > self._patience_s():
-                self._fault(diagnostics.ERROR, 'stale', f'no chunk: {"; ".join(stale)}')
-            # The first frame of an episode never has a window: only one that stays away counts.
-            self._waits = self._waits + 1 if worker.waiting_for else 0
-            if not stale and self._waits >= WAITS_BEFORE_WARNING:
-                self._fault(diagnostics.WARN, 'window', f'no chunk: {worker.waiting_for}')
+            else:
+                self._close_gate()
+                self._monitor.look_at_input(worker, self._settings['max_observation_age_s'])
+        if self._gate.stopped is not None:
+            self._monitor.error('gate', f'output closed: {self._gate.stopped}')
         self._watch_count += 1
         if self._watch_count % REPORT_EVERY == 0:
             self._publish_report()
 
     def _publish_report(self) -> None:
-        faults = self._faults.current()
-        worker = self._worker
-        ages: dict[str, float | None] = {}
-        if self._configure_failure is not None:
-            faults.insert(0, (diagnostics.ERROR, self._configure_failure))
-        if worker is not None:
-            if worker.failure is not None:
-                faults.insert(0, (diagnostics.ERROR, f'inference failed: {worker.failure}'))
-            ages, _ = worker.inspect()
-        self._diagnostics.publish(
-            diagnostics.report(
-                node_name=self.get_fully_qualified_name().lstrip('/'),
-                hardware_id=self._settings['bundle'],
-                now_ns=self._now_ns(),
-                state=self._state,
-                faults=faults,
-                ages_s=ages,
-                values=self._values(),
-            )
+        closed = self._gate.closed_by(time.monotonic())
+        values = {
+            'sparsity': self._settings['sparsity'],
+            'output_enabled': closed is None,
+            'output_closed_by': closed or '',
+            'stops': self._gate.stops,
+        }
+        if self._delivery is not None:
+            values['sparsity_chosen'] = round(self._delivery.sparsity, 4)
+        self._monitor.publish(
+            self._state, self._settings['bundle'], self._now_ns(), values, self._worker
         )
 
     def _now_ns(self) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import rclpy
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.signals import SignalHandlerOptions
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ def run_node(
     executor.add_node(node)
     try:
         while not stop.is_set() and not node.finalized:
-            executor.spin_once(timeout_sec=_WAIT_S)
+            try:
+                executor.spin_once(timeout_sec=_WAIT_S)
+            except rclpy_implementation.RCLError as error:
+                # rclpy raises a transition that is not possible now out of its service.
+                rclpy.logging.get_logger(name).error(f'request refused: {error}')
     finally:
         if not node.finalized:
             node.trigger_shutdown()

@@ -7,11 +7,9 @@ else.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
-
-from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
-from sensor_msgs.msg import Image, JointState
 
 from tts_policy.ros.conversions import (
     ConversionError,
@@ -19,19 +17,33 @@ from tts_policy.ros.conversions import (
     joint_positions,
     time_to_ns,
 )
+from tts_policy.ros.images import ImageFit, check_size, compressed_to_rgb, fit_image
+from tts_policy.ros.interface import (
+    COMPRESSED_IMAGE,
+    IMAGE,
+    JOINT_STATES,
+    RELIABLE_SENSOR_QOS,
+    camera_topic,
+    compressed_topic,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from rclpy.node import Node
+    from sensor_msgs.msg import CompressedImage, Image, JointState
 
     from tts_policy.core.contract import CameraSpec, PolicyContract
 
-JOINT_TOPIC = 'joint_states'
+JOINT_TOPIC = JOINT_STATES.name
 
 
-def image_topic(key: str) -> str:
-    """Relative topic of the camera of that key."""
-    return f'{key}/image'
+@dataclass(frozen=True)
+class SensorOptions:
+    """How the sensors come: which cameras compressed, of which size, with which QoS."""
+
+    reliable: bool = False
+    compressed: frozenset[str] = frozenset()
+    fit: ImageFit = ImageFit.EXACT
 
 
 class SensorReceiver(Protocol):
@@ -51,21 +63,42 @@ class Sensors:
     """The subscriptions of one contract."""
 
     def __init__(
-        self, node: Node, contract: PolicyContract, reliable: bool, receiver: SensorReceiver
+        self,
+        node: Node,
+        contract: PolicyContract,
+        options: SensorOptions,
+        receiver: SensorReceiver,
     ) -> None:
+        """Subscribe.
+
+        Raises
+        ------
+        ValueError
+            for a compressed camera that the bundle does not have.
+
+        """
+        cameras = contract.observation.cameras
+        unknown = options.compressed - {camera.key for camera in cameras}
+        if unknown:
+            raise ValueError(
+                f'compressed_cameras: expected cameras of the bundle '
+                f'{[camera.key for camera in cameras]}, got {sorted(unknown)}'
+            )
         self._node = node
+        self._fit = options.fit
         self._receiver = receiver
         self._observed = len(contract.observation.joints)
         self._names = list(dict.fromkeys((*contract.observation.joints, *contract.action.joints)))
         self._acted = [self._names.index(name) for name in contract.action.joints]
-        qos: QoSProfile = qos_profile_sensor_data
-        if reliable:
-            qos = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
         topics: list[tuple[Any, str, Any]] = [
-            (Image, image_topic(camera.key), partial(self._on_image, camera))
-            for camera in contract.observation.cameras
+            (COMPRESSED_IMAGE.kind, compressed_topic(key), partial(self._on_compressed, camera))
+            if key in options.compressed
+            else (IMAGE.kind, camera_topic(key), partial(self._on_image, camera))
+            for camera in cameras
+            for key in (camera.key,)
         ]
-        topics.append((JointState, JOINT_TOPIC, self._on_joint_state))
+        topics.append((JOINT_STATES.kind, JOINT_TOPIC, self._on_joint_state))
+        qos = RELIABLE_SENSOR_QOS if options.reliable else JOINT_STATES.qos
         self._subscriptions = [node.create_subscription(*topic, qos) for topic in topics]
 
     def destroy(self) -> None:
@@ -75,9 +108,21 @@ class Sensors:
         self._subscriptions.clear()
 
     def _on_image(self, camera: CameraSpec, msg: Image) -> None:
-        topic = image_topic(camera.key)
+        topic = camera_topic(camera.key)
+        size = (msg.height, msg.width)
         try:
-            image = image_to_rgb(msg, camera.height, camera.width, topic)
+            check_size(size, camera.height, camera.width, topic, self._fit)
+            image = image_to_rgb(msg, *size, topic)
+        except ConversionError as error:
+            self._receiver.on_refused(topic, error)
+            return
+        image = fit_image(image, camera.height, camera.width, self._fit)
+        self._receiver.on_sample(camera.key, topic, time_to_ns(msg.header.stamp), image)
+
+    def _on_compressed(self, camera: CameraSpec, msg: CompressedImage) -> None:
+        topic = compressed_topic(camera.key)
+        try:
+            image = compressed_to_rgb(msg, camera.height, camera.width, topic, self._fit)
         except ConversionError as error:
             self._receiver.on_refused(topic, error)
             return

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a chunk of set-points to a joint trajectory that a controller can follow safely.
 
-Set-point a is due at observation stamp + (a + offset_steps) * period. Points due by now are
-dropped (one due exactly now is past), so time_from_start is positive and strictly increasing and
-no controller has to jump. A chunk that breaks a limit by more than its tolerance is refused whole;
-within the tolerance its positions are clipped. Times are int nanoseconds, positions rad or m.
+Set-point a is due at observation stamp + (a + offset_steps) * period. Points due by now, or before
+a message can be at the controller, are dropped (one due exactly then is past), so time_from_start
+is positive and strictly increasing and no controller has to jump. Times are int nanoseconds,
+positions rad or m.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 from tts_policy.ros.conversions import ns_to_duration, ns_to_time
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 
 class TrajectoryRefused(ValueError):
     """A chunk that must not reach the robot; one line naming joint, limit and value."""
+
+
+class ChunkTooLate(TrajectoryRefused):
+    """Too few points of a chunk are still to come: the robot finishes the old one and stops."""
 
 
 @dataclass(frozen=True)
@@ -40,77 +44,21 @@ class Trajectory:
     velocities: np.ndarray
     dropped: int
 
-    def position_at(self, now_ns: int) -> np.ndarray:
-        """Set-point [A] in force at `now_ns`: the last one due, the first before any is."""
-        at = int(np.searchsorted(self.times_ns, now_ns - self.stamp_ns, side='right')) - 1
-        return self.positions[max(at, 0)]
+    def positions_at(self, due_ns: np.ndarray) -> np.ndarray:
+        """Set-points [P, A] at times [P] of the stamp's clock: linear, held outside the points."""
+        times_ns = np.asarray(due_ns) - self.stamp_ns
+        columns = [np.interp(times_ns, self.times_ns, column) for column in self.positions.T]
+        return np.stack(columns, axis=1)
 
-
-@dataclass(frozen=True)
-class JointLimits:
-    """Bounds per joint of the contract, [A] each; infinity where nothing is bounded.
-
-    `tolerance` is the share of a bound's range by which it may be exceeded: of upper - lower for
-    positions (which are then clipped), of the bound itself for velocities.
-    """
-
-    joints: tuple[str, ...]
-    lower: np.ndarray
-    upper: np.ndarray
-    velocity: np.ndarray
-    first_distance: np.ndarray
-    tolerance: float = 0.0
-
-    @staticmethod
-    def unbounded(joints: Sequence[str]) -> JointLimits:
-        """No bound on any joint: only NaN and infinity are refused."""
-        inf = np.full(len(joints), np.inf)
-        return JointLimits(tuple(joints), -inf, inf, inf, inf)
-
-    def apply(self, trajectory: Trajectory, period_ns: int, measured: np.ndarray) -> Trajectory:
-        """Check the points against every bound and clip positions within the tolerance.
-
-        `measured` [A] is the newest measured state; the first point must lie within
-        `first_distance` of it.
-
-        Raises
-        ------
-        TrajectoryRefused
-            for the first joint that breaks a bound beyond the tolerance.
-
-        """
-        positions = trajectory.positions
-        span = self.upper - self.lower
-        slack = np.where(np.isfinite(span), span, 0.0) * self.tolerance
-        below, above = positions < self.lower - slack, positions > self.upper + slack
-        self._refuse(
-            below | above, positions, 'position', lambda j: f'[{self.lower[j]}, {self.upper[j]}]'
+    def of(self, joints: Sequence[str]) -> Trajectory:
+        """The same points for some of the joints, in their order."""
+        columns = [self.joints.index(joint) for joint in joints]
+        return replace(
+            self,
+            joints=tuple(joints),
+            positions=self.positions[:, columns],
+            velocities=self.velocities[:, columns],
         )
-        rates = np.diff(positions, axis=0) / (period_ns * 1e-9)
-        self._refuse(
-            np.abs(rates) > self.velocity * (1.0 + self.tolerance),
-            rates,
-            'velocity',
-            lambda j: f'at most {self.velocity[j]}',
-        )
-        distance = positions[:1] - measured
-        self._refuse(
-            np.abs(distance) > self.first_distance,
-            distance,
-            'distance of the first point to the measured state',
-            lambda j: f'at most {self.first_distance[j]}',
-        )
-        return replace(trajectory, positions=np.clip(positions, self.lower, self.upper))
-
-    def _refuse(
-        self, broken: np.ndarray, values: np.ndarray, quantity: str, bound: Callable[[int], str]
-    ) -> None:
-        if broken.any():
-            point, joint = (int(i) for i in np.argwhere(broken)[0])
-            raise TrajectoryRefused(
-                f'{self.joints[joint]}: expected {quantity} {bound(joint)}, '
-                f'got {values[point, joint]:.4f} at point {point}'
-            )
 
 
 def plan_trajectory(
@@ -120,6 +68,8 @@ def plan_trajectory(
     offset_steps: int,
     stamp_ns: int,
     now_ns: int,
+    lead_ns: int = 0,
+    min_points: int = 1,
 ) -> Trajectory:
     """Time the set-points of a chunk and drop those already past.
 
@@ -135,6 +85,10 @@ def plan_trajectory(
         stamp of the newest observation.
     now_ns
         time of publishing; earlier than the stamp counts as the stamp (a clock topic may lag).
+    lead_ns
+        how long a message takes to the controller: a point due sooner is past when it arrives.
+    min_points
+        fewer points than this are not worth a new trajectory.
 
     Returns
     -------
@@ -145,7 +99,9 @@ def plan_trajectory(
     Raises
     ------
     TrajectoryRefused
-        for a wrong shape, NaN or infinity, or when every point is past.
+        for a wrong shape, NaN or infinity.
+    ChunkTooLate
+        when fewer than `min_points` are still to come.
 
     """
     actions = np.asarray(actions, dtype=np.float64)
@@ -160,11 +116,15 @@ def plan_trajectory(
             f'{point}'
         )
     times_ns = (np.arange(len(actions), dtype=np.int64) + offset_steps) * period_ns
-    first = int(np.searchsorted(times_ns, max(now_ns - stamp_ns, 0), side='right'))
-    if first == len(actions):
-        raise TrajectoryRefused(
-            f'chunk: expected a set-point still to come, but the last was due '
-            f'{(now_ns - stamp_ns - int(times_ns[-1])) / 1e6:.0f} ms ago'
+    age_ns = max(now_ns - stamp_ns, 0)
+    first = int(np.searchsorted(times_ns, age_ns + lead_ns, side='right'))
+    left = len(actions) - first
+    if left < min_points:
+        ahead_ms = (int(times_ns[-1]) - age_ns) / 1e6
+        last = f'is due in {ahead_ms:.0f} ms' if left else f'was due {abs(ahead_ms):.0f} ms ago'
+        raise ChunkTooLate(
+            f'chunk: expected {min_points} set-points or more still to come, got {left}: '
+            f'the last {last}'
         )
     velocities = np.zeros_like(actions)
     if len(actions) > 1:

@@ -96,6 +96,8 @@ class Demo:
             'sparsity': float(arm.sparsity),
             'enable_output': True,
             'use_sim_time': not self._options.realtime,
+            # A sampler that is too slow for the real clock is to be seen missing its deadlines.
+            'check_latency': False,
         }
         log = self._log / f'policy_node_{arm.sampler.name}.log'
         self._policy = NodeProcess('tts_policy.ros.policy_node', parameters, log)

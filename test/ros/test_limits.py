@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trajectory keeps every bound of its joints, or is refused whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip('rclpy', reason='rclpy is not installed')
+
+from tts_policy.ros.limit_source import LimitSource
+from tts_policy.ros.limits import JointLimits
+from tts_policy.ros.trajectory import Trajectory, TrajectoryRefused, plan_trajectory
+from tts_policy.ros.urdf import UrdfLimits
+
+JOINTS = ('a', 'b')
+PERIOD = 50_000_000
+STAMP = 1_700_000_000_000_000_000
+RAMP = np.stack([np.arange(15) * 0.01, 1.0 - np.arange(15) * 0.02], axis=1)
+
+
+def plan(actions: np.ndarray = RAMP) -> Trajectory:
+    return plan_trajectory(actions, JOINTS, PERIOD, 1, STAMP, STAMP)
+
+
+def limits(**changes: object) -> JointLimits:
+    values = {
+        'lower': np.array([-1.0, -1.0]),
+        'upper': np.array([1.0, 1.0]),
+        'velocity': np.array([1.0, 1.0]),
+        'acceleration': np.full(2, np.inf),
+        'first_distance': np.array([0.3, 0.3]),
+        'tolerance': 0.1,
+        **changes,
+    }
+    return JointLimits(JOINTS, **values)  # type: ignore[arg-type]
+
+
+MEASURED = np.array([0.0, 1.0])
+
+
+def test_a_chunk_within_limits_is_unchanged() -> None:
+    got = limits().apply(plan(), MEASURED)
+    assert np.array_equal(got.positions, RAMP)
+
+
+def test_positions_within_the_tolerance_are_clipped() -> None:
+    actions = RAMP + np.array([0.0, 0.15])
+    got = limits().apply(plan(actions), MEASURED)
+    assert got.positions.max() == 1.0
+    assert np.array_equal(got.positions, np.clip(actions, -1, 1))
+
+
+@pytest.mark.parametrize(
+    ('actions', 'changes', 'reason'),
+    [
+        (
+            RAMP + np.array([0.0, 0.21]),
+            {},
+            r'b: expected position \[-1\.0, 1\.0\], got 1\.2100 at point 0',
+        ),
+        (
+            -RAMP,
+            {'first_distance': np.full(2, 9.0), 'lower': np.array([0.0, -1.0])},
+            'a: expected',
+        ),
+        (RAMP * [6.0, 1.0], {}, r'a: expected velocity at most 1\.0, got 1\.2'),
+        (RAMP + np.array([0.31, 0.0]), {}, 'a: expected distance of the first point'),
+    ],
+)
+def test_a_violation_beyond_the_tolerance_refuses_the_whole_chunk(
+    actions: np.ndarray, changes: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(TrajectoryRefused, match=reason):
+        limits(**changes).apply(plan(actions), MEASURED)
+
+
+def test_unbounded_limits_let_everything_finite_pass() -> None:
+    actions = RAMP * 1e6
+    got = JointLimits.unbounded(JOINTS).apply(plan(actions), MEASURED)
+    assert np.array_equal(got.positions, actions)
+
+
+def test_acceleration_between_points_is_bounded() -> None:
+    bend = RAMP.copy()
+    bend[7:, 0] += 0.02
+    bounded = limits(acceleration=np.array([5.0, 5.0]))
+    assert np.array_equal(bounded.apply(plan(), MEASURED).positions, RAMP)
+    with pytest.raises(
+        TrajectoryRefused, match=r'a: expected acceleration at most 5\.0, got 8\.0'
+    ):
+        bounded.apply(plan(bend), MEASURED)
+
+
+def test_the_step_from_the_set_point_in_force_counts_as_motion() -> None:
+    before = np.array([-0.06, 1.0])
+    limits().apply(plan(), MEASURED, (0, RAMP[0]))
+    with pytest.raises(TrajectoryRefused, match=r'a: expected velocity at most 1\.0, got 1\.2'):
+        limits().apply(plan(), MEASURED, (0, before))
+
+
+def test_scaling_tightens_motion_but_not_the_range() -> None:
+    half = limits().scaled(0.5)
+    assert half.velocity.tolist() == [0.5, 0.5]
+    assert half.first_distance.tolist() == [0.15, 0.15]
+    assert half.upper.tolist() == [1.0, 1.0]
+    limits().scaled(0.3).apply(plan(RAMP * [1.0, 0.5]), MEASURED * [1.0, 0.5])
+    with pytest.raises(TrajectoryRefused, match=r'b: expected velocity at most 0\.3'):
+        limits().scaled(0.3).apply(plan(), MEASURED)
+
+
+def test_a_urdf_only_tightens_and_leaves_unnamed_joints_alone() -> None:
+    tightened = limits().tightened(
+        {'a': UrdfLimits(-0.5, 3.0, 0.4), 'elsewhere': UrdfLimits(0.0, 0.0, 0.0)}
+    )
+    assert tightened.lower.tolist() == [-0.5, -1.0]
+    assert tightened.upper.tolist() == [1.0, 1.0]
+    assert tightened.velocity.tolist() == [0.4, 1.0]
+    with pytest.raises(ValueError, match='a: expected room between the limits'):
+        limits().tightened({'a': UrdfLimits(2.0, 3.0)})
+
+
+URDF = """<robot name="r"><joint name="a" type="revolute">
+<limit lower="-2" upper="2" velocity="0.1" effort="1"/></joint></robot>"""
+
+
+def test_required_limits_that_are_missing_or_broken_let_nothing_pass() -> None:
+    source = LimitSource(limits(), 'required')
+    with pytest.raises(TrajectoryRefused, match='expected a URDF on robot_description'):
+        source.current()
+    source.describe(URDF)
+    assert source.current().velocity.tolist() == [0.1, 1.0]
+    source.describe('<robot')
+    with pytest.raises(TrajectoryRefused, match='robot_description: expected XML'):
+        source.current()
+    source.describe(URDF)
+    source.scale = 0.5
+    assert source.current().velocity.tolist() == [0.05, 0.5]
+
+
+def test_limits_of_the_parameters_hold_while_no_urdf_is_present() -> None:
+    assert LimitSource(limits(), 'when_present').current().velocity.tolist() == [1.0, 1.0]

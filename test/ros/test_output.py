@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From chunk to command: blending, the hold point, and what a gripper gets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip('rclpy', reason='rclpy is not installed')
+
+from tts_policy.ros.continuity import blend, measure
+from tts_policy.ros.limit_source import LimitSource
+from tts_policy.ros.limits import JointLimits
+from tts_policy.ros.output import ChunkTiming, CommandOutput, HoldRule
+from tts_policy.ros.sinks import SplitSink
+from tts_policy.ros.trajectory import ChunkTooLate, Trajectory, TrajectoryRefused, plan_trajectory
+
+JOINTS = ('a', 'b', 'grip')
+PERIOD = 50_000_000
+T0 = 1_700_000_000_000_000_000
+RAMP = np.stack([np.arange(15) * 0.01, np.arange(15) * -0.02, np.full(15, 0.04)], axis=1)
+REST = np.array([-0.01, 0.02, 0.04])
+
+
+class Recorder:
+    """Keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[Trajectory] = []
+        self.finished: list[Trajectory] = []
+
+    def send(self, trajectory: Trajectory) -> None:
+        self.sent.append(trajectory)
+
+    def finish(self, trajectory: Trajectory) -> None:
+        self.finished.append(trajectory)
+
+
+class Bench:
+    """An output with two recorders, and a measured state."""
+
+    def __init__(self, velocity: float = np.inf, min_points: int = 1) -> None:
+        self.command, self.proposed = Recorder(), Recorder()
+        base = JointLimits.unbounded(JOINTS)
+        limits = JointLimits(
+            JOINTS, base.lower, base.upper, np.full(3, velocity), base.acceleration, base.upper
+        )
+        self.output = CommandOutput(
+            ChunkTiming(JOINTS, PERIOD, 1, 0, min_points),
+            LimitSource(limits, 'off'),
+            HoldRule(100, ('grip',), 250_000_000),
+            self.command,
+            self.proposed,
+        )
+        self.output.measured(T0, REST)
+
+
+def test_chunks_go_to_the_robot_or_become_proposals() -> None:
+    bench = Bench()
+    bench.output.send(RAMP, T0, T0, enabled=False)
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    assert len(bench.proposed.sent) == len(bench.command.sent) == 1
+
+
+def test_nothing_is_sent_without_a_measured_state() -> None:
+    bench = Bench()
+    bench.output.begin()
+    with pytest.raises(TrajectoryRefused, match='expected a measured joint state'):
+        bench.output.send(RAMP, T0, T0, enabled=True)
+    assert not bench.command.sent
+
+
+def test_a_late_chunk_is_refused_and_the_old_one_stays_in_force() -> None:
+    bench = Bench(min_points=4)
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    with pytest.raises(ChunkTooLate):
+        bench.output.send(RAMP, T0 + PERIOD, T0 + 13 * PERIOD, enabled=True)
+    assert len(bench.command.sent) == 1
+    bench.output.measured(T0, REST)
+    assert bench.output.hold(T0 + 13 * PERIOD)
+    # The measured state is too old to go back to: the set-point in force is held.
+    assert np.allclose(bench.command.finished[0].positions[0], RAMP[12])
+
+
+def test_hold_keeps_the_grip_and_stops_the_arm_where_it_is_once() -> None:
+    bench = Bench()
+    assert not bench.output.hold(T0)
+    bench.output.send(RAMP, T0, T0, enabled=False)
+    assert not bench.output.hold(T0)
+    bench.output.send(RAMP + [0, 0, -0.03], T0, T0, enabled=True)
+    bench.output.measured(T0 + PERIOD, REST)
+    assert bench.output.hold(T0 + PERIOD)
+    (hold,) = bench.command.finished
+    assert hold.positions[0] == pytest.approx([-0.01, 0.02, 0.01])
+    assert not bench.output.hold(T0 + PERIOD)
+
+
+def test_the_step_from_the_old_chunk_to_the_new_one_is_bounded() -> None:
+    bench = Bench(velocity=1.0)
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    now = T0 + 8 * PERIOD
+    bench.output.send(RAMP[::-1] * 0 + RAMP[8], now, now, enabled=True)
+    with pytest.raises(TrajectoryRefused, match='a: expected velocity at most'):
+        bench.output.send(RAMP * 0 + 0.2, now + PERIOD, now + PERIOD, enabled=True)
+
+
+def test_a_clock_that_jumped_back_takes_nothing_over_from_the_future() -> None:
+    bench = Bench(velocity=1.0)
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    before = T0 - 100 * PERIOD
+    sent = bench.output.send(RAMP + 5.0, before, before, enabled=True)
+    assert sent.continuity.jump == 0.0
+
+
+def test_a_chunk_after_the_end_of_the_old_one_is_a_new_start() -> None:
+    bench = Bench(velocity=1.0)
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    late = T0 + 15 * PERIOD
+    with pytest.raises(TrajectoryRefused, match='velocity'):
+        bench.output.send(RAMP + 0.5, late, late, enabled=True)
+    assert bench.output.send(RAMP + 0.5, late + 1, late + 1, enabled=True).continuity.jump == 0.0
+
+
+def test_blending_begins_on_the_old_set_points_and_ends_on_the_new_ones() -> None:
+    bench = Bench()
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    shifted = RAMP[8:9] + RAMP * 0.5 + [0.05, 0.0, 0.0]
+    now = T0 + 8 * PERIOD + 10_000_000
+    hard = bench.output.send(shifted, T0 + 8 * PERIOD, now, enabled=True)
+    bench = Bench()
+    bench.output.blend_ns = 4 * PERIOD
+    bench.output.send(RAMP, T0 - 4 * PERIOD, T0 - 4 * PERIOD, enabled=True)
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    soft = bench.output.send(shifted, T0 + 8 * PERIOD, now, enabled=True)
+    assert soft.continuity.jump < 0.2 * hard.continuity.jump
+    assert soft.continuity.velocity_jump < 0.5 * hard.continuity.velocity_jump
+    late = (soft.trajectory.times_ns - 10_000_000) >= 4 * PERIOD
+    assert np.allclose(soft.trajectory.positions[late], hard.trajectory.positions[late])
+    assert soft.trajectory.velocities[-1].tolist() == [0.0, 0.0, 0.0]
+
+
+@given(
+    shift=st.floats(-1.0, 1.0),
+    age_ms=st.integers(0, 300),
+    blend_ms=st.integers(1, 400),
+)
+def test_a_blended_path_lies_between_old_and_new_and_is_continuous(
+    shift: float, age_ms: int, blend_ms: int
+) -> None:
+    now = T0 + age_ms * 1_000_000
+    old = plan_trajectory(RAMP, JOINTS, PERIOD, 1, T0 - 8 * PERIOD, T0 - 8 * PERIOD)
+    new = plan_trajectory(RAMP + RAMP[7] + shift, JOINTS, PERIOD, 1, T0, now)
+    got = blend(new, old.positions_at, now, blend_ms * 1_000_000)
+    before = old.positions_at(new.stamp_ns + new.times_ns)
+    low, high = np.minimum(before, new.positions), np.maximum(before, new.positions)
+    assert (got.positions >= low - 1e-12).all()
+    assert (got.positions <= high + 1e-12).all()
+    # A smoothstep moves at most 1.5 times as fast as a straight line over the same time.
+    lead_s = (new.times_ns[0] + T0 - now) * 1e-9
+    pace = 1.5 * np.abs(new.positions - before).max() / (blend_ms * 1e-3)
+    assert np.abs(got.positions[0] - before[0]).max() <= pace * lead_s + 1e-9
+    assert np.isfinite(got.velocities).all()
+
+
+def test_a_chunk_that_continues_the_old_one_has_no_jump() -> None:
+    old = plan_trajectory(RAMP, JOINTS, PERIOD, 1, T0, T0)
+    new = plan_trajectory(
+        RAMP + RAMP[4] - RAMP[0], JOINTS, PERIOD, 1, T0 + 4 * PERIOD, T0 + 4 * PERIOD
+    )
+    got = measure(new, old.positions_at, PERIOD)
+    assert got.jump == pytest.approx(0.0, abs=1e-12)
+    assert got.velocity_jump == pytest.approx(0.0, abs=1e-9)
+    assert got.jerk == pytest.approx(0.0, abs=1e-6)
+
+
+def test_arm_and_gripper_get_their_own_joints() -> None:
+    arm, gripper = Recorder(), Recorder()
+    trajectory = plan_trajectory(RAMP, JOINTS, PERIOD, 1, T0, T0)
+    SplitSink(arm, gripper, JOINTS, ['grip']).send(trajectory)
+    assert arm.sent[0].joints == ('a', 'b')
+    assert gripper.sent[0].joints == ('grip',)
+    assert np.array_equal(gripper.sent[0].positions, RAMP[:, 2:])
+    SplitSink(arm, None, JOINTS, ['grip']).finish(trajectory)
+    assert arm.finished[0].joints == ('a', 'b')

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to a chunk when the inference thread delivers it: gate, limits, topics, reports.
+
+Runs in the inference thread with the worker held, so that settings change between ticks only.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+from std_msgs.msg import String
+
+from tts_policy.ros import diagnostics, parameters
+from tts_policy.ros.conversions import seconds_to_ns
+from tts_policy.ros.latency_budget import SparsityGovernor
+from tts_policy.ros.output import CommandOutput
+from tts_policy.ros.plan_image import plan_image
+from tts_policy.ros.trajectory import ChunkTooLate, TrajectoryRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tts_policy.core.policy import TestTimeSparsePolicy
+    from tts_policy.ros.command_topics import CommandTopics
+    from tts_policy.ros.gate import OutputGate
+    from tts_policy.ros.inference import Delivery
+    from tts_policy.ros.limit_source import LimitSource
+    from tts_policy.ros.monitor import Monitor
+    from tts_policy.ros.output import Sent
+    from tts_policy.ros.parameters import Settings
+
+
+class ChunkDelivery:
+    """The output side of a configured node."""
+
+    def __init__(
+        self,
+        policy: TestTimeSparsePolicy,
+        settings: Settings,
+        limits: LimitSource,
+        topics: CommandTopics,
+        gate: OutputGate,
+        monitor: Monitor,
+        choose: Callable[[float, int], None],
+    ) -> None:
+        contract = policy.contract
+        self.limits = limits
+        self.sparsity = 0.0
+        self.output = CommandOutput(
+            parameters.chunk_timing(settings, contract),
+            limits,
+            parameters.hold_rule(settings),
+            topics.command,
+            topics.proposed,
+        )
+        self._contract = contract
+        self._governor = SparsityGovernor(policy.recommended_sparsity)
+        self._topics = topics
+        self._gate = gate
+        self._monitor = monitor
+        self._choose = choose
+        self._settings = settings
+
+    def apply(self, settings: Settings) -> tuple[float, int]:
+        """Take live settings; returns sparsity and replan interval in ns of the next tick."""
+        self._settings = settings
+        self._gate.enabled = settings['enable_output']
+        self._gate.timeout_s = settings['emergency_stop_timeout_s']
+        self.limits.scale = settings['limits_scale']
+        self.output.blend_ns = settings.ns('blend_s')
+        n_execute = settings['n_execute'] or self._contract.action.execute
+        interval_ns = n_execute * seconds_to_ns(self._contract.observation.period_s)
+        self.sparsity = self._governor.choose(settings['sparsity'], settings['latency_budget_s'])
+        return self.sparsity, interval_ns
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Send a chunk where the gate lets it go, and report the tick."""
+        sent: Sent | None = None
+        refused = None
+        too_late = False
+        enabled = self._gate.closed_by(time.monotonic()) is None
+        try:
+            sent = self.output.send(
+                delivery.chunk.actions, delivery.tick.stamp_ns, delivery.now_ns, enabled
+            )
+        except TrajectoryRefused as error:
+            refused = str(error)
+            too_late = isinstance(error, ChunkTooLate)
+            self._monitor.statistics.refused_chunks += 1
+            self._monitor.error('chunk', f'chunk refused: {refused}')
+        if delivery.late or too_late:
+            self._monitor.warn('deadline', f'deadline missed: chunk of age {delivery.age_s:.3f} s')
+        self._monitor.statistics.record(delivery, sent, too_late)
+        self._report(delivery, sent, refused)
+        if delivery.tick.reset is None:
+            self._governor.record(delivery.latency_s)
+        self._choose(*self.apply(self._settings))
+
+    def _report(self, delivery: Delivery, sent: Sent | None, refused: str | None) -> None:
+        report = diagnostics.chunk_report(delivery, sent, refused)
+        self._topics.chunk_stats.publish(String(data=json.dumps(report)))
+        if self._topics.plan_image.get_subscription_count() > 0:
+            image = plan_image(delivery.chunk.plan, delivery.tick.stamp_ns)
+            self._topics.plan_image.publish(image)

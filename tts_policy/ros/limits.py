@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds of the joints, and the check of a trajectory against them.
+
+A chunk that breaks a bound by more than its tolerance is refused whole; within the tolerance its
+positions are clipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tts_policy.ros.trajectory import Trajectory, TrajectoryRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from tts_policy.ros.urdf import UrdfLimits
+
+
+@dataclass(frozen=True)
+class JointLimits:
+    """Bounds per joint of the contract, [A] each; infinity where nothing is bounded.
+
+    `tolerance` is the share of a bound's range by which it may be exceeded: of upper - lower for
+    positions (which are then clipped), of the bound itself for velocities and accelerations.
+    """
+
+    joints: tuple[str, ...]
+    lower: np.ndarray
+    upper: np.ndarray
+    velocity: np.ndarray
+    acceleration: np.ndarray
+    first_distance: np.ndarray
+    tolerance: float = 0.0
+
+    @staticmethod
+    def unbounded(joints: Sequence[str]) -> JointLimits:
+        """No bound on any joint: only NaN and infinity are refused."""
+        inf = np.full(len(joints), np.inf)
+        return JointLimits(tuple(joints), -inf, inf, inf, inf, inf)
+
+    def scaled(self, scale: float) -> JointLimits:
+        """Scale what bounds motion, not where the joints may be; `scale` is in (0, 1]."""
+        return replace(
+            self,
+            velocity=self.velocity * scale,
+            acceleration=self.acceleration * scale,
+            first_distance=self.first_distance * scale,
+        )
+
+    def tightened(self, urdf: Mapping[str, UrdfLimits]) -> JointLimits:
+        """Take the tighter of these bounds and those of a URDF, joint by joint.
+
+        Raises
+        ------
+        ValueError
+            when the two leave a joint no room.
+
+        """
+        lower, upper, velocity = self.lower.copy(), self.upper.copy(), self.velocity.copy()
+        for at, joint in enumerate(self.joints):
+            if joint in urdf:
+                lower[at] = max(lower[at], urdf[joint].lower)
+                upper[at] = min(upper[at], urdf[joint].upper)
+                velocity[at] = min(velocity[at], urdf[joint].velocity)
+                if not lower[at] < upper[at]:
+                    raise ValueError(
+                        f'robot_description: {joint}: expected room between the limits, '
+                        f'got [{lower[at]}, {upper[at]}]'
+                    )
+        return replace(self, lower=lower, upper=upper, velocity=velocity)
+
+    def apply(
+        self,
+        trajectory: Trajectory,
+        measured: np.ndarray,
+        before: tuple[int, np.ndarray] | None = None,
+    ) -> Trajectory:
+        """Check the points against every bound and clip positions within the tolerance.
+
+        `measured` [A] is the newest measured state; the first point must lie within
+        `first_distance` of it. `before` is the set-point in force when the first point takes over,
+        and its time in ns after the trajectory's stamp: the step from there counts as well.
+
+        Raises
+        ------
+        TrajectoryRefused
+            for the first joint that breaks a bound beyond the tolerance.
+
+        """
+        positions = trajectory.positions
+        span = self.upper - self.lower
+        slack = np.where(np.isfinite(span), span, 0.0) * self.tolerance
+        below, above = positions < self.lower - slack, positions > self.upper + slack
+        self._refuse(
+            below | above, positions, 'position', lambda j: f'[{self.lower[j]}, {self.upper[j]}]'
+        )
+        self._check_motion(trajectory, before)
+        distance = positions[:1] - measured
+        self._refuse(
+            np.abs(distance) > self.first_distance,
+            distance,
+            'distance of the first point to the measured state',
+            lambda j: f'at most {self.first_distance[j]}',
+        )
+        return replace(trajectory, positions=np.clip(positions, self.lower, self.upper))
+
+    def _check_motion(self, trajectory: Trajectory, before: tuple[int, np.ndarray] | None) -> None:
+        positions, times_s = trajectory.positions, trajectory.times_ns * 1e-9
+        if before is not None:
+            positions = np.concatenate([before[1][None], positions])
+            times_s = np.concatenate([[before[0] * 1e-9], times_s])
+        if len(positions) < 2:
+            return
+        steps_s = np.diff(times_s)[:, None]
+        rates = np.diff(positions, axis=0) / steps_s
+        scale = 1.0 + self.tolerance
+        self._refuse(
+            np.abs(rates) > self.velocity * scale,
+            rates,
+            'velocity',
+            lambda j: f'at most {self.velocity[j]}',
+        )
+        changes = np.diff(rates, axis=0) / ((steps_s[:-1] + steps_s[1:]) / 2)
+        self._refuse(
+            np.abs(changes) > self.acceleration * scale,
+            changes,
+            'acceleration',
+            lambda j: f'at most {self.acceleration[j]}',
+        )
+
+    def _refuse(
+        self, broken: np.ndarray, values: np.ndarray, quantity: str, bound: Callable[[int], str]
+    ) -> None:
+        if broken.any():
+            point, joint = (int(i) for i in np.argwhere(broken)[0])
+            raise TrajectoryRefused(
+                f'{self.joints[joint]}: expected {quantity} {bound(joint)}, '
+                f'got {values[point, joint]:.4f} at point {point}'
+            )

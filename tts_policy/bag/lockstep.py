@@ -37,6 +37,7 @@ _SETTINGS = (
     'sample_tolerance_s',
     'gap_limit_s',
     'future_limit_s',
+    'max_skew_s',
 )
 # A best-effort subscriber may have missed the clock; saying it again changes nothing.
 CLOCK_AGAIN_S = 1.0
@@ -77,6 +78,7 @@ class LockstepPlayback:
             max_age_ns=seconds_to_ns(settings['max_observation_age_s']),
             gap_limit_ns=seconds_to_ns(settings['gap_limit_s']),
             future_limit_ns=seconds_to_ns(settings['future_limit_s']),
+            max_skew_ns=seconds_to_ns(settings['max_skew_s']),
         )
         self._samples = SampleReader(player.bag, contract, Topics.of(contract, topics))
         self._streams = {*self._samples.topics.cameras.values(), self._samples.topics.joints}

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tts_policy.bag.decoding import make_decoder
-from tts_policy.bag.images import compressed_to_rgb
 from tts_policy.bag.reader import BagError, BagReader, RawMessage
 from tts_policy.core.contract import PolicyContract
 from tts_policy.ros.conversions import (
@@ -24,6 +23,7 @@ from tts_policy.ros.conversions import (
     joint_positions,
     time_to_ns,
 )
+from tts_policy.ros.images import compressed_to_rgb
 
 IMAGE = 'sensor_msgs/msg/Image'
 COMPRESSED_IMAGE = 'sensor_msgs/msg/CompressedImage'

@@ -84,10 +84,11 @@ class WindowSpec:
         max_age_ns: int = 250_000_000,
         gap_limit_ns: int = 500_000_000,
         future_limit_ns: int = 100_000_000,
+        max_skew_ns: int = 0,
     ) -> WindowSpec:
-        """Window of a contract, its first camera being the reference; defaults are the node's.
+        """Window of a contract; its first camera is the reference, joints without one.
 
-        tolerance_ns 0 takes half a period.
+        Defaults are the node's; tolerance_ns 0 takes half a period, max_skew_ns 0 sets no bound.
         """
         period_ns = round(observation.period_s * 1e9)
         return WindowSpec(
@@ -98,6 +99,7 @@ class WindowSpec:
             max_age_ns=max_age_ns,
             gap_limit_ns=gap_limit_ns,
             future_limit_ns=future_limit_ns,
+            max_skew_ns=max_skew_ns or None,
         )
 
     @property

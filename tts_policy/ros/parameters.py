@@ -160,17 +160,13 @@ def check_with_policy(policy: TestTimeSparsePolicy, values: dict[str, Any]) -> N
 
 def window_spec(settings: Settings, contract: PolicyContract) -> WindowSpec:
     """Observation window for a contract; its first camera is the reference, joints without one."""
-    observation = contract.observation
-    period_ns = seconds_to_ns(observation.period_s)
-    return WindowSpec(
-        keys=(*(camera.key for camera in observation.cameras), 'joints'),
-        steps=observation.steps,
-        period_ns=period_ns,
-        tolerance_ns=settings.ns('sample_tolerance_s') or period_ns // 2,
+    return WindowSpec.of(
+        contract.observation,
+        tolerance_ns=settings.ns('sample_tolerance_s'),
         max_age_ns=settings.ns('max_observation_age_s'),
         gap_limit_ns=settings.ns('gap_limit_s'),
         future_limit_ns=settings.ns('future_limit_s'),
-        max_skew_ns=settings.ns('max_skew_s') or None,
+        max_skew_ns=settings.ns('max_skew_s'),
     )
 
 

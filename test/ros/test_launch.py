@@ -57,13 +57,13 @@ def test_limits_of_the_configuration_belong_to_the_joints_of_the_task() -> None:
     pytest.importorskip('rclpy', reason='rclpy is not installed')
     pytest.importorskip('rosbags', reason='rosbags is not installed')
     from tts_policy.ros.parameters import Settings, joint_limits
-    from tts_policy.train.lift_contract import LIFT_CONTRACT
+    from tts_policy.train.panda_contract import PANDA_CONTRACT
 
     settings = Settings({f'limits.{name}': value for name, value in config()['limits'].items()})
-    limits = joint_limits(settings, LIFT_CONTRACT.action.joints)
+    limits = joint_limits(settings, PANDA_CONTRACT.action.joints)
     assert limits.upper[-1] == 0.04
     assert limits.upper[3] == -0.0698
-    assert set(config()['hold_last_command']) <= set(LIFT_CONTRACT.action.joints)
+    assert set(config()['hold_last_command']) <= set(PANDA_CONTRACT.action.joints)
 
 
 def test_fast_dds_profile_has_large_shared_memory_beside_udp() -> None:

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tts_policy.core.bundle import BundleError
+from tts_policy.sim.episode import Robot
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,13 @@ class _Worker:
     def __init__(self, bundle: Path) -> None:
         from tts_policy.core.policy import TestTimeSparsePolicy
         from tts_policy.sim.lift import LiftWorld
-        from tts_policy.sim.rollout import DeceivedWorld
+        from tts_policy.sim.rollout import DeceivedRobot
 
         self._load = lambda sampler: TestTimeSparsePolicy.from_bundle(bundle, sampler, threads=1)
-        self._worlds = {False: LiftWorld, True: DeceivedWorld}
+        self._worlds: dict[bool, Callable[[], Robot]] = {
+            False: LiftWorld,
+            True: lambda: DeceivedRobot(LiftWorld(), LiftWorld()),
+        }
         self._ready: dict[Any, Any] = {}
 
     def _once(self, key: Any, make: Any) -> Any:

@@ -81,10 +81,10 @@ def test_a_configuration_moves_nothing_and_bounds_every_joint(name: str) -> None
 
 def test_limits_of_the_panda_belong_to_the_joints_of_the_task() -> None:
     pytest.importorskip('rosbags', reason='rosbags is not installed')
-    from tts_policy.train.lift_contract import LIFT_CONTRACT
+    from tts_policy.train.panda_contract import PANDA_CONTRACT
 
     values = config('panda_lift.yaml')
-    assert sorted(values['limits.joints']) == sorted(LIFT_CONTRACT.action.joints)
+    assert sorted(values['limits.joints']) == sorted(PANDA_CONTRACT.action.joints)
     upper = dict(zip(values['limits.joints'], values['limits.upper'], strict=True))
     assert upper['panda_finger_joint1'] == 0.04
     assert upper['panda_joint4'] == -0.0698

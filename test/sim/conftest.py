@@ -26,7 +26,7 @@ _domains = itertools.count(os.getpid() % 80)
 
 @pytest.fixture(scope='session')
 def world() -> Iterator[Any]:
-    """One LiftWorld for all tests; each test resets it."""
+    """One Lift world for all tests; each test resets it."""
     pytest.importorskip('robosuite', reason='robosuite is not installed')
     from tts_policy.sim.lift import LiftWorld
 

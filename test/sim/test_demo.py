@@ -22,14 +22,14 @@ pytest.importorskip('torch', reason='torch is not installed')
 
 from processes import child_environment, wait_until
 
-from tts_policy.train.lift_contract import LIFT_CONTRACT, LIFT_SAMPLERS
+from tts_policy.train.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
 
 pytestmark = pytest.mark.slow
 
 
 FRAMES = 25  # of an episode of 1.25 s
 TICKS = 3
-STEEP = LIFT_SAMPLERS['ddpm100'].recommended_sparsity
+STEEP = PANDA_SAMPLERS['ddpm100'].recommended_sparsity
 ARMS = ('sparse', 'dense', 'sparse_ddpm100')
 
 
@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp('lift_bundle')
     network = NetworkSpec(width=32, layers=2, heads=2)
-    save_random_bundle(folder, LIFT_CONTRACT, LIFT_SAMPLERS, network)
+    save_random_bundle(folder, PANDA_CONTRACT, PANDA_SAMPLERS, network)
     return folder
 
 

@@ -13,8 +13,8 @@ pytest.importorskip('robosuite', reason='robosuite is not installed')
 from rosbags.highlevel import AnyReader
 
 from tts_policy.sim.demonstration import FRAMES_AFTER_SUCCESS, demonstrate
-from tts_policy.sim.expert import LiftExpert
-from tts_policy.sim.lift import COMMAND_JOINTS, HOME_RAD, STATE_JOINTS
+from tts_policy.sim.lift import LiftExpert
+from tts_policy.sim.panda import COMMAND_JOINTS, HOME_RAD, STATE_JOINTS
 from tts_policy.train import collect
 
 MS = 1_000_000
@@ -118,6 +118,12 @@ def test_an_interrupted_collection_goes_on_where_it_stopped(bags):
     assert before.items() <= after.items()
     assert not leftover.exists()
     assert json.loads((out / 'summary.json').read_text()) == summary
+
+
+def test_a_folder_of_one_task_is_not_continued_with_another(bags):
+    out, _ = bags
+    with pytest.raises(ValueError, match="holds demonstrations of 'lift', got 'can'"):
+        collect.collect(3, 40, out, workers=1, task='can')
 
 
 def test_seeds_kept_for_evaluation_are_refused(tmp_path, capsys):

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip('rclpy', reason='rclpy is not installed')
 pytest.importorskip('robosuite', reason='robosuite is not installed')
 
-from tts_policy.sim.lift import COMMAND_JOINTS, HOME_RAD, STATE_JOINTS
+from tts_policy.sim.panda import COMMAND_JOINTS, HOME_RAD, STATE_JOINTS
 
 MS = 1_000_000
 HOME = dict(zip(COMMAND_JOINTS, (*HOME_RAD, 0.04), strict=True))

@@ -24,13 +24,13 @@ from tts_policy.train.dataset import (
     read_episodes,
     state_lead_steps,
 )
-from tts_policy.train.lift_contract import JOINTS, LIFT_CONTRACT, LIFT_TOPICS
+from tts_policy.train.panda_contract import JOINTS, PANDA_CONTRACT, PANDA_TOPICS
 
 GOOD = Recording()
 
 
 def _read(tmp_path: Path, recording: Recording):
-    return read_episode(recording.write(tmp_path / 'bag'), LIFT_CONTRACT, LIFT_TOPICS)
+    return read_episode(recording.write(tmp_path / 'bag'), PANDA_CONTRACT, PANDA_TOPICS)
 
 
 def test_streams_are_matched_by_name_and_header_stamp(tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_a_window_takes_the_nearest_joint_state_that_is_not_after_its_tick(tmp_p
 
 def test_training_windows_are_those_of_the_replayed_node(tmp_path: Path) -> None:
     bag = replace(GOOD, joint_offset_ns=3 * MS).write(tmp_path / 'bag')
-    samples = SampleReader(BagReader(bag), LIFT_CONTRACT, LIFT_TOPICS)
-    windows = Windows([read_episode(bag, LIFT_CONTRACT, LIFT_TOPICS)], LIFT_CONTRACT)
+    samples = SampleReader(BagReader(bag), PANDA_CONTRACT, PANDA_TOPICS)
+    windows = Windows([read_episode(bag, PANDA_CONTRACT, PANDA_TOPICS)], PANDA_CONTRACT)
     ticks = list(RecordedTicks(samples, 50 * MS))
     assert len(ticks) == len(windows)
     images, joints, _ = windows.gather(torch.arange(len(windows)))
@@ -70,21 +70,21 @@ def test_training_windows_are_those_of_the_replayed_node(tmp_path: Path) -> None
 
 def test_without_commands_the_states_that_followed_are_the_actions(tmp_path: Path) -> None:
     bag = replace(GOOD, commands=False).write(tmp_path / 'bag')
-    topics = replace(LIFT_TOPICS, commands=None)
-    episode = read_episode(bag, LIFT_CONTRACT, topics)
-    assert state_lead_steps(LIFT_CONTRACT) == 1
+    topics = replace(PANDA_TOPICS, commands=None)
+    episode = read_episode(bag, PANDA_CONTRACT, topics)
+    assert state_lead_steps(PANDA_CONTRACT) == 1
     assert np.allclose(episode.actions[0, :8, 0], 1.05 + 0.05 * np.arange(8))
     assert np.isfinite(episode.actions).all()
 
 
 def test_a_lost_frame_costs_its_windows_and_a_gap_ends_the_episode(tmp_path: Path) -> None:
     bag = replace(GOOD, drop_frame=4).write(tmp_path / 'lost')
-    assert len(read_episode(bag, LIFT_CONTRACT, LIFT_TOPICS)) == 9 - 2
+    assert len(read_episode(bag, PANDA_CONTRACT, PANDA_TOPICS)) == 9 - 2
     bag = replace(GOOD, pause_after=5, frames=12).write(tmp_path / 'gap')
-    episodes = read_episodes(bag, LIFT_CONTRACT, LIFT_TOPICS)
+    episodes = read_episodes(bag, PANDA_CONTRACT, PANDA_TOPICS)
     assert [len(episode) for episode in episodes] == [5, 5]
     with pytest.raises(BagError, match='one episode expected, got 2'):
-        read_episode(bag, LIFT_CONTRACT, LIFT_TOPICS)
+        read_episode(bag, PANDA_CONTRACT, PANDA_TOPICS)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_recordings_off_the_contract_are_refused(
 
 def test_windows_of_several_episodes_hold_their_own_last_action(tmp_path: Path) -> None:
     episode = _read(tmp_path, GOOD)
-    windows = Windows([episode, episode], LIFT_CONTRACT)
+    windows = Windows([episode, episode], PANDA_CONTRACT)
     assert len(windows) == 2 * 9
     images, joints, actions = windows.gather(torch.tensor([0, 9, 17]))
     assert images['camera'].shape == (3, 2, 96, 96, 3) and images['camera'].dtype == torch.uint8
@@ -122,8 +122,8 @@ def test_the_data_check_names_gaps_and_the_bag_that_stands_out(tmp_path: Path) -
     bags = [GOOD.write(tmp_path / f'bag{number}') for number in range(6)]
     bags.append(replace(GOOD, frames=60).write(tmp_path / 'long'))
     bags.append(replace(GOOD, drop_frame=4).write(tmp_path / 'lossy'))
-    check = DataCheck(LIFT_CONTRACT)
-    load_windows(bags, LIFT_CONTRACT, LIFT_TOPICS, progress=False, check=check)
+    check = DataCheck(PANDA_CONTRACT)
+    load_windows(bags, PANDA_CONTRACT, PANDA_TOPICS, progress=False, check=check)
     report = check.report()
     assert report['bags'] == 8 and report['images'] == {'camera': '96 x 96'}
     assert report['streams']['camera']['rate_hz'] == pytest.approx(20.0)

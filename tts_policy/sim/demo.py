@@ -78,10 +78,12 @@ class Demo:
 
         parameters = {
             'clock': 'realtime' if self._options.realtime else 'lockstep',
-            'episode_s': float(self._options.episode_s),
+            'task': self._options.task,
             'action_period_s': self._bundle.deadline_s,
             'owed_timeout_s': OWED_LIMIT_S,
         }
+        if self._options.episode_s is not None:
+            parameters['episode_s'] = float(self._options.episode_s)
         return NodeProcess('tts_policy.sim.robot_node', parameters, self._log / 'robot_node.log')
 
     def start_policy(self, arm: Arm) -> None:
@@ -155,7 +157,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the whole demo; raises DemoError."""
     began_s = time.monotonic()
     share = share_directory()
-    path = options.bundle or share / 'models' / 'panda_lift'
+    path = options.bundle or share / 'models' / f'panda_{options.task}'
     bundle = read_bundle(path.resolve())
     arms = choose_arms(
         bundle, options.sampler, options.sparsity, options.episodes, options.dense_episodes
@@ -251,7 +253,8 @@ def _shown(records: Sequence[EpisodeRecord]) -> EpisodeRecord:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line of `demo`."""
     parser = argparse.ArgumentParser(prog='demo', description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('--bundle', type=Path, help='folder (default: models/panda_lift)')
+    parser.add_argument('--task', default='lift', help='lift (default), stack or can')
+    parser.add_argument('--bundle', type=Path, help='folder (default: models/panda_TASK)')
     parser.add_argument('--episodes', type=int, default=10, help='of the sparse policy')
     parser.add_argument('--dense-episodes', type=int, default=3, help='of the dense policy')
     parser.add_argument('--seed', type=int, default=UNSEEN_SEED, help='first seed')
@@ -259,7 +262,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--sparsity', type=float, help="share reused (default: the bundle's recommendation)"
     )
-    parser.add_argument('--episode-s', type=float, default=6.0, help='time limit of an episode')
+    parser.add_argument(
+        '--episode-s', type=float, help="time limit of an episode (default: the task's)"
+    )
     parser.add_argument('--realtime', action='store_true', help='real clock instead of lockstep')
     parser.add_argument('--out', type=Path, default=Path('out/demo'))
     return parser.parse_args(arguments)

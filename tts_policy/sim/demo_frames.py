@@ -29,7 +29,7 @@ from tts_policy.sim.demo_pictures import (
     label_plan_axes,
     plan_colours,
 )
-from tts_policy.sim.lift import FINGER_JOINT
+from tts_policy.sim.panda import FINGER_JOINT
 
 WIDTH, HEIGHT, DPI = 1280, 720, 100
 CURSOR = '#BB5566'

@@ -14,19 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tts_policy.sim.expert import FRAME_S, LiftExpert
-from tts_policy.sim.lift import (
+from tts_policy.sim.expert import Expert
+from tts_policy.sim.panda import (
     ARM_JOINTS,
     COMMAND_JOINTS,
     CONTROL_PERIOD_S,
+    FRAME_S,
     STATE_JOINTS,
-    LiftWorld,
 )
+from tts_policy.sim.world import World
 
 FRAME_LIMIT = 120
 FRAMES_AFTER_SUCCESS = 16
 DISTURBANCE_FRAMES = 4
-NOISE_STREAM = 1  # keeps the disturbances of a seed independent of its cube pose
+NOISE_STREAM = 1  # keeps the disturbances of a seed independent of its object poses
 STATES_PER_FRAME = round(FRAME_S / CONTROL_PERIOD_S)
 
 
@@ -64,19 +65,20 @@ class _Disturbance:
         return self._offset
 
 
-def _state(world: LiftWorld) -> list[float]:
+def _state(world: World) -> list[float]:
     joints = world.joint_positions()
     return [joints[name] for name in STATE_JOINTS]
 
 
 def demonstrate(
-    world: LiftWorld,
-    expert: LiftExpert,
+    world: World,
+    expert: Expert,
     seed: int,
     noise_rad: float = 0.0,
     pictures: bool = True,
+    frame_limit: int = FRAME_LIMIT,
 ) -> Demonstration:
-    """Run one episode; it ends FRAMES_AFTER_SUCCESS after success or at FRAME_LIMIT.
+    """Run one episode; it ends FRAMES_AFTER_SUCCESS after success or at frame_limit.
 
     noise_rad is the standard deviation of the disturbance of each arm joint. Without pictures
     the images are empty and the episode costs only its physics.
@@ -90,7 +92,7 @@ def demonstrate(
     executed = np.array([joints[name] for name in COMMAND_JOINTS])
     images, commands, states = [], [], [_state(world)]
     success_frame: int | None = None
-    for frame in range(FRAME_LIMIT):
+    for frame in range(frame_limit):
         if pictures:
             images.append(world.render())
         wanted = executed.copy()
@@ -102,7 +104,7 @@ def demonstrate(
             success_frame = frame
         if success_frame is not None and frame >= success_frame + FRAMES_AFTER_SUCCESS:
             break
-        if frame == FRAME_LIMIT - 1:
+        if frame == frame_limit - 1:
             break
         target = wanted.copy()
         if frame >= 1:

@@ -9,10 +9,14 @@ first two frames are at rest. The episode ends with success or at its time limit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from tts_policy.sim.lift import COMMAND_JOINTS, CONTROL_PERIOD_S, LiftWorld
+import numpy as np
+from numpy.typing import NDArray
+
+from tts_policy.sim.panda import COMMAND_JOINTS, CONTROL_PERIOD_S
 from tts_policy.sim.trajectory_player import NS_PER_S, TrajectoryPlayer, TrajectoryPoint
 
 STEP_NS = round(CONTROL_PERIOD_S * NS_PER_S)
@@ -45,10 +49,24 @@ class Timeline:
         return cls(*(round(s * 1e6) * 1000 for s in (action_period_s, limit_s)))
 
 
+class Robot(Protocol):
+    """What an episode needs of a simulated robot; `World` is one."""
+
+    def reset(self, seed: int, start_jitter_rad: float = 0.0) -> None: ...
+
+    def step(self, set_points: Mapping[str, float]) -> None: ...
+
+    def joint_positions(self) -> dict[str, float]: ...
+
+    def success(self) -> bool: ...
+
+    def render(self) -> NDArray[np.uint8]: ...
+
+
 class Episode:
     """Resets the world at construction and drives it until `ended` tells how it ended."""
 
-    def __init__(self, world: LiftWorld, seed: int, start_ns: int, timeline: Timeline) -> None:
+    def __init__(self, world: Robot, seed: int, start_ns: int, timeline: Timeline) -> None:
         """Put the world into the state of `seed` at time start_ns, the arm held at home."""
         self.seed = seed
         self.start_ns = start_ns
@@ -66,7 +84,7 @@ class Episode:
 
     @property
     def success(self) -> bool:
-        """Whether the episode ended with the cube lifted."""
+        """Whether the episode ended with the task done."""
         return self.ended == SUCCESS
 
     @property

@@ -1,191 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""robosuite's Lift task with the Panda arm as a plain simulated robot, without ROS.
-
-The model (arm, gripper, table, cube, actuators) is robosuite's; only the loop around it is ours:
-`LiftWorld.step` advances CONTROL_PERIOD_S with joint position set-points, the way robosuite's
-absolute JOINT_POSITION controller does (M(q) (kp e - kd qd) + bias at every physics step), and the
-finger set-point goes straight to the gripper's position actuators.
-
-Invariants: the world after `reset(seed)` followed by the same set-points is bitwise the same on
-every run of one machine; `render` never changes the state of the world.
-"""
+"""robosuite's Lift: a red cube on a table is to be lifted."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Mapping
 from typing import Any
 
-import mujoco
 import numpy as np
 
-ARM_JOINTS = tuple(f'panda_joint{i}' for i in range(1, 8))
-FINGER_JOINT = 'panda_finger_joint1'
-MIRROR_JOINT = 'panda_finger_joint2'
-COMMAND_JOINTS = (*ARM_JOINTS, FINGER_JOINT)
-STATE_JOINTS = (*COMMAND_JOINTS, MIRROR_JOINT)
-HOME_RAD = (0.0, np.pi / 16, 0.0, -np.pi / 2 - np.pi / 3, 0.0, np.pi - 0.2, np.pi / 4)
-FINGER_OPEN_M = 0.04
-CONTROL_PERIOD_S = 0.01
-CAMERA_KEY = 'camera'
-CAMERA_SIZE = 96
+from tts_policy.sim.expert import Expert, Goal, Grasp, Gripper, nearest_turn, pointing_down
+from tts_policy.sim.world import CameraPose, World
+
 CUBE_RANGE_M = 0.10
 TABLE_HEIGHT_M = 0.8
 SUCCESS_HEIGHT_M = 0.04
-SETTLE_S = 0.1
-STIFFNESS = 400.0
-MODEL_SEED = 0
-HIDDEN_GROUP = 5
+LIFT_M = 0.13
+GRASP_DEPTH_M = -0.002
 
 
-def _robosuite_model() -> mujoco.MjModel:
-    """Compile robosuite's Lift with the Panda. Raises ImportError without robosuite."""
-    # robosuite sets its level at import; its hints about optional parts are not for our users.
-    logging.getLogger('robosuite_logs').addFilter(lambda record: record.levelno >= logging.ERROR)
-    from robosuite.environments.manipulation.lift import Lift
+class LiftWorld(World):
+    """The cube lies within +-CUBE_RANGE_M in x and y, turned by any angle."""
 
-    environment = Lift(
-        robots='Panda',
-        has_renderer=False,
-        has_offscreen_renderer=False,
-        use_camera_obs=False,
-        use_object_obs=False,
-        seed=MODEL_SEED,
-    )
-    return environment.sim.model._model
+    camera = CameraPose((-0.005, 0.0, 0.85), 0.47, 163.0, -45.0)
 
+    def _environment(self) -> Any:
+        from robosuite.environments.manipulation.lift import Lift
 
-class LiftWorld:
-    """One Lift world.
-
-    `model` and `data` are MuJoCo's, for the scripted expert and for tests; the robot's interface
-    is `reset`, `step`, `joint_positions`, `success` and `render`.
-    """
-
-    def __init__(self, cube_range_m: float = CUBE_RANGE_M) -> None:
-        """Build the world, reset with seed 0; the cube lies within +-cube_range_m in x and y."""
-        if not 0.0 <= cube_range_m <= 0.15:
-            raise ValueError(f'cube_range_m must be in [0, 0.15] m, got {cube_range_m}')
-        self.cube_range_m = float(cube_range_m)
-        self.model = _robosuite_model()
-        self.data = mujoco.MjData(self.model)
-        self._bind()
-        self._prepare_looks()
-        self._renderer: mujoco.Renderer | None = None
-        self.reset(0)
+        return Lift
 
     def _bind(self) -> None:
-        model = self.model
-        arm = [model.joint(f'robot0_joint{i}') for i in range(1, 8)]
-        self.arm_qpos = np.array([j.qposadr[0] for j in arm])
-        self.arm_dof = np.array([j.dofadr[0] for j in arm])
-        self._arm_ctrl = np.array([model.actuator(f'robot0_torq_j{i}').id for i in range(1, 8)])
-        self._torque_limit = model.actuator_ctrlrange[self._arm_ctrl, 1].copy()
-        fingers = [model.joint(f'gripper0_right_finger_joint{i}') for i in (1, 2)]
-        self._finger_qpos = np.array([j.qposadr[0] for j in fingers])
-        self._finger_ctrl = np.array(
-            [model.actuator(f'gripper0_right_gripper_finger_joint{i}').id for i in (1, 2)]
-        )
-        self.cube_qpos = int(model.joint('cube_joint0').qposadr[0])
-        self.cube_body = model.joint('cube_joint0').bodyid[0]
-        self.grip_site = model.site('gripper0_right_grip_site').id
-        self.cube_rest_height_m = TABLE_HEIGHT_M + float(model.geom('cube_g0').size[2])
-        self._substeps = round(CONTROL_PERIOD_S / model.opt.timestep)
-        self._inertia = np.zeros((model.nv, model.nv))
-        self.joint_limits_rad = model.jnt_range[[j.id for j in arm]].copy()
+        super()._bind()
+        self.cube_qpos = self.object_start('cube_joint0')
+        self.cube_rest_height_m = TABLE_HEIGHT_M + float(self.model.geom('cube_g0').size[2])
 
-    def _prepare_looks(self) -> None:
-        """Leave what the camera cannot see, and what costs time to draw, out of the picture."""
-        model = self.model
-        model.vis.quality.offsamples = 0
-        model.site_rgba[:, 3] = 0.0
-        for name in ('fixed_mount0_base', *(f'robot0_link{i}' for i in range(5)), 'world'):
-            geoms = np.flatnonzero(model.geom_bodyid == model.body(name).id)
-            model.geom_group[geoms[model.geom_group[geoms] == 1]] = HIDDEN_GROUP
-
-    def reset(self, seed: int, start_jitter_rad: float = 0.0) -> None:
-        """Place the cube by `seed` and put the arm at rest in its home pose, gripper open.
-
-        start_jitter_rad is the standard deviation of a random offset of the arm joints.
-        """
-        rng = np.random.default_rng(seed)
-        x, y = rng.uniform(-self.cube_range_m, self.cube_range_m, 2)
+    def _place(self, rng: np.random.Generator) -> None:
+        x, y = rng.uniform(-CUBE_RANGE_M, CUBE_RANGE_M, 2)
         yaw = rng.uniform(-np.pi, np.pi)
-        mujoco.mj_resetData(self.model, self.data)
-        pose = [x, y, self.cube_rest_height_m, np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)]
-        self.data.qpos[self.cube_qpos : self.cube_qpos + 7] = pose
-        home = np.array(HOME_RAD) + start_jitter_rad * rng.standard_normal(7)
-        self.data.qpos[self.arm_qpos] = home
-        self.data.qpos[self._finger_qpos] = (FINGER_OPEN_M, -FINGER_OPEN_M)
-        mujoco.mj_forward(self.model, self.data)
-        rest = dict(zip(COMMAND_JOINTS, (*home.tolist(), FINGER_OPEN_M), strict=True))
-        for _ in range(round(SETTLE_S / CONTROL_PERIOD_S)):
-            self.step(rest)
-
-    def step(self, set_points: Mapping[str, float]) -> None:
-        """Advance CONTROL_PERIOD_S; set_points names all of COMMAND_JOINTS (rad, finger m)."""
-        target = np.array([set_points[name] for name in ARM_JOINTS])
-        finger = min(max(set_points[FINGER_JOINT], 0.0), FINGER_OPEN_M)
-        model, data = self.model, self.data
-        data.ctrl[self._finger_ctrl] = (finger, -finger)
-        damping = 2.0 * np.sqrt(STIFFNESS)
-        for _ in range(self._substeps):
-            mujoco.mj_step1(model, data)
-            mujoco.mj_fullM(model, self._inertia, data.qM)
-            error = target - data.qpos[self.arm_qpos]
-            wanted = STIFFNESS * error - damping * data.qvel[self.arm_dof]
-            torque = self._inertia[np.ix_(self.arm_dof, self.arm_dof)] @ wanted
-            torque += data.qfrc_bias[self.arm_dof]
-            data.ctrl[self._arm_ctrl] = np.clip(torque, -self._torque_limit, self._torque_limit)
-            mujoco.mj_step2(model, data)
-
-    def joint_positions(self) -> dict[str, float]:
-        """Positions by name of STATE_JOINTS: 7 arm joints in rad, 2 finger openings in m."""
-        fingers = np.abs(self.data.qpos[self._finger_qpos])
-        values = (*self.data.qpos[self.arm_qpos].tolist(), *fingers.tolist())
-        return dict(zip(STATE_JOINTS, values, strict=True))
+        self.place_upright(self.cube_qpos, (x, y, self.cube_rest_height_m), yaw)
 
     def success(self) -> bool:
         """robosuite's rule: the cube's centre is more than 4 cm above the table."""
         return bool(self.data.qpos[self.cube_qpos + 2] > TABLE_HEIGHT_M + SUCCESS_HEIGHT_M)
 
-    def render(self) -> np.ndarray:
-        """Return what the fixed camera sees: uint8 [96, 96, 3] RGB, a new array every call."""
-        if self._renderer is None:
-            self._renderer = mujoco.Renderer(self.model, CAMERA_SIZE, CAMERA_SIZE)
-            self._camera = _free_camera()
-            flags = self._renderer.scene.flags
-            for flag in ('SHADOW', 'REFLECTION', 'SKYBOX', 'HAZE'):
-                flags[getattr(mujoco.mjtRndFlag, f'mjRND_{flag}')] = 0
-            self._options = mujoco.MjvOption()
-            self._options.geomgroup[:] = (0, 1, 0, 0, 0, 0)
-        mujoco.mj_kinematics(self.model, self.data)
-        self._renderer.update_scene(self.data, self._camera, self._options)
-        return self._renderer.render().copy()
 
-    def close(self) -> None:
-        """Free the renderer; the world can be used on and makes a new one when asked."""
-        if self._renderer is not None:
-            # MuJoCo frees its objects in whatever context is current: draw once, so that it is
-            # this one and not that of another world.
-            self._renderer.render()
-            self._renderer.close()
-            self._renderer = None
+class LiftExpert(Expert):
+    """Grasps the cube at the pair of faces that needs the least turn, and lifts it."""
 
-    def __enter__(self) -> LiftWorld:
-        return self
+    def __init__(self, world: LiftWorld) -> None:
+        self._world = world
+        super().__init__(world)
 
-    def __exit__(self, *_: Any) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
-
-
-def _free_camera() -> mujoco.MjvCamera:
-    camera = mujoco.MjvCamera()
-    camera.type = mujoco.mjtCamera.mjCAMERA_FREE
-    camera.lookat[:] = (-0.005, 0.0, 0.85)
-    camera.distance = 0.47
-    camera.azimuth = 163.0
-    camera.elevation = -45.0
-    return camera
+    def _goal(self, gripper: Gripper) -> Goal:
+        world = self._world
+        cube = world.position(world.cube_qpos)
+        yaw = nearest_turn(gripper.yaw, world.yaw(world.cube_qpos), np.pi / 2)
+        rotation = pointing_down(yaw)
+        grasp = Grasp(cube + (0.0, 0.0, GRASP_DEPTH_M), rotation, held_below_m=0.026)
+        if not grasp.held(gripper):
+            return grasp.approach(gripper)
+        x, y, _ = gripper.position
+        lifted = np.array([x, y, world.cube_rest_height_m + LIFT_M])
+        return Goal(lifted, rotation, gripper.closing)

@@ -34,7 +34,6 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from tts_policy.sim.episode import FRAME_NS, STEP_NS, Episode, Timeline
-from tts_policy.sim.lift import LiftWorld
 from tts_policy.sim.robot_messages import (
     from_stamp,
     image_message,
@@ -42,6 +41,7 @@ from tts_policy.sim.robot_messages import (
     to_stamp,
     trajectory_points,
 )
+from tts_policy.sim.tasks import TASKS, Task, task_named
 from tts_policy.sim.trajectory_player import NS_PER_S, TrajectoryError
 
 REALTIME, LOCKSTEP = 'realtime', 'lockstep'
@@ -71,11 +71,12 @@ class RobotNode(Node):
     def __init__(self) -> None:
         """Declare parameters and build the world; raises ValueError for a bad parameter."""
         super().__init__('robot')
-        self._declare()
+        task = self._declare_task()
+        self._declare(task.frame_limit * FRAME_NS / NS_PER_S)
         self._lockstep = self._clock_mode() == LOCKSTEP
         self._gap_ns = round(self._double('reset_gap_s') * NS_PER_S)
         self._timeline()
-        self._world = LiftWorld(self._double('cube_range_m'))
+        self._world = task.world()
         # The first picture takes seconds; it must not cost the first episode its frames.
         self._world.render()
         self._episode: Episode | None = None
@@ -86,9 +87,15 @@ class RobotNode(Node):
         self._owed_ns: int | None = None
         self._owed_since_s = 0.0
         self._connect()
-        self.get_logger().info(f'ready, {self._clock_mode()} clock; held until ~/reset')
+        self.get_logger().info(
+            f'ready, task {task.name}, {self._clock_mode()} clock; held until ~/reset'
+        )
 
-    def _declare(self) -> None:
+    def _declare_task(self) -> Task:
+        description = ParameterDescriptor(description=f'one of {", ".join(TASKS)}', read_only=True)
+        return task_named(str(self.declare_parameter('task', 'lift', description).value))
+
+    def _declare(self, episode_s: float) -> None:
         seed_range = IntegerRange(from_value=0, to_value=2**31 - 1, step=1)
         seed = ParameterDescriptor(
             description='seed of the next episode; every reset adds one, setting it starts anew',
@@ -102,9 +109,8 @@ class RobotNode(Node):
         )
         self.declare_parameter('clock', REALTIME, clock)
         for name, value, descriptor in (
-            ('episode_s', 6.0, _number('time limit of an episode [s]', 0.5, 600.0, False)),
+            ('episode_s', episode_s, _number('time limit of an episode [s]', 0.5, 600.0, False)),
             ('action_period_s', 0.4, _number('lockstep: time between ticks [s]', 0.05, 5.0, True)),
-            ('cube_range_m', 0.1, _number('cube lies within +- this [m]', 0.0, 0.15, True)),
             ('owed_timeout_s', 60.0, _number('lockstep: wait for an action [s]', 0.1, 1e4, False)),
             ('reset_gap_s', 1.0, _number('gap in stamps at a reset [s]', 0.1, 60.0, True)),
         ):

@@ -17,41 +17,35 @@ from numpy.typing import NDArray
 from tts_policy.core.contract import PolicyContract
 from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
 from tts_policy.ros.trajectory import plan_trajectory
-from tts_policy.sim.episode import FRAME_NS, Episode, Timeline
-from tts_policy.sim.lift import CAMERA_KEY, LiftWorld
+from tts_policy.sim.episode import FRAME_NS, Episode, Robot, Timeline
+from tts_policy.sim.panda import CAMERA_KEY
 from tts_policy.sim.trajectory_player import TrajectoryPoint
 
 OTHER_EPISODE = 500_000
 
 
-class DeceivedWorld(LiftWorld):
-    """A world whose camera shows another episode: same motion of the arm, another cube.
+class DeceivedRobot:
+    """A robot whose camera shows another episode: same motion of the arm, other object poses.
 
     The control that tells whether a policy looks: with this camera it must fail.
     """
 
-    def __init__(self) -> None:
-        self._shown = LiftWorld()
-        super().__init__()
+    def __init__(self, real: Robot, shown: Robot) -> None:
+        """Two worlds of the same task, of which one acts and one is seen."""
+        self.real, self.shown = real, shown
+        self.joint_positions = real.joint_positions
+        self.success = real.success
+        self.render = shown.render
 
     def reset(self, seed: int, start_jitter_rad: float = 0.0) -> None:
-        """Reset this world by `seed` and the one shown by another seed."""
-        self._shown.reset(seed + OTHER_EPISODE, start_jitter_rad)
-        super().reset(seed, start_jitter_rad)
+        """Reset the real world by `seed` and the one shown by another seed."""
+        self.shown.reset(seed + OTHER_EPISODE, start_jitter_rad)
+        self.real.reset(seed, start_jitter_rad)
 
     def step(self, set_points: Mapping[str, float]) -> None:
         """Advance both worlds with the same set-points."""
-        self._shown.step(set_points)
-        super().step(set_points)
-
-    def render(self) -> NDArray[np.uint8]:
-        """Picture of the other world."""
-        return self._shown.render()
-
-    def close(self) -> None:
-        """Free both renderers."""
-        self._shown.close()
-        super().close()
+        self.shown.step(set_points)
+        self.real.step(set_points)
 
 
 @dataclass
@@ -81,7 +75,7 @@ def _points(chunk: Chunk, contract: PolicyContract, stamp_ns: int) -> list[Traje
 
 def run_episode(
     policy: TestTimeSparsePolicy,
-    world: LiftWorld,
+    world: Robot,
     seed: int,
     sparsity: float,
     timeline: Timeline | None = None,

@@ -25,8 +25,10 @@ from rosbags.typesys import Stores, get_typestore
 from tqdm import tqdm
 
 from tts_policy.sim.demonstration import STATES_PER_FRAME, Demonstration, demonstrate
-from tts_policy.sim.expert import FRAME_S, LiftExpert
-from tts_policy.sim.lift import COMMAND_JOINTS, CONTROL_PERIOD_S, STATE_JOINTS, LiftWorld
+from tts_policy.sim.expert import Expert
+from tts_policy.sim.panda import COMMAND_JOINTS, CONTROL_PERIOD_S, FRAME_S, STATE_JOINTS
+from tts_policy.sim.tasks import TASKS, Task, task_named
+from tts_policy.sim.world import World
 
 IMAGE_TOPIC = '/camera/image'
 STATE_TOPIC = '/joint_states'
@@ -144,20 +146,24 @@ def recorded_frames(bag: Path) -> int:
 class _Worker:
     """One process: a world, its expert and a writer, made once."""
 
-    world: LiftWorld
-    expert: LiftExpert
+    task: Task
+    world: World
+    expert: Expert
     writer: _BagWriter
 
     @classmethod
-    def start(cls) -> None:
-        cls.world = LiftWorld()
-        cls.expert = LiftExpert(cls.world)
+    def start(cls, task: str) -> None:
+        cls.task = task_named(task)
+        cls.world = cls.task.world()
+        cls.expert = cls.task.expert(cls.world)
         cls.writer = _BagWriter()
 
     @classmethod
     def record(cls, job: tuple[int, float, str]) -> Outcome:
         seed, noise_rad, out = job
-        demonstration = demonstrate(cls.world, cls.expert, seed, noise_rad)
+        demonstration = demonstrate(
+            cls.world, cls.expert, seed, noise_rad, frame_limit=cls.task.frame_limit
+        )
         if not demonstration.success:
             return Outcome(seed, 0)
         final = episode_path(Path(out), seed)
@@ -174,11 +180,11 @@ class _Worker:
 
 
 def _outcomes(
-    seeds: Iterator[int], episodes: int, noise_rad: float, out: Path, workers: int
+    task: str, seeds: Iterator[int], episodes: int, noise_rad: float, out: Path, workers: int
 ) -> Iterator[Outcome]:
     """Outcomes in the order of seeds, for as many seeds as are asked for."""
     context = multiprocessing.get_context('spawn')
-    with context.Pool(workers, initializer=_Worker.start) as pool:
+    with context.Pool(workers, initializer=_Worker.start, initargs=(task,)) as pool:
         pending: list[Any] = []
         done = 0
         while done < episodes:
@@ -198,14 +204,26 @@ def _outcomes(
             yield outcome
 
 
+def _refuse_other_task(summary: Path, task: str) -> None:
+    before = json.loads(summary.read_text()).get('task', task) if summary.is_file() else task
+    if before != task:
+        raise ValueError(f'{summary.parent} holds demonstrations of {before!r}, got {task!r}')
+
+
 def collect(
-    episodes: int, seed: int, out: Path, noise_rad: float = DEFAULT_NOISE_RAD, workers: int = 2
+    episodes: int,
+    seed: int,
+    out: Path,
+    noise_rad: float = DEFAULT_NOISE_RAD,
+    workers: int = 2,
+    task: str = 'lift',
 ) -> dict[str, Any]:
     """Record `episodes` successes of consecutive seeds from `seed` on; returns the summary.
 
     The summary is written to out/summary.json as well. Seeds from EVALUATION_SEEDS_FROM on are
     refused with a ValueError: they are kept for evaluation.
     """
+    task_named(task)
     if episodes < 1 or workers < 1:
         raise ValueError(f'episodes and workers must be at least 1, got {episodes} and {workers}')
     if not 0 <= seed <= EVALUATION_SEEDS_FROM - 2 * episodes:
@@ -214,12 +232,13 @@ def collect(
             f'seeds from {EVALUATION_SEEDS_FROM} on are kept for evaluation'
         )
     out.mkdir(parents=True, exist_ok=True)
+    _refuse_other_task(out / 'summary.json', task)
     started = time.monotonic()
     recorded: list[Outcome] = []
     failed: list[int] = []
     seeds = iter(range(seed, EVALUATION_SEEDS_FROM))
     with tqdm(total=episodes, desc='demonstrations', unit='bag') as bar:
-        for outcome in _outcomes(seeds, episodes, noise_rad, out, workers):
+        for outcome in _outcomes(task, seeds, episodes, noise_rad, out, workers):
             if outcome.frames:
                 recorded.append(outcome)
                 bar.update()
@@ -228,6 +247,7 @@ def collect(
             bar.set_postfix(failed=len(failed))
     frames = [outcome.frames for outcome in recorded]
     summary = {
+        'task': task,
         'episodes': len(recorded),
         'failed_seeds': failed,
         'first_seed': seed,
@@ -244,6 +264,7 @@ def collect(
 def main(arguments: list[str] | None = None) -> int:
     """Console command collect_demos."""
     parser = argparse.ArgumentParser(prog='collect_demos', description=__doc__.splitlines()[0])
+    parser.add_argument('--task', choices=list(TASKS), default='lift')
     parser.add_argument('--episodes', type=int, default=200, help='successful episodes to record')
     parser.add_argument('--seed', type=int, default=0, help='first seed')
     parser.add_argument('--out', type=Path, required=True, help='directory of the bags')
@@ -258,7 +279,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         summary = collect(
-            options.episodes, options.seed, options.out, options.noise, options.workers
+            options.episodes,
+            options.seed,
+            options.out,
+            options.noise,
+            options.workers,
+            options.task,
         )
     except (ValueError, OSError, ImportError) as error:
         print(f'collect_demos: {error}', file=sys.stderr)

@@ -30,7 +30,7 @@ from tts_policy.core.contract import ContractError, PolicyContract, read_contrac
 from tts_policy.core.network import NetworkSpec, PolicyNetwork
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec, TrainingNoise
 from tts_policy.train.dataset import BagError, Topics, Windows, find_bags, load_windows
-from tts_policy.train.lift_contract import LIFT_CONTRACT, LIFT_SAMPLERS
+from tts_policy.train.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--contract',
         type=Path,
-        help='yaml with observation and action, as in a model.yaml (default: those of Lift)',
+        help='yaml with observation and action, as in a model.yaml (default: those of the Panda)',
     )
     parser.add_argument('--name', default='panda_lift', help='of the bundle')
     parser.add_argument('--steps', type=int, default=8000, help='optimiser steps in all')
@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         bags = find_bags(args.bags)
         if len(bags) <= args.held_out:
             raise BagError(f'{len(bags)} bags, expected more than the {args.held_out} held out')
-        contract = LIFT_CONTRACT if args.contract is None else read_contract(args.contract)
+        contract = PANDA_CONTRACT if args.contract is None else read_contract(args.contract)
         topics = Topics.of(contract, parse_pairs(args.topic, 'topic: STREAM:=TOPIC'))
         check = DataCheck(contract)
         held_out = load_windows(bags[: args.held_out], contract, topics, check=check)
@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
         trainer.save(args.out)
         print(f'interrupted at step {trainer.step}; run the same command again to go on')
         return 130
-    save_bundle(args.out / 'bundle', args.name, trainer.averaged_network, LIFT_SAMPLERS)
+    save_bundle(args.out / 'bundle', args.name, trainer.averaged_network, PANDA_SAMPLERS)
     return 0
 
 

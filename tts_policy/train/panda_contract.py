@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Lift task as its simulated robot publishes it: contract, topics and samplers."""
+"""The simulated Panda as policies of every task see it: contract, topics and samplers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tts_policy.train.dataset import Topics
 
 JOINTS = (*(f'panda_joint{i}' for i in range(1, 8)), 'panda_finger_joint1')
 
-LIFT_CONTRACT = PolicyContract(
+PANDA_CONTRACT = PolicyContract(
     ObservationSpec(
         cameras=(CameraSpec('camera', 96, 96),), joints=JOINTS, steps=2, period_s=0.05
     ),
     ActionSpec(joints=JOINTS, horizon=16, execute=8, offset_steps=1),
 )
-LIFT_TOPICS = Topics(cameras={'camera': '/camera/image'})
-LIFT_SAMPLERS = {
+PANDA_TOPICS = Topics(cameras={'camera': '/camera/image'})
+PANDA_SAMPLERS = {
     'ddim10': SamplerSpec(
         SchedulerSpec('ddim', 10), force_first_step=False, recommended_sparsity=0.8
     ),

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""evaluate_policy from the command line to its files, and the episodes that it is made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip('robosuite', reason='robosuite is not installed')
+pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
+
+from tts_policy.core.bundle import save_random_bundle
+from tts_policy.core.network import NetworkSpec
+from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.sim import evaluate_policy
+from tts_policy.sim.episode import FRAME_NS, Timeline
+from tts_policy.sim.evaluation_arms import Arm
+from tts_policy.sim.evaluation_worker import Job, Worker
+from tts_policy.sim.lift import LiftWorld
+from tts_policy.sim.rollout import DeceivedRobot, run_episode
+from tts_policy.train.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
+
+TINY = NetworkSpec(width=16, layers=1, heads=2, camera_channels=16)
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('bundle')
+    save_random_bundle(folder, PANDA_CONTRACT, PANDA_SAMPLERS, TINY)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def worker(bundle: Path) -> Worker:
+    return Worker({'lift': bundle}, sequences=1)
+
+
+def test_an_episode_depends_on_its_seed_alone(world: Any, bundle: Path) -> None:
+    policy = TestTimeSparsePolicy.from_bundle(bundle, 'ddim10', threads=1)
+    timeline = Timeline(8 * FRAME_NS, 20 * FRAME_NS)
+    first = run_episode(policy, world, 5, 0.8, timeline)
+    run_episode(policy, world, 6, 0.8, timeline)
+    again = run_episode(policy, world, 5, 0.8, timeline)
+    # Ticks at frames 1, 9 and 17; the first is dense.
+    assert [round(c.stats.sparsity, 6) for c in first.chunks] == [0.0, 0.8, 0.8]
+    for a, b in zip(first.chunks, again.chunks, strict=True):
+        assert np.array_equal(a.actions, b.actions) and np.array_equal(a.plan, b.plan)
+
+
+def test_the_deceived_camera_shows_the_same_arm_and_another_cube(world: Any) -> None:
+    shown = LiftWorld()
+    deceived = DeceivedRobot(world, shown)
+    deceived.reset(3)
+    assert deceived.joint_positions() == shown.joint_positions()
+    assert np.abs(world.position(world.cube_qpos) - shown.position(shown.cube_qpos)).max() > 0.01
+    difference = np.abs(deceived.render().astype(int) - world.render()).max(axis=-1)
+    # Two cubes' worth of pixels differ, nothing else.
+    assert 100 < (difference > 40).sum() < 1200
+    shown.close()
+
+
+def test_costs_are_counted_from_the_plans(worker: Worker) -> None:
+    dense = worker.run(Job('lift', Arm.parse('ddim10'), 100_000))
+    sparse = worker.run(Job('lift', Arm.parse('ddim10:learned:0.8+execute15'), 100_000))
+    assert (dense['ticks'], sparse['ticks']) == (15, 8)
+    assert set(dense['fe']) == {10.0} and sparse['fe'] == [10.0] + [2.0] * 7
+    assert sparse['gflops'][0] == dense['gflops'][0] > 3 * sparse['gflops'][1]
+    assert dense['mix']['compute'] == 1.0 and sparse['mix']['compute'] == pytest.approx(0.2)
+
+
+def test_the_action_error_is_zero_for_dense_noise_and_reuse_of_nothing(worker: Worker) -> None:
+    error = worker.run(Job('lift', Arm.parse('ddim10:learned:0.001')))['l1_error']
+    assert error == pytest.approx(0.0, abs=1e-6)
+    assert worker.run(Job('lift', Arm.parse('ddim10:random:0.8')))['l1_error'] > 1e-4
+    assert worker.run(Job('lift', Arm.parse('ddim10')))['l1_error'] is None
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_stopped_and_tells_what_it_left_out(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [f'lift={bundle}', '--workers', '1', '--sequences', '1', '--out', str(tmp_path)]
+    arms = ['--arms', 'ddim2', 'ddim10:static:0.8', 'ddim16:learned:0.8', '--episodes', '1']
+    assert evaluate_policy.main([*command, *arms]) == 0
+    log = tmp_path / 'episodes.jsonl'
+    before = log.read_text()
+    assert len(before.splitlines()) == 3
+    with log.open('a') as handle:
+        handle.write('{"task": "lift", "ar')
+    assert 'left out, ddim16:learned:0.8: the bundle has no pruner' in capsys.readouterr().err
+    assert evaluate_policy.main([*command, '--arms', 'ddim2', '--episodes', '2']) == 0
+    assert log.read_text().startswith(before) and len(log.read_text().splitlines()) == 5
+    rows = json.loads((tmp_path / 'results.json').read_text())
+    assert [row['arm'] for row in rows] == ['ddim2', 'ddim10:static:0.8']
+    assert [row['episodes'] for row in rows] == [2, 1]
+    assert rows[1]['fe_steady'] == 2.0
+    assert (tmp_path / 'pareto.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'reason'),
+    [
+        (['--arms', 'ddim10:guessed:0.8'], 'a plan is PLAN:SPARSITY'),
+        (['--arms', 'ddim10+execute16'], 'execute must be in [1, 15], got 16'),
+        (['--episodes', '0'], 'must be at least 1'),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(
+    arguments: list[str],
+    reason: str,
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate_policy.main([f'lift={bundle}', '--out', str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count('\n') == 1
+
+
+def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as status:
+        evaluate_policy.main(['juggle', '--out', str(tmp_path)])
+    assert status.value.code == 2
+    assert "task must be one of ['lift', 'stack', 'can']" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replay buffers of Diffusion Policy, written here chunk by chunk as zarr v2 lays them out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tts_policy.train.replay_buffer import ReplayBufferError, load_replay_buffer
+
+ENDS = np.array([4, 9])
+
+
+def put(
+    archive: zipfile.ZipFile,
+    name: str,
+    values: NDArray[Any],
+    chunk_shape: tuple[int, ...],
+    compressor: dict[str, Any] | None = None,
+    encode: Callable[[bytes], bytes] = bytes,
+    leave_out: tuple[int, ...] | None = None,
+    **changes: Any,
+) -> None:
+    """Write an array; edge chunks are whole, as zarr writes them."""
+    about = {
+        'zarr_format': 2,
+        'shape': values.shape,
+        'chunks': chunk_shape,
+        'dtype': values.dtype.str,
+        'compressor': compressor,
+        'fill_value': 0,
+        'filters': None,
+        'order': 'C',
+    }
+    archive.writestr(f'{name}/.zarray', json.dumps({**about, **changes}))
+    grid = [range(-(-n // c)) for n, c in zip(values.shape, chunk_shape, strict=True)]
+    for index in itertools.product(*grid):
+        chunk = np.zeros(chunk_shape, values.dtype)
+        part = values[
+            tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunk_shape, strict=True))
+        ]
+        chunk[tuple(slice(0, n) for n in part.shape)] = part
+        raw = encode(chunk.tobytes())
+        if index != leave_out:
+            archive.writestr(f'{name}/{".".join(map(str, index))}', raw)
+
+
+@pytest.fixture
+def arrays() -> dict[str, NDArray[Any]]:
+    rng = np.random.default_rng(0)
+    return {
+        'img': rng.integers(0, 256, (9, 5, 4, 3)).astype(np.float32),
+        'action': rng.standard_normal((9, 2)).astype(np.float32),
+    }
+
+
+def write(path: Path, arrays: dict[str, NDArray[Any]], **changes: Any) -> Path:
+    with zipfile.ZipFile(path, 'w') as archive:
+        put(archive, 'meta/episode_ends', ENDS, (16,))
+        put(archive, 'data/img', arrays['img'], (4, 5, 3, 3))
+        put(archive, 'data/action', arrays['action'], (4, 2), **changes)
+    return path
+
+
+def test_arrays_come_back_whole_and_split_into_episodes(
+    tmp_path: Path, arrays: dict[str, NDArray[Any]]
+) -> None:
+    file = write(tmp_path / 'demos.zarr.zip', arrays)
+    buffer = load_replay_buffer(file, ('img', 'action'), {'img': np.uint8})
+    assert buffer.data['img'].dtype == np.uint8
+    assert np.array_equal(buffer.data['img'], arrays['img'])
+    assert np.array_equal(buffer.data['action'], arrays['action'])
+    assert [len(episode['action']) for episode in buffer] == [4, 5]
+    assert np.array_equal(buffer.episode(1)['img'], arrays['img'][4:])
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    file = write(tmp_path / 'demos.zarr.zip', arrays)
+    assert list(load_replay_buffer(file, ('action',)).data) == ['action']
+
+
+def test_a_chunk_that_was_never_written_is_the_fill_value(
+    tmp_path: Path, arrays: dict[str, NDArray[Any]]
+) -> None:
+    file = write(tmp_path / 'demos.zarr.zip', arrays, leave_out=(1, 0), fill_value=7.0)
+    action = load_replay_buffer(file, ('action',)).data['action']
+    assert (action[4:8] == 7.0).all()
+    assert np.array_equal(action[8:], arrays['action'][8:])
+
+
+@pytest.mark.parametrize('codec', ['zlib', 'blosc'])
+def test_compressed_chunks_are_read(
+    codec: str, tmp_path: Path, arrays: dict[str, NDArray[Any]]
+) -> None:
+    numcodecs = pytest.importorskip('numcodecs', reason='numcodecs is not installed')
+    blosc = numcodecs.Blosc(cname='zstd', clevel=5, shuffle=2)
+    encoder = {'zlib': numcodecs.Zlib(), 'blosc': blosc}[codec]
+    file = write(
+        tmp_path / 'demos.zarr.zip',
+        arrays,
+        compressor=encoder.get_config(),
+        encode=lambda raw: bytes(encoder.encode(raw)),
+    )
+    assert np.array_equal(load_replay_buffer(file, ('action',)).data['action'], arrays['action'])
+
+
+@pytest.mark.parametrize(
+    ('changes', 'reason'),
+    [
+        ({'zarr_format': 3}, 'zarr_format 2, order C and no filters expected, got 3'),
+        ({'order': 'F'}, 'got 2, F and None'),
+        ({'filters': [{'id': 'delta'}]}, 'no filters expected'),
+        ({'dtype': '|O'}, 'numbers expected, got object'),
+        ({'dtype': 'nonsense'}, 'a zarr v2 array expected'),
+        ({'dtype': '<f8'}, 'must have 64 bytes, got 32'),
+        ({'shape': [8, 2]}, 'must have 9 frames, got shape'),
+        ({'shape': [9, 10**12]}, 'at most 8589934592 bytes expected'),
+        ({'chunks': [4]}, 'chunks (4,) of shape (9, 2)'),
+        ({'chunks': [4, 0]}, 'chunks (4, 0) of shape (9, 2)'),
+        ({'chunks': [10**6, 10**6]}, 'chunks of at most 1073741824 bytes expected'),
+    ],
+)
+def test_an_array_that_is_not_what_it_should_be_is_refused_with_the_reason(
+    changes: dict[str, Any], reason: str, tmp_path: Path, arrays: dict[str, NDArray[Any]]
+) -> None:
+    file = write(tmp_path / 'demos.zarr.zip', arrays, **changes)
+    with pytest.raises(ReplayBufferError) as error:
+        load_replay_buffer(file, ('action',))
+    assert reason in str(error.value)
+    assert str(file) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_images_beyond_a_byte_are_refused(tmp_path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    for bad in (256.0, -1.0, np.nan):
+        arrays['img'][6, 0, 0, 0] = bad
+        file = write(tmp_path / 'demos.zarr.zip', arrays)
+        with pytest.raises(ReplayBufferError, match=r'values in \[0, 255\] expected for uint8'):
+            load_replay_buffer(file, ('img',), {'img': np.uint8})
+
+
+@pytest.mark.parametrize('ends', [[4, 4], [], [0, 9]])
+def test_episodes_that_do_not_end_one_after_another_are_refused(
+    ends: list[int], tmp_path: Path
+) -> None:
+    file = tmp_path / 'demos.zarr.zip'
+    with zipfile.ZipFile(file, 'w') as archive:
+        put(archive, 'meta/episode_ends', np.array(ends, np.int64), (16,))
+    with pytest.raises(ReplayBufferError, match='episode_ends must rise'):
+        load_replay_buffer(file, ())
+
+
+def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / 'text.zip').write_text('not a zip file')
+    for name in ('text.zip', 'absent.zip'):
+        with pytest.raises(ReplayBufferError, match=f'{name}: a zip file expected'):
+            load_replay_buffer(tmp_path / name, ())
+    with zipfile.ZipFile(tmp_path / 'empty.zip', 'w'):
+        pass
+    with pytest.raises(ReplayBufferError, match='meta/episode_ends: a zarr v2 array expected'):
+        load_replay_buffer(tmp_path / 'empty.zip', ())

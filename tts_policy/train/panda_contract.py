@@ -22,6 +22,6 @@ PANDA_SAMPLERS = {
         SchedulerSpec('ddim', 10), force_first_step=False, recommended_sparsity=0.8
     ),
     'ddpm100': SamplerSpec(
-        SchedulerSpec('ddpm', 100), force_first_step=True, recommended_sparsity=0.9
+        SchedulerSpec('ddpm', 100), force_first_step=True, recommended_sparsity=0.95
     ),
 }

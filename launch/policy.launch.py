@@ -66,6 +66,11 @@ ARGUMENTS = [
         description='Share of reused computation, 0 is dense; empty: as params_file says.',
     ),
     DeclareLaunchArgument(
+        'reliable_sensors',
+        default_value='',
+        description='Ask for reliable sensors, true or false; empty: as params_file says.',
+    ),
+    DeclareLaunchArgument(
         'remap',
         default_value='',
         description='Topics under other names, separated by spaces: camera/image:=/front/image.',
@@ -82,7 +87,13 @@ def _policy_node(context: LaunchContext) -> list[LifecycleNode]:
         name: ParameterValue(LaunchConfiguration(name), value_type=bool)
         for name in ('autostart', 'use_sim_time', 'enable_output')
     }
-    for name, kind in (('bundle', str), ('device', str), ('sampler', str), ('sparsity', float)):
+    for name, kind in (
+        ('bundle', str),
+        ('device', str),
+        ('sampler', str),
+        ('sparsity', float),
+        ('reliable_sensors', bool),
+    ):
         if LaunchConfiguration(name).perform(context):
             overrides[name] = ParameterValue(LaunchConfiguration(name), value_type=kind)
     remap = LaunchConfiguration('remap').perform(context).split()

@@ -4,8 +4,10 @@
     ros2 launch tts_policy replay.launch.py bag:=/path/to/bag
 
 In lockstep the recording waits for every chunk, and the ticks are those of evaluate_bag. With
-player:=ros2 the recording is played by `ros2 bag play`, at its own pace. Recorded commands are
-played on /recorded/joint_trajectory, where no controller listens.
+player:=ros2 the recording is played by `ros2 bag play`, at its own pace. What was recorded of the
+policy's command topics is played below /recorded, where no controller listens. A recording of a
+robot that was commanded on other topics must not be played whole: name what is to be played with
+topics:=.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from launch_ros.actions import Node
 
 SHARE = Path(get_package_share_directory('tts_policy'))
 # A recorded command must not move an arm.
-COMMANDS = '/joint_trajectory:=/recorded/joint_trajectory'
+COMMANDS = ('joint_trajectory', 'gripper/joint_trajectory', 'gripper/commands')
 # Passed on as they are; policy.launch.py says what they mean and what an empty one does.
 FORWARDED = {
     'params_file': (str(SHARE / 'config' / 'panda_lift.yaml'), 'Parameter file of the policy.'),
@@ -50,18 +52,20 @@ def _player(context: LaunchContext) -> list[Node | ExecuteProcess]:
     bag = LaunchConfiguration('bag').perform(context)
     rate = LaunchConfiguration('rate').perform(context)
     topics = LaunchConfiguration('topics').perform(context).split()
+    namespace = LaunchConfiguration('namespace').perform(context).strip('/')
+    root = f'/{namespace}' if namespace else ''
+    apart = [f'{root}/{topic}:=/recorded{root}/{topic}' for topic in COMMANDS]
     if LaunchConfiguration('player').perform(context) == 'ros2':
         command = ['ros2', 'bag', 'play', bag, '--clock', '100', '--rate', rate]
-        command += ['--remap', COMMANDS]
+        command += ['--remap', *apart]
         if topics:
             command += ['--topics', *topics]
         return [ExecuteProcess(cmd=command, output='screen', on_exit=_end)]
-    arguments = [bag, '--rate', rate, '--remap', COMMANDS]
+    arguments = [bag, '--rate', rate, '--remap', *apart]
     if topics:
         arguments += ['--topics', *topics]
     if LaunchConfiguration('player').perform(context) == 'lockstep':
-        namespace = LaunchConfiguration('namespace').perform(context).strip('/')
-        arguments += ['--lockstep', f'/{namespace}/tts_policy' if namespace else '/tts_policy']
+        arguments += ['--lockstep', f'{root}/tts_policy']
     return [
         Node(
             package='tts_policy',
@@ -100,6 +104,8 @@ def generate_launch_description() -> LaunchDescription:
             ('use_sim_time', 'true'),
             ('autostart', 'true'),
             ('enable_output', 'false'),
+            # The players publish reliably, and a lost image would be a missing tick.
+            ('reliable_sensors', 'true'),
         ],
     )
     return LaunchDescription([*arguments, policy, OpaqueFunction(function=_player)])

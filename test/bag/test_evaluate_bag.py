@@ -21,10 +21,16 @@ from tts_policy.bag.reader import BagReader
 from tts_policy.bag.replay import RecordedTicks
 from tts_policy.bag.samples import SampleReader, Topics
 from tts_policy.bag.summary import knee, segments
+from tts_policy.core.bundle import save_random_bundle
+from tts_policy.core.network import NetworkSpec
 from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.core.sampler import SamplerSpec
+from tts_policy.core.scheduler import SchedulerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tts_policy.core.contract import PolicyContract
 
 SPARSITIES = ['0', '0.5', '0.8']
 
@@ -90,6 +96,20 @@ def test_chunks_are_those_of_the_policy_seeded_by_the_episode(
         )
         at += 1
     assert at == len(got) == 6
+
+
+def test_a_policy_without_cameras_is_evaluated_without_pictures(
+    tmp_path: Path, small_contract: PolicyContract
+) -> None:
+    bundle, bag, out = tmp_path / 'bundle', tmp_path / 'bag', tmp_path / 'out'
+    blind = replace(small_contract, observation=replace(small_contract.observation, cameras=()))
+    samplers = {'ddim10': SamplerSpec(SchedulerSpec('ddim', 10))}
+    save_random_bundle(bundle, blind, samplers, NetworkSpec(width=32, layers=2, heads=2), seed=0)
+    Recording().write(bag)
+    arguments = [str(bag), '--bundle', str(bundle), '--out', str(out), '--sparsity', '0.5']
+    assert evaluate_bag.main(arguments) == 0
+    assert len(arrays(out, bag, 'stamp_ns')) > 3
+    assert 'changed most' not in (out / 'report.html').read_text()
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ from std_srvs.srv import Trigger
 
 from tts_policy.bag import evaluate_bag
 from tts_policy.bag.evaluate_bag import bag_folder
+from tts_policy.bag.player import BagPlayer, PlayerSpec
+from tts_policy.bag.reader import BagReader
 from tts_policy.bag.summary import segments
 from tts_policy.ros.conversions import time_to_ns
 
@@ -178,6 +180,19 @@ def test_playing_pauses_loops_and_ends_by_signal(
     assert len(listener.states) <= seen + 2
     assert player.stop() == 130
     assert 'Traceback' not in player.output
+
+
+def test_what_the_listening_node_said_when_recorded_is_not_said_again(
+    tmp_path: Path, ros: None
+) -> None:
+    recording = Recording(frames=1)
+    states = [message for message in recording.messages() if message[0] == '/joint_states']
+    said = [('/left/tts_policy/chunk_stats', *rest) for _, *rest in states]
+    bag = BagReader(recording.write(tmp_path / 'bag', [*states, *said]))
+    for listener, count in (('/left/tts_policy', 1), ('/left/tts', 2), (None, 2)):
+        player = BagPlayer(bag, PlayerSpec(listener=listener))
+        assert len(player.topic_publishers) == count
+        player.close()
 
 
 @pytest.mark.fault

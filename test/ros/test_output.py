@@ -97,6 +97,21 @@ def test_hold_keeps_the_grip_and_stops_the_arm_where_it_is_once() -> None:
     assert not bench.output.hold(T0 + PERIOD)
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize('chunk', [RAMP, RAMP * np.nan])
+def test_a_gate_found_closed_by_a_chunk_holds_before_anything_is_proposed(
+    chunk: np.ndarray,
+) -> None:
+    bench = Bench()
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    try:
+        bench.output.send(chunk, T0 + PERIOD, T0 + PERIOD, enabled=False)
+    except TrajectoryRefused:
+        assert not bench.proposed.sent
+    assert len(bench.command.finished) == 1
+    assert not bench.output.hold(T0 + 2 * PERIOD)
+
+
 def test_the_step_from_the_old_chunk_to_the_new_one_is_bounded() -> None:
     bench = Bench(velocity=1.0)
     bench.output.send(RAMP, T0, T0, enabled=True)

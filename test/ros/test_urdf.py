@@ -35,6 +35,13 @@ def test_every_moving_joint_has_its_limits_and_soft_limits_tighten() -> None:
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize('encoding', ['latin-1', 'utf-16', 'idna', 'no-such-encoding'])
+def test_a_declared_encoding_changes_nothing(encoding: str) -> None:
+    declared = URDF.replace('version="1.0"', f'version="1.0" encoding="{encoding}"')
+    assert parse_limits(declared) == parse_limits(URDF)
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ('text', 'reason'),
     [

@@ -129,7 +129,7 @@ class _Segment:
     def __len__(self) -> int:
         return len(self.columns.get('stamp_ns', ()))
 
-    def add(self, recorded: RecordedTick, chunks: list[Chunk], camera: str) -> None:
+    def add(self, recorded: RecordedTick, chunks: list[Chunk], camera: str | None) -> None:
         actions = np.stack([chunk.actions for chunk in chunks])
         row: dict[str, Any] = {
             'stamp_ns': recorded.scheduled.stamp_ns,
@@ -143,8 +143,9 @@ class _Segment:
         for name in ('sparsity', 'flops', 'dense_flops', 'latency_s', 'oldest_rollout_ticks'):
             row[name] = [getattr(s, name) for s in stats]
         row['mix'] = [list(s.reuse_mix.values()) for s in stats]
-        score = float(np.abs(actions[1:] - actions[0]).mean())
-        self._keep_picture(score, len(self), recorded.scheduled.observation[camera][-1])
+        if camera is not None:
+            score = float(np.abs(actions[1:] - actions[0]).mean())
+            self._keep_picture(score, len(self), recorded.scheduled.observation[camera][-1])
         for name, value in row.items():
             self.columns.setdefault(name, []).append(value)
 
@@ -185,7 +186,7 @@ class _EpisodeFiles:
         """Whether all of an episode is there from an earlier run."""
         return episode in self._done
 
-    def add(self, recorded: RecordedTick, chunks: list[Chunk], camera: str) -> None:
+    def add(self, recorded: RecordedTick, chunks: list[Chunk], camera: str | None) -> None:
         """Append a tick; a new episode closes the one before."""
         episode = recorded.scheduled.episode
         if episode != self._episode:
@@ -230,6 +231,7 @@ def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
             spec.decoder,
         )
         recorded_ticks = _recorded_ticks(samples, spec)
+        camera = next(iter(samples.topics.cameras), None)
         for recorded in recorded_ticks:
             stamp_ns = recorded.scheduled.stamp_ns
             start_ns = start_ns or stamp_ns
@@ -237,7 +239,7 @@ def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
             end_ns, ticks = stamp_ns, ticks + 1
             episode = recorded.scheduled.episode
             if episode % part.of == part.index and not files.has(episode):
-                files.add(recorded, arms.act(recorded), next(iter(samples.topics.cameras)))
+                files.add(recorded, arms.act(recorded), camera)
         complete = True
         problems = _refusals(samples)
         if ticks == 0:

@@ -54,6 +54,7 @@ def _play(args: argparse.Namespace, stopped: threading.Event) -> int:
         args.start_offset,
         args.clock,
         args.start_paused,
+        args.lockstep,
     )
     player = BagPlayer(BagReader(args.bag), spec)
     playback: PacedPlayback | LockstepPlayback = PacedPlayback(player)

@@ -31,7 +31,8 @@ NAP_S = 0.02
 class PlayerSpec:
     """What is played and how: topics None plays all; remap gives other names.
 
-    start_offset_s skips the beginning; clock_hz 0 publishes no clock.
+    start_offset_s skips the beginning; clock_hz 0 publishes no clock. What `listener`, the name of
+    a running node, said itself when it was recorded is left out.
     """
 
     topics: tuple[str, ...] | None = None
@@ -41,6 +42,7 @@ class PlayerSpec:
     start_offset_s: float = 0.0
     clock_hz: float = 100.0
     paused: bool = False
+    listener: str | None = None
 
 
 class BagPlayer(Node):
@@ -68,13 +70,15 @@ class BagPlayer(Node):
             raise BagError(
                 f'{self.bag.path}: topic {topic!r} expected, got {sorted(self.bag.topics)}'
             )
-        # The clock of the recording would be a second one.
-        if topic == CLOCK_TOPIC:
+        # The clock of the recording would be a second one, and so would the voice of the listener.
+        name = self.spec.remap.get(topic, topic)
+        own = self.spec.listener is not None and name.startswith(f'{self.spec.listener}/')
+        if topic == CLOCK_TOPIC or own:
             return
         summary = self.bag.topics[topic]
-        package, _, name = summary.msgtype.partition('/msg/')
+        package, _, kind_name = summary.msgtype.partition('/msg/')
         try:
-            kind = getattr(importlib.import_module(f'{package}.msg'), name)
+            kind = getattr(importlib.import_module(f'{package}.msg'), kind_name)
         except (ImportError, AttributeError, ValueError) as error:
             if self.spec.topics is not None:
                 raise BagError(f'{topic}: type {summary.msgtype!r}: {error}') from None
@@ -84,7 +88,6 @@ class BagPlayer(Node):
         if summary.latched:
             durability = DurabilityPolicy.TRANSIENT_LOCAL
         qos = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=durability)
-        name = self.spec.remap.get(topic, topic)
         self.topic_publishers[topic] = self.create_publisher(kind, name, qos)
 
     def _pause_service(self, paused: bool) -> Callable[..., Trigger.Response]:

@@ -163,7 +163,8 @@ def write_report(
             _image(shown[0], 'executed set-points per joint'),
             _image(shown[1], 'plan of every tick'),
         ]
-    parts += ['<h2>Ticks that sparsity changed most</h2>', _worst(report, ticks)]
+    if ticks.worst:
+        parts += ['<h2>Ticks that sparsity changed most</h2>', _worst(report, ticks)]
     parts += ['<h2>Recordings</h2><ul>', *(f'<li>{escape(bag)}</li>' for bag in bags), '</ul>']
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Bag evaluation</title>'

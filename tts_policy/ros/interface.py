@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SENSOR_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 RELIABLE_SENSOR_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 COMMAND_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+# Every message counts: a true that a heartbeat follows at once must not be overwritten by it.
+STOP_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
 REPORT_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
 DIAGNOSTICS_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 LATCHED_QOS = QoSProfile(
@@ -82,7 +84,7 @@ JOINT_STATES = _topic(
     'measured positions; joints are found by name, in any order',
 )  # fmt: skip
 EMERGENCY_STOP = _topic(
-    Direction.IN, 'emergency_stop', Bool, COMMAND_QOS,
+    Direction.IN, 'emergency_stop', Bool, STOP_QOS,
     'true closes the output gate until ~/clear_stop; so does silence, if a timeout is set',
 )  # fmt: skip
 ROBOT_DESCRIPTION = _topic(

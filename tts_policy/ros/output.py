@@ -96,12 +96,16 @@ class CommandOutput:
     def send(self, actions: np.ndarray, stamp_ns: int, now_ns: int, enabled: bool) -> Sent:
         """Publish the points of a chunk that are still to come.
 
+        Where the gate was found closed here first, the hold point comes before the proposal.
+
         Raises
         ------
         TrajectoryRefused
             for a chunk that must not reach the robot; nothing is published then.
 
         """
+        if not enabled:
+            self.hold(now_ns)
         timing = self._timing
         trajectory = plan_trajectory(
             actions,

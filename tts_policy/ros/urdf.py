@@ -45,7 +45,8 @@ def parse_limits(text: str) -> dict[str, UrdfLimits]:
     if len(data) > MAX_BYTES:
         raise UrdfError(f'robot_description: expected at most {MAX_BYTES} bytes, got {len(data)}')
     reader = _Reader()
-    parser = expat.ParserCreate()
+    # The message is a string already: what encoding a declaration in it names is of no account.
+    parser = expat.ParserCreate('utf-8')
     parser.StartDoctypeDeclHandler = _refuse_doctype
     parser.StartElementHandler = reader.begin
     parser.EndElementHandler = reader.end

@@ -30,8 +30,9 @@ from tts_policy.ros.limits import JointLimits
 from tts_policy.ros.output import ChunkTiming, CommandOutput, HoldRule
 from tts_policy.ros.trajectory import ChunkTooLate, Trajectory
 from tts_policy.sim.episode import FRAME_NS, Episode, Timeline
-from tts_policy.sim.evaluate import wilson_interval
-from tts_policy.sim.lift import CAMERA_KEY, LiftWorld
+from tts_policy.sim.evaluation_results import wilson_interval
+from tts_policy.sim.lift import LiftWorld
+from tts_policy.sim.panda import CAMERA_KEY
 from tts_policy.sim.trajectory_player import TrajectoryPoint
 
 if TYPE_CHECKING:

@@ -168,6 +168,11 @@ def test_a_name_that_is_not_known_is_refused_before_it_is_called(
             id='exponential hash',
         ),
         pytest.param(
+            b'\x80\x02)' + b'q\x00h\x00\x86' * 60 + b'Q.',
+            'persistent id must name a storage',
+            id='exponential message',
+        ),
+        pytest.param(
             _tensor(b'K\x00', b'K\x05\x85', b'K\x01\x85'), 'lie in its storage', id='long'
         ),
         pytest.param(

@@ -107,6 +107,8 @@ def test_a_run_goes_on_where_it_stopped_and_tells_what_it_left_out(
         (['--arms', 'ddim10:guessed:0.8'], 'a plan is PLAN:SPARSITY'),
         (['--arms', 'ddim10+execute16'], 'execute must be in [1, 15], got 16'),
         (['--episodes', '0'], 'must be at least 1'),
+        (['--seed', '99999'], 'seeds must be in [100000, 900000)'),
+        (['--seed', '899999', '--episodes', '2'], 'seeds must be in [100000, 900000)'),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(

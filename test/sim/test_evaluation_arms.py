@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +166,17 @@ def test_only_plans_that_run_the_pruner_pay_for_it(bundle: Bundle, tokens: torch
         assert source is not None
         free = name in ('mean', 'static', 'random')
         assert source.flops == (0 if free else pruner_flops(pruner.spec)), name
+
+
+def test_a_sampler_made_on_the_fly_keeps_the_noise_schedule_of_the_bundle(bundle: Bundle) -> None:
+    spec = bundle.samplers['ddim10'][0]
+    linear = replace(spec.scheduler, beta_schedule='linear', prediction='sample', clip=2.0)
+    imported = replace(bundle, samplers={'ddim10': (replace(spec, scheduler=linear), None)})
+    made = Arm.parse('ddim3').setting(imported).sampler.scheduler
+    assert made == replace(linear, steps=3)
+
+
+@pytest.mark.parametrize('text', ['ddim101', 'ddim10:learned:0.8+age0'])
+def test_an_arm_beyond_the_limits_of_samplers_is_refused(text: str, bundle: Bundle) -> None:
+    with pytest.raises(ArmError, match=re.escape(text)):
+        Arm.parse(text).setting(bundle)

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from reprlib import repr as _short
 from typing import Any, ClassVar
 
 import torch
@@ -109,14 +110,16 @@ _DAMAGED = (
 
 
 def _check_key(key: object) -> None:
-    # Hashing a nest of tuples that share their parts takes time exponential in its depth.
+    # Hashing a nest of tuples that share their parts takes time exponential in its depth. So does
+    # printing one, which is why messages are made with `reprlib`.
     if not isinstance(key, (str, int, float, bool)) and key is not None:
         raise CheckpointError(f'dictionary keys must be text or numbers, got {type(key).__name__}')
 
 
 def _opaque(*_: object) -> type[Record]:
     """Stand in for a call whose result is a type or of no use here."""
-    return type('Record', (Record,), {})
+    # One class for all: a class for every call would cost a kilobyte for every few bytes of file.
+    return Record
 
 
 class _Mapping(dict[Any, Any]):
@@ -154,9 +157,11 @@ def _tensor(
     key, dtype, size = storage
     counts = (offset, *shape, *stride)
     if len(shape) != len(stride) or len(shape) > 8:
-        raise CheckpointError(f'tensor must have matching shape and stride, got {shape}, {stride}')
+        raise CheckpointError(
+            f'tensor must have matching shape and stride, got {_short(shape)}, {_short(stride)}'
+        )
     if not all(isinstance(count, int) and 0 <= count < 1 << 40 for count in counts):
-        raise CheckpointError(f'tensor sizes must be in [0, 2^40), got {str(counts)[:100]}')
+        raise CheckpointError(f'tensor sizes must be in [0, 2^40), got {_short(counts)}')
     last, elements = offset, 1
     for length, step in zip(shape, stride, strict=True):
         elements *= length
@@ -164,7 +169,7 @@ def _tensor(
     # Without the second condition a stride of zero makes a huge tensor of a small storage.
     if elements and (last >= size or elements > size):
         raise CheckpointError(
-            f'tensor must lie in its storage of {size} elements, got {shape} from {offset}'
+            f'tensor must lie in its storage of {size} elements, got {_short(shape)} from {offset}'
         )
     return StoredTensor(key, dtype, size, offset, tuple(shape), tuple(stride))
 
@@ -260,12 +265,12 @@ class RestrictedUnpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> tuple[str, torch.dtype, int]:
         """Storage key, type and number of elements of a persistent id."""
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != 'storage':
-            raise CheckpointError(f'persistent id must name a storage, got {str(pid)[:100]}')
+            raise CheckpointError(f'persistent id must name a storage, got {_short(pid)}')
         _, kind, key, _, size = pid
         name = kind.name if isinstance(kind, type) and issubclass(kind, Record) else ''
         dtype = _STORAGES.get(name.removeprefix('torch.'))
         if dtype is None or not isinstance(key, str) or not isinstance(size, int) or size < 0:
-            raise CheckpointError(f'storage must have type, key and size, got {str(pid)[:100]}')
+            raise CheckpointError(f'storage must have type, key and size, got {_short(pid)}')
         return key, dtype, size
 
 

@@ -26,7 +26,7 @@ from tts_policy.core.bundle import Bundle, BundleError, load_bundle
 from tts_policy.sim.evaluation_arms import ARM_SETS, Arm, ArmError, parse_arms
 from tts_policy.sim.evaluation_page import markdown_table, write_page, write_plot
 from tts_policy.sim.evaluation_results import Row, make_row, write_rows
-from tts_policy.sim.evaluation_worker import Job, run_job, start_worker
+from tts_policy.sim.evaluation_worker import EXPERT_SEED, Job, run_job, start_worker
 from tts_policy.sim.tasks import TASKS, task_named
 
 FIRST_SEED = 100_000
@@ -185,6 +185,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def _evaluate(args: argparse.Namespace) -> int:
     if min(args.episodes, args.workers, args.sequences) < 1:
         raise EvaluationError('episodes, workers and sequences must be at least 1')
+    if not FIRST_SEED <= args.seed <= EXPERT_SEED - args.episodes:
+        raise EvaluationError(
+            f'seeds must be in [{FIRST_SEED}, {EXPERT_SEED}), apart from those of demonstrations, '
+            f'got {args.episodes} from {args.seed} on'
+        )
     asked, bundles = parse_arms(args.arms), dict(args.tasks)
     if args.list:
         print('\n'.join(arm.name for arm in asked))

@@ -22,7 +22,6 @@ from torch import Tensor
 from tts_policy.core.bundle import AnyPruner, Bundle, BundleError
 from tts_policy.core.plan import Reuse
 from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import SchedulerSpec
 from tts_policy.sim.plan_sources import (
     Learned,
     Mean,
@@ -141,16 +140,28 @@ class Arm:
         return replace(arm, plan=plan[0], sparsity=sparsity)
 
     def setting(self, bundle: Bundle) -> Setting:
-        """How the arm runs with a bundle: its sampler of that name, or one made on the fly."""
+        """How the arm runs with a bundle: its sampler of that name, or one made on the fly.
+
+        Raises
+        ------
+        ArmError
+            if the bundle's noise schedule or a limit of samplers does not allow the arm.
+
+        """
+        try:
+            return self._setting(bundle)
+        except ValueError as error:
+            raise ArmError(f'{self.name}: {error}') from error
+
+    def _setting(self, bundle: Bundle) -> Setting:
         known = bundle.samplers.get(self.sampler)
-        train_steps = bundle.network.spec.train_steps
-        spec = (
-            known[0]
-            if known
-            else SamplerSpec(
-                SchedulerSpec(self.scheduler, self.steps, train_steps), force_first_step=False
-            )
-        )
+        if known is not None:
+            spec = known[0]
+        else:
+            # The network's noise schedule and prediction are the same for every sampler.
+            scheduler = bundle.samplers[bundle.default_sampler][0].scheduler
+            scheduler = replace(scheduler, kind=self.scheduler, steps=self.steps)
+            spec = SamplerSpec(scheduler, force_first_step=False)
         if self.plan == 'no_rollout':
             # Nothing else is valid at step 0 before anything has been computed.
             spec = replace(spec, force_first_step=True)

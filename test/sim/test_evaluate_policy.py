@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,17 @@ def test_what_cannot_run_is_refused_in_one_line(
     assert evaluate_policy.main([f'lift={bundle}', '--out', str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert reason in error and error.count('\n') == 1
+
+
+def test_measurements_of_two_bundles_are_not_mixed(bundle: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(bundle, tmp_path / 'other'))
+    evaluate_policy.claim(tmp_path, {'lift': bundle})
+    evaluate_policy.claim(tmp_path, {'lift': bundle, 'can': other})
+    with (other / 'model.yaml').open('a') as file:
+        file.write('# retrained\n')
+    with pytest.raises(evaluate_policy.EvaluationError, match='name another --out'):
+        evaluate_policy.claim(tmp_path, {'lift': other})
+    evaluate_policy.claim(tmp_path, {'lift': bundle})
 
 
 def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ segments, so that memory stays bounded and an interrupted evaluation goes on whe
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from tts_policy.bag.reader import BagError, BagLimits, BagReader
 from tts_policy.bag.replay import RecordedTick, RecordedTicks
 from tts_policy.bag.samples import SampleReader, Topics
+from tts_policy.core.bundle import bundle_digest
 from tts_policy.core.contract import PolicyContract
 from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
 
@@ -51,9 +51,8 @@ class EvaluationSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the result, for telling one evaluation from another."""
-        model = hashlib.sha256((self.bundle / 'model.yaml').read_bytes()).hexdigest()
         return {
-            'model_sha256': model,
+            'model_sha256': bundle_digest(self.bundle),
             'sampler': self.sampler,
             'sparsities': list(self.sparsities),
             'topics': self.topics,

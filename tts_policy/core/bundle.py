@@ -197,6 +197,11 @@ def _pruner_spec(entry: dict[str, Any]) -> PrunerSpec | QueryPrunerSpec:
     return PrunerSpec(**entry['spec'])
 
 
+def bundle_digest(folder: Path) -> str:
+    """SHA-256 of model.yaml, which holds those of all weights: tells one model from another."""
+    return hashlib.sha256((folder / MODEL_FILE).read_bytes()).hexdigest()
+
+
 def load_bundle(folder: Path) -> Bundle:
     """Load and validate a bundle folder.
 

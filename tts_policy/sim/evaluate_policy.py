@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tts_policy.core.bundle import Bundle, BundleError, load_bundle
+from tts_policy.core.bundle import Bundle, BundleError, bundle_digest, load_bundle
 from tts_policy.sim.evaluation_arms import ARM_SETS, Arm, ArmError, parse_arms
 from tts_policy.sim.evaluation_page import markdown_table, write_page, write_plot
 from tts_policy.sim.evaluation_results import Row, make_row, write_rows
@@ -48,6 +48,27 @@ def read_log(path: Path) -> dict[Key, dict[str, Any]]:
             continue
         done[record['task'], record['arm'], record['seed']] = record
     return done
+
+
+def claim(out: Path, bundles: Mapping[str, Path]) -> None:
+    """Note in OUT/bundles.json which bundles are measured there.
+
+    Raises
+    ------
+    EvaluationError
+        if OUT holds measurements of another bundle of a task: they must not be mixed.
+
+    """
+    path = out / 'bundles.json'
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for task, bundle in bundles.items():
+        digest = bundle_digest(bundle)
+        if known.setdefault(task, digest) != digest:
+            raise EvaluationError(
+                f'{out}: measurements of {task} with the bundle of SHA-256 {known[task][:12]} '
+                f'expected, got {digest[:12]}: name another --out'
+            )
+    path.write_text(json.dumps(known, indent=2) + '\n')
 
 
 def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
@@ -196,6 +217,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         return 0
     arms = {task: runnable(task, asked, load_bundle(path)) for task, path in bundles.items()}
     args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out, bundles)
     log = args.out / 'episodes.jsonl'
     done = read_log(log)
     jobs = plan_jobs(arms, range(args.seed, args.seed + args.episodes), done)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from bags import Recording
 from torch import Tensor
 
@@ -58,6 +59,24 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
     assert train_policy.main(command) == 0
     resumed, whole = _weights(tmp_path / 'bundle'), _weights(bundle)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_training_starts_from_the_weights_of_another_bundle(
+    bags: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A learning rate of zero shows the weights it began with.
+    still = ['--steps', '2', '--encoder-steps', '1', '--learning-rate', '0', '--held-out', '1']
+    command = [str(bags), '--out', str(tmp_path / 'out'), '--initial', str(bundle), *still]
+    assert train_policy.main(command) == 0
+    begun, given = _weights(tmp_path / 'out' / 'bundle'), _weights(bundle)
+    assert all(torch.equal(begun[name], given[name]) for name in given)
+
+    model = yaml.safe_load((bundle / 'model.yaml').read_text())
+    contract = {key: model[key] for key in ('observation', 'action')}
+    contract['action']['execute'] -= 1
+    (tmp_path / 'contract.yaml').write_text(yaml.safe_dump(contract))
+    assert train_policy.main([*command, '--contract', str(tmp_path / 'contract.yaml')]) == 2
+    assert 'observation and action must be those to be trained' in capsys.readouterr().err
 
 
 PRUNER_SIZES = ['--steps', '2', '--batch', '3', '--sample', '2', '--episodes', '4', '--ticks', '2']

@@ -4,7 +4,8 @@
 The observation encoder is warmed up by regressing the action chunk from its features, which
 costs a fraction of a denoising step, and keeps that regression as an auxiliary loss while the
 denoiser trains. The regression head is dropped afterwards. The bundle holds the exponential
-moving average of the weights. A run can be interrupted and resumed.
+moving average of the weights. A run can start from the weights of a bundle of another task, and
+can be interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from tts_policy.bag.data_check import DataCheck, write_check
 from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
-from tts_policy.core.bundle import save_bundle
+from tts_policy.core.bundle import BundleError, load_bundle, save_bundle
 from tts_policy.core.contract import ContractError, PolicyContract, read_contract
 from tts_policy.core.network import NetworkSpec, PolicyNetwork
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec, TrainingNoise
@@ -63,11 +64,18 @@ class PolicyTrainer:
     """Owns network, average, optimiser and random state of one training run."""
 
     def __init__(
-        self, contract: PolicyContract, network: NetworkSpec, spec: TrainingSpec, windows: Windows
+        self,
+        contract: PolicyContract,
+        network: NetworkSpec,
+        spec: TrainingSpec,
+        windows: Windows,
+        initial: PolicyNetwork | None = None,
     ) -> None:
         torch.manual_seed(spec.seed)
         self.spec, self.windows, self.step = spec, windows, 0
         self.network = PolicyNetwork(contract, network)
+        if initial is not None:
+            self.network.load_state_dict(initial.state_dict())
         actions, joints = windows.actions, windows.joints
         self.network.action_normalizer.fit(actions.amin(0), actions.amax(0))
         self.network.joint_normalizer.fit(joints.amin(0), joints.amax(0))
@@ -202,6 +210,17 @@ def _train(trainer: PolicyTrainer, held_out: Windows, out: Path, save_every_s: f
                 saved = time.monotonic()
 
 
+def initial_network(bundle: Path, contract: PolicyContract) -> PolicyNetwork:
+    """Network of a bundle to start from; raises BundleError unless it has this contract."""
+    network = load_bundle(bundle).network
+    if network.contract != contract:
+        raise BundleError(
+            f'{bundle}: observation and action must be those to be trained, '
+            f'{contract.to_dict()}, got {network.contract.to_dict()}'
+        )
+    return network
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line of `train_policy`."""
     parser = argparse.ArgumentParser(prog='train_policy', description=__doc__.split('\n')[0])
@@ -220,6 +239,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--encoder-steps', type=int, default=1500, help='of them, encoder alone')
     parser.add_argument('--batch', type=int, default=32, help='windows a step')
     parser.add_argument('--learning-rate', type=float, default=3e-4)
+    parser.add_argument(
+        '--initial',
+        type=Path,
+        metavar='BUNDLE',
+        help='start from its weights, with its sizes; same contract, normalisers fitted anew',
+    )
     parser.add_argument('--width', type=int, default=256, help='denoiser width D')
     parser.add_argument('--layers', type=int, default=8, help='decoder layers L')
     parser.add_argument('--seed', type=int, default=0)
@@ -238,16 +263,19 @@ def main(arguments: list[str] | None = None) -> int:
         if len(bags) <= args.held_out:
             raise BagError(f'{len(bags)} bags, expected more than the {args.held_out} held out')
         contract = PANDA_CONTRACT if args.contract is None else read_contract(args.contract)
+        initial = None if args.initial is None else initial_network(args.initial, contract)
         topics = Topics.of(contract, parse_pairs(args.topic, 'topic: STREAM:=TOPIC'))
         check = DataCheck(contract)
         held_out = load_windows(bags[: args.held_out], contract, topics, check=check)
         windows = load_windows(bags[args.held_out :], contract, topics, check=check)
-    except (BagError, ContractError) as error:
+    except (BagError, BundleError, ContractError) as error:
         print(f'train_policy: {error}', file=sys.stderr)
         return 2
     spec = TrainingSpec(args.steps, args.encoder_steps, args.batch, args.learning_rate, args.seed)
     network = NetworkSpec(width=args.width, layers=args.layers)
-    trainer = PolicyTrainer(contract, network, spec, windows)
+    if initial is not None:
+        network = initial.spec
+    trainer = PolicyTrainer(contract, network, spec, windows, initial)
     args.out.mkdir(parents=True, exist_ok=True)
     write_check(args.out / 'data_check.json', check)
     if (args.out / 'checkpoint.pt').exists():

@@ -24,6 +24,7 @@ from tts_policy.train.lessons import (
     forced_cells,
     make_lessons,
 )
+from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
 from tts_policy.train.reuse_gradient import Flip, flipped, reuse_gradient
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
@@ -125,14 +126,22 @@ def test_the_reuse_gradient_foretells_what_flips_change(scheduler: SchedulerSpec
     assert np.corrcoef([flip.change for flip in flips], measured)[0, 1] > 0.9
 
 
-def test_a_search_lowers_the_error_and_keeps_budget_and_forced_cells() -> None:
+@pytest.mark.parametrize(
+    ('cost', 'reached'),
+    [((1.0, 1.0, 1.0), 0.9), ((4.0, 2.0, 8.0), 0.95)],
+    ids=['equal', 'unequal'],
+)
+def test_a_search_lowers_the_error_and_keeps_budget_and_forced_cells(
+    cost: tuple[float, ...], reached: float
+) -> None:
     teacher = _teacher(DDPM)
     lessons = _lessons(teacher, 6)
     loop, batch = SharedPlanLoop(teacher), LessonBatch(teacher, lessons)
     sample = LessonBatch(teacher, lessons[:3])
     forced = forced_cells((6, 6), force_first_step=True)
-    search = PlanSearch(loop, MEASURE, static_plan(6, 6, 1), 12, forced, SearchSpec(trials=6))
-    while search.computed < search.budget:
+    budget = PlanBudget(12, np.array(cost * 2))
+    search = PlanSearch(loop, MEASURE, static_plan(6, 6, 1), budget, forced, SearchSpec(trials=6))
+    while search.computed < budget.cells:
         search.grow(sample)
     error = loop.error(batch, search.plan, MEASURE)
     first = error
@@ -140,11 +149,43 @@ def test_a_search_lowers_the_error_and_keeps_budget_and_forced_cells() -> None:
     for _ in range(8):
         before, after = search.step(batch, sample, random)
         assert before == pytest.approx(error) and after <= before
-        assert search.computed == 12
+        assert search.computed == 12 and budget.affords(search.plan)
         assert (search.plan[0] == Reuse.COMPUTE).all()
         error = after
         assert loop.error(batch, search.plan, MEASURE) == pytest.approx(error)
-    assert error < 0.9 * first
+    assert error < reached * first
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 8), room=st.floats(-3.0, 3.0))
+def test_an_exchange_stays_in_its_room_whenever_that_is_possible(
+    seed: int, count: int, room: float
+) -> None:
+    random = np.random.default_rng(seed)
+    cost = np.array([4.0, 2.0, 8.0] * 2)
+    excess = cost / cost.mean() - 1
+
+    def flips(reuse: Reuse) -> list[Flip]:
+        drawn = random.choice(20 * 6, 24, replace=False)
+        return [Flip(*divmod(int(n), 6), reuse, random.uniform(-0.01, 0.01)) for n in drawn]
+
+    def spent(added: list[Flip], removed: list[Flip]) -> float:
+        return sum(excess[f.block] for f in added) - sum(excess[f.block] for f in removed)
+
+    budget = PlanBudget(10, cost)
+    additions, removals = flips(Reuse.COMPUTE), flips(Reuse.TIMESTEP)
+    added, removed = budget.exchange(additions, removals, count, room)
+    assert 0 < len(added) == len(removed) <= count
+    for chosen in (added, removed):
+        assert len({(f.block, f.step) for f in chosen}) == len(chosen)
+        for a in chosen:
+            assert all(a is b or a.block != b.block or abs(a.step - b.step) > 2 for b in chosen)
+    free = budget.exchange(additions, removals, count, 100.0)
+    if spent(*free) <= room:
+        assert (added, removed) == free
+    cheapest = budget.exchange(additions, removals, count, -100.0)
+    if spent(*cheapest) <= room:
+        assert spent(added, removed) <= room + 1e-9
 
 
 @settings(max_examples=30, deadline=None)

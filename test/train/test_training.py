@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -67,6 +68,7 @@ def test_a_training_starts_from_the_weights_of_another_bundle(
     # A learning rate of zero shows the weights it began with.
     still = ['--steps', '2', '--encoder-steps', '1', '--learning-rate', '0', '--held-out', '1']
     command = [str(bags), '--out', str(tmp_path / 'out'), '--initial', str(bundle), *still]
+    command.append('--bfloat16')
     assert train_policy.main(command) == 0
     begun, given = _weights(tmp_path / 'out' / 'bundle'), _weights(bundle)
     assert all(torch.equal(begun[name], given[name]) for name in given)
@@ -138,6 +140,32 @@ def test_a_resumed_search_ends_where_an_uninterrupted_one_does(
             assert train_pruner.main(command) == 130
     assert train_pruner.main(command) == 0
     assert torch.equal(_pruner(resumed).tables, _pruner(whole).tables)
+
+
+def test_a_run_of_other_settings_is_not_continued(
+    bags: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(bundle, tmp_path / 'bundle'))
+    command = _pruner_command(bags, bundle, tmp_path)
+    assert train_pruner.main(command) == 0
+    assert train_pruner.main([*command, '--seed', '1']) == 2
+    assert '--seed: this run began with 0, got 1' in capsys.readouterr().err
+
+
+def test_plans_of_another_bundle_are_starts(bags: Path, bundle: Path, tmp_path: Path) -> None:
+    prior = Path(shutil.copytree(bundle, tmp_path / 'prior'))
+    assert train_pruner.main(_pruner_command(bags, prior, tmp_path / 'out_prior')) == 0
+    bundle = Path(shutil.copytree(bundle, tmp_path / 'bundle'))
+    # A search of one step: with the prior it begins where two steps had come to.
+    first = _pruner_command(bags, bundle, tmp_path / 'out')
+    first[first.index('--steps') + 1] = '1'
+    assert train_pruner.main([*first, '--prior', str(bundle)]) == 2
+    assert train_pruner.main([*first, '--prior', str(prior)]) == 0
+    errors = [
+        min(float(row['kept_back']) for row in csv.DictReader(log.open()))
+        for log in (tmp_path / 'out_prior' / 'log.csv', tmp_path / 'out' / 'log.csv')
+    ]
+    assert errors[1] <= errors[0]
 
 
 @pytest.mark.parametrize(

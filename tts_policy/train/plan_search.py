@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from tts_policy.core.plan import Plan, Reuse
 from tts_policy.train.lessons import ActionError, LessonBatch, SharedPlanLoop
+from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.reuse_gradient import Flip, ReuseGradient, flipped, reuse_gradient
 
 REUSE_CLASSES = (Reuse.FORWARD, Reuse.TIMESTEP, Reuse.ROLLOUT)
-# Of a block's column, flips this close in steps replace one another: their changes do not add up.
-NEIGHBOURS = 2
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class SearchSpec:
 
 
 class PlanSearch:
-    """A plan [K, N] on its way to fewer errors within a budget of computed cells.
+    """A plan [K, N] on its way to fewer errors within a budget.
 
     Cells of `forced` are always computed. `removal_cost` [K, N] is the measured harm of reusing a
     computed cell, NaN where unknown, `removal_class` the class it would take.
@@ -57,7 +56,7 @@ class PlanSearch:
         loop: SharedPlanLoop,
         measure: ActionError,
         plan: Plan,
-        budget: int,
+        budget: PlanBudget,
         forced: NDArray[np.bool_],
         spec: SearchSpec,
     ) -> None:
@@ -96,12 +95,11 @@ class PlanSearch:
     def grow(self, batch: LessonBatch) -> None:
         """Compute more cells, those that promise most, toward the budget."""
         gradient = reuse_gradient(self._loop, batch, self.plan, self._measure)
-        room = self.budget - self.computed
-        count = min(room, max(1, round(self._spec.growth * self.computed)))
+        missing = self.budget.cells - self.computed
+        count = min(missing, max(1, round(self._spec.growth * self.computed)))
         flips = gradient.flips((Reuse.COMPUTE,))
-        chosen = _apart(flips, count)
-        rest = [flip for flip in flips if flip not in chosen]
-        self.plan = flipped(self.plan, *chosen, *rest[: count - len(chosen)])
+        added = self.budget.additions(flips, count, self.budget.room(self.plan))
+        self.plan = flipped(self.plan, *added)
 
     def step(
         self, batch: LessonBatch, sample: LessonBatch, random: np.random.Generator
@@ -114,15 +112,20 @@ class PlanSearch:
         gradient = reuse_gradient(self._loop, sample, self.plan, self._measure)
         before = self._error(batch)
         error = self._change_classes(gradient, batch, sample, before, random)
-        additions = self._try(gradient.flips((Reuse.COMPUTE,)), sample, random)
-        self._measure_removals(gradient, sample, random)
+        base = self._error(sample)
+        additions = self._try(gradient.flips((Reuse.COMPUTE,)), sample, base, random)
+        self._measure_removals(gradient, sample, base, random)
         return before, self._exchange(additions, batch, error)
 
     def _error(self, batch: LessonBatch, plan: Plan | None = None) -> float:
         return self._loop.error(batch, self.plan if plan is None else plan, self._measure)
 
     def _try(
-        self, flips: Sequence[Flip], sample: LessonBatch, random: np.random.Generator
+        self,
+        flips: Sequence[Flip],
+        sample: LessonBatch,
+        base: float,
+        random: np.random.Generator,
     ) -> list[Flip]:
         """Measured changes of the most promising flips that helped, best first."""
         spec, best, cells = self._spec, [], set()
@@ -134,7 +137,7 @@ class PlanSearch:
             best.append(flip)
             if len(best) == 4 * spec.trials:
                 break
-        base, helped = self._error(sample), []
+        helped = []
         for index in _mostly_first(len(best), spec.trials, random):
             flip = best[index]
             change = self._error(sample, flipped(self.plan, flip)) - base
@@ -152,7 +155,8 @@ class PlanSearch:
         error: float,
         random: np.random.Generator,
     ) -> float:
-        helped = self._try(gradient.flips(REUSE_CLASSES), sample, random)
+        base = self._error(sample)
+        helped = self._try(gradient.flips(REUSE_CLASSES), sample, base, random)
         while helped:
             plan = flipped(self.plan, *helped)
             trial = self._error(batch, plan)
@@ -163,13 +167,16 @@ class PlanSearch:
         return error
 
     def _measure_removals(
-        self, gradient: ReuseGradient, sample: LessonBatch, random: np.random.Generator
+        self,
+        gradient: ReuseGradient,
+        sample: LessonBatch,
+        base: float,
+        random: np.random.Generator,
     ) -> None:
         """Measure unknown removals first, then mostly the cheapest ones again."""
         removable = np.argwhere((self.plan == Reuse.COMPUTE) & ~self._forced)
         costs = self.removal_cost[tuple(removable.T)]
         order = np.argsort(np.where(np.isnan(costs), -np.inf, costs), kind='stable')
-        base = self._error(sample)
         for index in _mostly_first(len(order), self._spec.trials, random):
             step, block = (int(value) for value in removable[order[index]])
             flips = [gradient.flip(self.plan, step, block, reuse) for reuse in REUSE_CLASSES]
@@ -188,12 +195,13 @@ class PlanSearch:
 
     def _exchange(self, additions: Sequence[Flip], batch: LessonBatch, error: float) -> float:
         """Exchange computed cells for others, as many as help together."""
+        room = self.budget.room(self.plan)
+        removals = self._removals()
         while self._swap:
-            added = _apart(additions, self._swap)
-            removed = _apart(self._removals(), len(added))
-            plan = flipped(self.plan, *removed, *added[: len(removed)])
+            added, removed = self.budget.exchange(additions, removals, self._swap, room)
+            plan = flipped(self.plan, *removed, *added)
             trial = self._error(batch, plan)
-            if removed and trial < error:
+            if removed and trial < error and self.budget.affords(plan):
                 self.plan = plan
                 self._swap = min(2 * self._swap, self._spec.largest_swap)
                 return trial
@@ -225,18 +233,6 @@ def _ranks(values: NDArray[np.floating]) -> NDArray[np.float32]:
     ranks = np.empty(len(values), np.float32)
     ranks[np.argsort(values, kind='stable')] = np.arange(1, len(values) + 1) / max(1, len(values))
     return ranks
-
-
-def _apart(flips: Sequence[Flip], count: int) -> list[Flip]:
-    """The first `count` flips that are not neighbours of one another."""
-    chosen: list[Flip] = []
-    for flip in flips:
-        if len(chosen) >= count:
-            break
-        columns = (other.step for other in chosen if other.block == flip.block)
-        if all(abs(step - flip.step) > NEIGHBOURS for step in columns):
-            chosen.append(flip)
-    return chosen
 
 
 def _mostly_first(count: int, draws: int, random: np.random.Generator) -> list[int]:

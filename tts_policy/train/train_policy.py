@@ -36,7 +36,10 @@ from tts_policy.train.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """Optimisation settings; `encoder_steps` of `steps` train the encoder alone."""
+    """Optimisation settings; `encoder_steps` of `steps` train the encoder alone.
+
+    bfloat16: matrix products and convolutions in that precision, weights and sums in float32.
+    """
 
     steps: int
     encoder_steps: int
@@ -48,6 +51,7 @@ class TrainingSpec:
     auxiliary_weight: float = 0.5
     ema_power: float = 0.75
     ema_max: float = 0.999
+    bfloat16: bool = False
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then half a cosine; the denoiser gets a warm-up of its own."""
@@ -101,6 +105,7 @@ class PolicyTrainer:
             ],
             lr=spec.learning_rate,
             betas=(0.9, 0.95),
+            fused=True,
         )
 
     def losses(self) -> tuple[Tensor, Tensor]:
@@ -111,20 +116,21 @@ class PolicyTrainer:
         target = network.action_normalizer.normalize(actions)
         features = network.features(images, joints)
         regressed = self.regressor(features.flatten(1)).view_as(target)
-        regression = F.l1_loss(regressed, target)
+        regression = F.l1_loss(regressed.float(), target)
         if self.step < spec.encoder_steps:
             return regression.new_zeros(()), regression
         noise = torch.randn(target.shape, generator=self.generator)
         t = torch.randint(network.spec.train_steps, (spec.batch,), generator=self.generator)
         predicted = network.denoiser(self.noise.add(target, noise, t), t, features)
-        return F.mse_loss(predicted, noise), regression
+        return F.mse_loss(predicted.float(), noise), regression
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns the losses."""
         factor = self.spec.learning_rate_factor(self.step)
         for group in self.optimizer.param_groups:
             group['lr'] = self.spec.learning_rate * factor
-        denoising, regression = self.losses()
+        with torch.autocast('cpu', torch.bfloat16, enabled=self.spec.bfloat16):
+            denoising, regression = self.losses()
         encoder_only = self.step < self.spec.encoder_steps
         weight = 1.0 if encoder_only else self.spec.auxiliary_weight
         self.optimizer.zero_grad(set_to_none=True)
@@ -247,6 +253,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--width', type=int, default=256, help='denoiser width D')
     parser.add_argument('--layers', type=int, default=8, help='decoder layers L')
+    parser.add_argument(
+        '--bfloat16',
+        action='store_true',
+        help='products in bfloat16: faster where the processor has instructions for it',
+    )
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=2, help='torch threads')
     parser.add_argument('--held-out', type=int, default=10, help='bags kept for validation')
@@ -271,7 +282,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (BagError, BundleError, ContractError) as error:
         print(f'train_policy: {error}', file=sys.stderr)
         return 2
-    spec = TrainingSpec(args.steps, args.encoder_steps, args.batch, args.learning_rate, args.seed)
+    spec = TrainingSpec(
+        args.steps,
+        args.encoder_steps,
+        args.batch,
+        args.learning_rate,
+        args.seed,
+        bfloat16=args.bfloat16,
+    )
     network = NetworkSpec(width=args.width, layers=args.layers)
     if initial is not None:
         network = initial.spec

@@ -2,10 +2,10 @@
 """`train_pruner`: recordings and a bundle's frozen policy to the pruner of one sampler.
 
 Ordered ticks of recorded episodes; tick 0 dense, then each tick sparse with its caches carried
-over. The sparsest plan starts from a static schedule, or grows from one of half its cost if that
-ends up better; every other grows from the next sparser one. Each is searched for a number of
-steps (see `plan_search`), and the plan that did best on lessons kept back becomes the table of
-its sparsity.
+over. The sparsest plan starts from a static schedule, or grows from one of half its cost, or is
+another bundle's, whichever is best; every other grows from the next sparser one. Each is searched
+for a number of steps (see `plan_search`) within a budget of cells and of their cost (see
+`plan_budget`), and the plan that did best on lessons kept back becomes the table of its sparsity.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
-from tts_policy.core.bundle import BundleError, load_bundle, save_pruner
-from tts_policy.core.plan import Plan, Reuse, static_plan
+from tts_policy.core.bundle import Bundle, BundleError, load_bundle, save_pruner
+from tts_policy.core.flops import block_flops, pruner_flops
+from tts_policy.core.plan import Plan, Reuse, make_plan, static_plan
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.train.dataset import BagError, Topics, find_bags, load_windows
@@ -39,6 +40,7 @@ from tts_policy.train.lessons import (
     forced_cells,
     make_lessons,
 )
+from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_comparison import compare_plans
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
 from tts_policy.train.reuse_gradient import reuse_gradient
@@ -70,6 +72,7 @@ class PrunerTrainer:
         lessons: list[Lesson],
         measure: ActionError,
         spec: PrunerTrainingSpec,
+        prior: Pruner | None = None,
     ) -> None:
         self._loop, self._measure, self.spec = SharedPlanLoop(teacher), measure, spec
         self.sampler, self.sparsities = sampler, sorted(sparsities)
@@ -84,7 +87,8 @@ class PrunerTrainer:
         self.tables: dict[float, Tensor] = {}
         self.best_error = float('inf')
         self.step = 0
-        count = max(1, self._budget() // shape[1])
+        self._prior = prior
+        count = max(1, self._budget().cells // shape[1])
         self._begin([static_plan(*shape, n) for n in sorted({count, max(1, count // 2)})])
 
     @property
@@ -97,14 +101,25 @@ class PrunerTrainer:
         """Search steps for all sparsities."""
         return self.spec.steps * len(self.sparsities)
 
-    def _budget(self) -> int:
-        return round((1 - self.sparsity) * self._forced.size)
+    def _budget(self) -> PlanBudget:
+        """Cells of the sparsity in work, at the cost of whole passes with the pruner's in it."""
+        cells = round((1 - self.sparsity) * self._forced.size)
+        cost = block_flops(self._teacher.denoiser.spec)
+        return PlanBudget(cells, cost, pruner_flops(self._pruner_spec()))
 
     def _begin(self, starts: list[Plan]) -> None:
         """Begin with the sparsity in work; the search starts from the best of some plans."""
         self._search: PlanSearch | None = None
-        self._starts = starts
+        self._starts = [*starts, *self._prior_plans()]
         self.best, self.best_error = starts[0], float('inf')
+
+    def _prior_plans(self) -> list[Plan]:
+        """The prior's plan for the sparsity in work, if there is a prior."""
+        if self._prior is None:
+            return []
+        logits = self._prior.table(self.sparsity).detach().numpy()
+        everywhere = np.ones(self._forced.shape, bool)
+        return [make_plan(logits, self.sparsity, everywhere, self.sampler.force_first_step)]
 
     def _new_search(self, plan: Plan) -> PlanSearch:
         budget = self._budget()
@@ -114,7 +129,7 @@ class PrunerTrainer:
         """Search from the start that is best once it has grown to the budget."""
         searches = [self._new_search(plan) for plan in self._starts]
         for search in searches:
-            while search.computed < search.budget:
+            while search.computed < search.budget.cells:
                 search.grow(self._batch(random, self.spec.sample)[1])
         return min(searches, key=lambda search: self._kept_error(search.plan))
 
@@ -133,6 +148,7 @@ class PrunerTrainer:
         random = self._random()
         if self._search is None:
             self._search = self._started(random)
+            self.best = self._search.plan
         errors = self._search.step(*self._batch(random, self.spec.batch), random)
         self.step += 1
         done = self.step % self.spec.steps == 0
@@ -147,9 +163,13 @@ class PrunerTrainer:
         return float(np.mean([self._loop.error(b, plan, self._measure) for b in self._kept]))
 
     def _validate(self, plan: Plan) -> None:
-        """Remember the plan if it is the best so far."""
+        """Remember the plan if it is the best so far; one within the budget beats one that is not.
+
+        A static start is as dear as whole passes and so beyond the budget by the pruner's cost.
+        """
+        affords = self._budget().affords
         error = self._kept_error(plan)
-        if error < self.best_error:
+        if (not affords(plan), error) < (not affords(self.best), self.best_error):
             self.best, self.best_error = plan, error
 
     def _finish(self, search: PlanSearch) -> None:
@@ -163,13 +183,15 @@ class PrunerTrainer:
 
     def pruner(self) -> Pruner:
         """The trained pruner."""
-        denoiser = self._teacher.denoiser.spec
-        steps, width = self.sampler.scheduler.steps, denoiser.width
-        sparsities = tuple(self.sparsities)
-        pruner = Pruner(PrunerSpec(steps, denoiser.blocks, width, denoiser.obs_steps, sparsities))
+        pruner = Pruner(self._pruner_spec())
         with torch.no_grad():
-            pruner.tables.copy_(torch.stack([self.tables[s] for s in sparsities]))
+            pruner.tables.copy_(torch.stack([self.tables[s] for s in self.sparsities]))
         return pruner
+
+    def _pruner_spec(self) -> PrunerSpec:
+        denoiser, steps = self._teacher.denoiser.spec, self.sampler.scheduler.steps
+        sparsities = tuple(self.sparsities)
+        return PrunerSpec(steps, denoiser.blocks, denoiser.width, denoiser.obs_steps, sparsities)
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` continues from."""
@@ -211,12 +233,31 @@ def plan_table(plan: Plan, ranking: NDArray[np.float32]) -> Tensor:
     return torch.from_numpy(table)
 
 
-def _save(trainer: PrunerTrainer, out: Path) -> None:
-    torch.save(trainer.state(), out / 'checkpoint.tmp')
+def _settings(args: argparse.Namespace) -> dict[str, str]:
+    """What a resumed run must have in common with the one it continues."""
+    free = ('bags', 'bundle', 'out', 'topic', 'threads')
+    return {name: str(value) for name, value in vars(args).items() if name not in free}
+
+
+def _resume(trainer: PrunerTrainer, out: Path, settings: dict[str, str]) -> None:
+    """Continue from the checkpoint of `out`; raises ValueError if it was made otherwise."""
+    state = torch.load(out / 'checkpoint.pt', weights_only=True)
+    for name, value in settings.items():
+        if state['settings'].get(name) != value:
+            raise ValueError(
+                f'{out}: --{name.replace("_", "-")}: this run began with '
+                f'{state["settings"].get(name)}, got {value}; another --out begins a new one'
+            )
+    trainer.restore(state)
+    print(f'resumed at step {trainer.step}')
+
+
+def _save(trainer: PrunerTrainer, out: Path, settings: dict[str, str]) -> None:
+    torch.save({**trainer.state(), 'settings': settings}, out / 'checkpoint.tmp')
     (out / 'checkpoint.tmp').replace(out / 'checkpoint.pt')
 
 
-def _train(trainer: PrunerTrainer, out: Path) -> None:
+def _train(trainer: PrunerTrainer, out: Path, settings: dict[str, str]) -> None:
     log_path = out / 'log.csv'
     new = not log_path.exists()
     with log_path.open('a', newline='') as handle:
@@ -232,7 +273,7 @@ def _train(trainer: PrunerTrainer, out: Path) -> None:
             seconds = round(time.monotonic() - started)
             log.writerow([trainer.step, sparsity, seconds, before, after, best])
             handle.flush()
-            _save(trainer, out)
+            _save(trainer, out, settings)
             bar.update()
             bar.set_postfix(sparsity=sparsity, error=f'{after:.4f}', kept_back=f'{best:.4f}')
 
@@ -249,6 +290,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--out', type=Path, required=True, help='checkpoints, log and report')
     parser.add_argument(
         '--sparsities', type=float, nargs='+', help="default: the sampler's recommendation"
+    )
+    parser.add_argument(
+        '--prior',
+        type=Path,
+        metavar='BUNDLE',
+        help='its plans are starts too, if they end up better than static ones',
     )
     parser.add_argument('--steps', type=int, default=30, help='search steps for every sparsity')
     parser.add_argument('--batch', type=int, default=16, help='lessons that decide a step')
@@ -271,6 +318,18 @@ def _check_sparsities(sparsities: list[float], sampler: SamplerSpec) -> None:
             )
 
 
+def _prior(folder: Path, name: str, bundle: Bundle) -> Pruner:
+    """Pruner of another bundle; raises BundleError unless its plans fit this bundle's sampler."""
+    pruner = load_bundle(folder).sampler(name)[1]
+    shape = (bundle.sampler(name)[0].scheduler.steps, bundle.network.denoiser.spec.blocks)
+    if not isinstance(pruner, Pruner) or (pruner.spec.steps, pruner.spec.blocks) != shape:
+        got = 'none' if pruner is None else f'{pruner.spec.steps} x {pruner.spec.blocks}'
+        raise BundleError(
+            f'{folder}: {name}: pruner with tables of {shape[0]} x {shape[1]} expected, got {got}'
+        )
+    return pruner
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train, or go on training, add the pruner to the bundle and compare; returns exit status."""
     args = parse_arguments(arguments)
@@ -280,6 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         sampler, _ = bundle.sampler(args.sampler)
         sparsities = args.sparsities or [sampler.recommended_sparsity]
         _check_sparsities(sparsities, sampler)
+        prior = None if args.prior is None else _prior(args.prior, args.sampler, bundle)
         network = bundle.network.eval().requires_grad_(False)
         bags = find_bags(args.bags)
         topics = Topics.of(network.contract, parse_pairs(args.topic, 'topic: STREAM:=TOPIC'))
@@ -298,13 +358,16 @@ def main(arguments: list[str] | None = None) -> int:
     contract = network.contract
     measure = ActionError(contract.newest_action, contract.action.execute)
     lessons = make_lessons(teacher, sequences)
-    trainer = PrunerTrainer(teacher, sampler, sparsities, lessons, measure, spec)
+    trainer = PrunerTrainer(teacher, sampler, sparsities, lessons, measure, spec, prior)
     args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / 'checkpoint.pt').exists():
-        trainer.restore(torch.load(args.out / 'checkpoint.pt', weights_only=True))
-        print(f'resumed at step {trainer.step}')
+    settings = _settings(args)
     try:
-        _train(trainer, args.out)
+        if (args.out / 'checkpoint.pt').exists():
+            _resume(trainer, args.out, settings)
+        _train(trainer, args.out, settings)
+    except ValueError as error:
+        print(f'train_pruner: {error}', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f'interrupted at step {trainer.step}; run the same command again to go on')
         return 130

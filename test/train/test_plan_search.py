@@ -26,9 +26,9 @@ from tts_policy.train.lessons import (
 )
 from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
+from tts_policy.train.pruner_trainer import plan_table
 from tts_policy.train.reuse_gradient import Flip, flipped, reuse_gradient
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
-from tts_policy.train.train_pruner import plan_table
 
 MEASURE = ActionError(first=1, execute=4)
 DDIM = SchedulerSpec('ddim', 5, 20)

@@ -18,6 +18,7 @@ from tts_policy.core.bundle import load_bundle
 from tts_policy.core.policy import TestTimeSparsePolicy
 from tts_policy.core.pruner import Pruner
 from tts_policy.train import train_policy, train_pruner
+from tts_policy.train.pruner_trainer import PrunerTrainer
 
 SMALL = ['--width', '32', '--layers', '2', '--batch', '4', '--threads', '1', '--held-out', '1']
 
@@ -127,16 +128,16 @@ def test_a_resumed_search_ends_where_an_uninterrupted_one_does(
     assert train_pruner.main(_pruner_command(bags, whole, tmp_path / 'out_whole')) == 0
     resumed = Path(shutil.copytree(bundle, tmp_path / 'resumed'))
     command = _pruner_command(bags, resumed, tmp_path / 'out_resumed')
-    train_step = train_pruner.PrunerTrainer.train_step
+    train_step = PrunerTrainer.train_step
     for stop in (1, 2, 3):
 
-        def interrupted(trainer: train_pruner.PrunerTrainer, stop: int = stop) -> tuple:
+        def interrupted(trainer: PrunerTrainer, stop: int = stop) -> tuple:
             if trainer.step == stop:
                 raise KeyboardInterrupt
             return train_step(trainer)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train_pruner.PrunerTrainer, 'train_step', interrupted)
+            patch.setattr(PrunerTrainer, 'train_step', interrupted)
             assert train_pruner.main(command) == 130
     assert train_pruner.main(command) == 0
     assert torch.equal(_pruner(resumed).tables, _pruner(whole).tables)

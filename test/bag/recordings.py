@@ -35,6 +35,7 @@ class Recording:
     compression: str = 'none'
     image_topic: str = '/camera/image'
     noise: bool = True
+    size: tuple[int, int] = (HEIGHT, WIDTH)
 
     def messages(self) -> Iterator[tuple[str, int, Any]]:
         """Topic, stamp and message, in the order in which they are recorded."""
@@ -74,7 +75,7 @@ class Recording:
 
     def pixels(self, frame: int) -> np.ndarray:
         """Smooth picture [H, W, 3] of a frame, with some noise unless it is for jpeg."""
-        y, x = np.mgrid[:HEIGHT, :WIDTH]
+        y, x = np.mgrid[: self.size[0], : self.size[1]]
         smooth = np.stack([4 * x, 8 * y, 2 * x + 3 * y + 2 * frame], -1)
         grain = np.random.default_rng(frame).integers(0, 20, smooth.shape)
         return (smooth + self.noise * grain).astype(np.uint8)
@@ -87,7 +88,7 @@ class Recording:
             _, data = cv2.imencode(f'.{self.image}', rgb[..., ::-1], options)
             return compressed_image(stamp_ns, self.image, data.ravel())
         return TYPES['sensor_msgs/msg/Image'](
-            header(stamp_ns), HEIGHT, WIDTH, 'rgb8', 0, 3 * WIDTH, rgb.ravel()
+            header(stamp_ns), *self.size, 'rgb8', 0, 3 * self.size[1], rgb.ravel()
         )
 
     def state(self, stamp_ns: int) -> Any:

@@ -58,10 +58,10 @@ def policy(start_process: Callable[..., RosProcess], small_bundle: Path) -> Call
     return start
 
 
-def evaluated(bag: Path, bundle: Path, out: Path) -> tuple[np.ndarray, np.ndarray]:
+def evaluated(bag: Path, bundle: Path, out: Path, *options: str) -> tuple[np.ndarray, np.ndarray]:
     """Stamps [n] and chunks [n, 15, A] of evaluate_bag at the sparsity of the node."""
     arguments = [str(bag), '--bundle', str(bundle), '--out', str(out), '--seed', str(SEED)]
-    assert evaluate_bag.main([*arguments, '--sparsity', str(SPARSITY)]) == 0
+    assert evaluate_bag.main([*arguments, '--sparsity', str(SPARSITY), *options]) == 0
     stamps, actions = [], []
     for path in segments(bag_folder(out, bag)):
         with np.load(path) as data:
@@ -70,18 +70,34 @@ def evaluated(bag: Path, bundle: Path, out: Path) -> tuple[np.ndarray, np.ndarra
     return np.concatenate(stamps), np.concatenate(actions)
 
 
+COMPRESSED = '/camera/image/compressed'
+LARGE_AND_COMPRESSED = (
+    Recording(frames=60, gaps_after=(20, 35), image='png', size=(60, 70), image_topic=COMPRESSED),
+    ['--image-fit', 'crop', '--topic', f'camera:={COMPRESSED}'],
+    {'image_fit': 'crop', 'compressed_cameras': '[camera]'},
+)
+
+
+@pytest.mark.parametrize(
+    ('recording', 'options', 'parameters'),
+    [(Recording(frames=60, gaps_after=(20, 35)), [], {}), LARGE_AND_COMPRESSED],
+    ids=['raw', 'large and compressed'],
+)
 def test_lockstep_play_to_a_live_node_gives_the_bits_of_evaluate_bag(
+    recording: Recording,
+    options: list[str],
+    parameters: dict[str, str],
     tmp_path: Path,
     test_node: Node,
     policy: Callable[..., RosProcess],
     start_process: Callable[..., RosProcess],
     small_bundle: Path,
 ) -> None:
-    bag = Recording(frames=60, gaps_after=(20, 35)).write(tmp_path / 'bag')
-    stamps, actions = evaluated(bag, small_bundle, tmp_path / 'out')
+    bag = recording.write(tmp_path / 'bag')
+    stamps, actions = evaluated(bag, small_bundle, tmp_path / 'out', *options)
     assert len(stamps) == 8
     feeder = Feeder(test_node)
-    policy()
+    policy(**parameters)
     # Its publisher keeps one message only: who listens too late misses the first.
     for topic in ('proposed_trajectory', 'chunk_stats'):
         name = f'/tts_policy/{topic}'

@@ -25,7 +25,11 @@ from tts_policy.bag.reader import BagError, BagReader, find_bags
 from tts_policy.bag.report import write_report
 from tts_policy.bag.samples import Topics
 from tts_policy.bag.summary import read_ticks, summarise, write_csv, write_json
-from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
+from tts_policy.bag.topic_arguments import (
+    add_image_fit_argument,
+    add_topic_argument,
+    parse_pairs,
+)
 from tts_policy.core.policy import TestTimeSparsePolicy
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -75,10 +79,10 @@ def _evaluate(spec: EvaluationSpec, parts: list[Part], args: argparse.Namespace)
     """Run the parts; returns every problem once."""
     outcomes: list[PartOutcome] = []
     with tqdm(
-        total=round(_seconds(parts), 1),
+        total=round(_seconds(parts)),
         unit='s',
         desc='recorded',
-        bar_format='{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]',
+        bar_format='{l_bar}{bar}| {n:.0f}/{total_fmt} s [{elapsed}<{remaining}]',
         mininterval=1,
     ) as bar:
         for outcome in run_parts(spec, parts, args.engine, args.processes, bar.update):
@@ -107,6 +111,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         '(default %(default)s)',
     )
     add_topic_argument(parser)
+    add_image_fit_argument(parser)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--seed', type=int, default=0, help='as the seed of the node')
     parser.add_argument('--threads', type=int, default=1, help='torch threads of a process')
@@ -141,6 +146,7 @@ def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]
         args.threads,
         args.n_execute,
         args.decoder,
+        args.image_fit,
     )
     arms = Arms(spec)
     Topics.of(arms.contract, spec.topics)

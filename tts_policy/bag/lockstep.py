@@ -27,6 +27,7 @@ from tts_policy.bag.replay import ReplaySchedule
 from tts_policy.bag.samples import SampleReader, Topics
 from tts_policy.core.contract import read_contract
 from tts_policy.ros.conversions import seconds_to_ns
+from tts_policy.ros.images import ImageFit
 from tts_policy.ros.observation import WindowSpec
 
 _SETTINGS = (
@@ -38,6 +39,7 @@ _SETTINGS = (
     'gap_limit_s',
     'future_limit_s',
     'max_skew_s',
+    'image_fit',
 )
 # A best-effort subscriber may have missed the clock; saying it again changes nothing.
 CLOCK_AGAIN_S = 1.0
@@ -80,7 +82,13 @@ class LockstepPlayback:
             future_limit_ns=seconds_to_ns(settings['future_limit_s']),
             max_skew_ns=seconds_to_ns(settings['max_skew_s']),
         )
-        self._samples = SampleReader(player.bag, contract, Topics.of(contract, topics))
+        compressed = {key: f'/{key}/image/compressed' for key in settings['compressed_cameras']}
+        self._samples = SampleReader(
+            player.bag,
+            contract,
+            Topics.of(contract, compressed | topics),
+            fit=ImageFit(settings['image_fit']),
+        )
         self._streams = {*self._samples.topics.cameras.values(), self._samples.topics.joints}
         missing = self._streams - set(player.topic_publishers)
         if missing:
@@ -101,11 +109,17 @@ class LockstepPlayback:
 
     def _settings(self) -> dict[str, Any]:
         client = self._player.create_client(GetParameters, f'{self._node}/get_parameters')
-        response = self._call(client, GetParameters.Request(names=list(_SETTINGS)), 'parameters')
-        values = [parameter_value_to_python(value) for value in response.values]
+        values = self._parameters(client, *_SETTINGS)
         if len(values) != len(_SETTINGS):
             raise LockstepError(f'{self._node}: a policy node expected, it lacks its parameters')
-        return dict(zip(_SETTINGS, values, strict=True))
+        # rclpy answers for an array that was never set with nothing at all.
+        compressed = self._parameters(client, 'compressed_cameras')
+        settings = dict(zip(_SETTINGS, values, strict=True))
+        return settings | {'compressed_cameras': compressed[0] if compressed else []}
+
+    def _parameters(self, client: Any, *names: str) -> list[Any]:
+        response = self._call(client, GetParameters.Request(names=list(names)), 'parameters')
+        return [parameter_value_to_python(value) for value in response.values]
 
     def _handled(self) -> None:
         """Return when the node has handled all that was published before."""

@@ -17,13 +17,8 @@ from numpy.typing import NDArray
 from tts_policy.bag.decoding import make_decoder
 from tts_policy.bag.reader import BagError, BagReader, RawMessage
 from tts_policy.core.contract import PolicyContract
-from tts_policy.ros.conversions import (
-    ConversionError,
-    image_to_rgb,
-    joint_positions,
-    time_to_ns,
-)
-from tts_policy.ros.images import compressed_to_rgb
+from tts_policy.ros.conversions import ConversionError, joint_positions, time_to_ns
+from tts_policy.ros.images import ImageFit, compressed_to_rgb, raw_to_rgb
 
 IMAGE = 'sensor_msgs/msg/Image'
 COMPRESSED_IMAGE = 'sensor_msgs/msg/CompressedImage'
@@ -106,6 +101,8 @@ class Refusals:
 class SampleReader:
     """Samples of one bag; topics are checked when it is made. `observe` sees every sample.
 
+    fit: what is done with images of another size than the contract's, as the node's `image_fit`.
+
     Raises
     ------
     BagError
@@ -117,6 +114,7 @@ class SampleReader:
     contract: PolicyContract
     topics: Topics
     decoder: str = 'auto'
+    fit: ImageFit = ImageFit.EXACT
     observe: Callable[[Sample], None] | None = None
     refused: dict[str, Refusals] = field(default_factory=dict)
 
@@ -183,8 +181,8 @@ class SampleReader:
         stamp_ns = time_to_ns(msg.header.stamp)
         if topic in self._camera_of:
             key = self._camera_of[topic]
-            convert = image_to_rgb if raw.msgtype == IMAGE else compressed_to_rgb
-            image = convert(msg, *self._size[key], topic)
+            convert = raw_to_rgb if raw.msgtype == IMAGE else compressed_to_rgb
+            image = convert(msg, *self._size[key], topic, self.fit)
             return Sample(key, stamp_ns, raw.received_ns, image)
         if topic == self.topics.joints:
             values = joint_positions(msg, self._names, topic)

@@ -35,7 +35,11 @@ setup(
         *below_share('launch/*.launch.py', 'config/*', 'models/*/*'),
     ],
     install_requires=['setuptools'],
-    extras_require={'test': ['pytest'], 'ray': ['ray']},
+    extras_require={
+        'test': ['pytest'],
+        'ray': ['ray'],
+        'datasets': ['numcodecs', 'pyarrow', 'av'],
+    },
     zip_safe=False,
     entry_points={
         'console_scripts': [

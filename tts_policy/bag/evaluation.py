@@ -244,7 +244,7 @@ def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
             if episode % part.of == part.index and not files.has(episode):
                 files.add(recorded, arms.act(recorded), camera)
         complete = True
-        problems = _refusals(samples)
+        problems = samples.problems()
         if ticks == 0:
             reason = recorded_ticks.schedule.waiting_for or 'too few messages that fit'
             problems.append(f'{part.bag}: ticks expected, got none: {reason}')
@@ -263,10 +263,3 @@ def _recorded_ticks(samples: SampleReader, spec: EvaluationSpec) -> RecordedTick
     n_execute = spec.n_execute or contract.action.execute
     period_ns = round(contract.observation.period_s * 1e9)
     return RecordedTicks(samples, n_execute * period_ns)
-
-
-def _refusals(samples: SampleReader) -> list[str]:
-    return [
-        f'{samples.bag.path}: {refused.count} messages refused, the first: {refused.reason}'
-        for refused in samples.refused.values()
-    ]

@@ -30,10 +30,12 @@ from tts_policy.bag.topic_arguments import (
     add_topic_argument,
     parse_pairs,
 )
+from tts_policy.core.bundle import load_bundle
 from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.core.pruner import Pruner
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
-TOLERANCE_RAD = 0.015
+TOLERANCE_RAD = 0.01
 
 
 def bag_folder(out: Path, bag: Path) -> Path:
@@ -122,6 +124,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _trained_for(spec: EvaluationSpec) -> list[float | None]:
+    """Sparsity whose table serves each of those asked for; None where the pruner has no tables."""
+    pruner = load_bundle(spec.bundle).sampler(spec.sampler)[1]
+    return [
+        pruner.trained_for(sparsity) if sparsity and isinstance(pruner, Pruner) else None
+        for sparsity in spec.sparsities
+    ]
+
+
 def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]]:
     """Check everything that needs no message; raises ValueError with the reason."""
     if not (args.bundle / 'model.yaml').is_file():
@@ -181,7 +192,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     joints = arms.contract.action.joints
     report = summarise(ticks, spec.sparsities, joints, args.tolerance)
-    report |= {'bags': [str(bag) for bag in bags], 'problems': problems, **spec.to_dict()}
+    for row, trained_for in zip(report['sparsity'].values(), _trained_for(spec), strict=True):
+        row['trained_for'] = trained_for
+    report |= {
+        'bags': [str(bag) for bag in bags],
+        'problems': problems,
+        'left_out': sorted(set(args.sparsity) - set(spec.sparsities)),
+        **spec.to_dict(),
+    }
     write_json(args.out / 'report.json', report)
     write_csv(args.out / 'ticks.csv', ticks, spec.sparsities, report['bags'], joints)
     write_report(args.out, report, ticks, folders, arms.contract)

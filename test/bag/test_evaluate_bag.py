@@ -6,13 +6,25 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import pytest
-from recordings import MS, Recording
+from recordings import (
+    MS,
+    STORE,
+    TYPES,
+    Recording,
+    add_file,
+    compressed_image,
+    make_chunk_bomb,
+    storage_file,
+)
+from rosbags.typesys import get_types_from_msg
 
 from tts_policy.bag import evaluate_bag
 from tts_policy.bag.evaluate_bag import bag_folder
@@ -188,36 +200,104 @@ def test_a_sparsity_above_the_limit_of_the_sampler_is_left_out_and_said(
     status, out = evaluate(bag, extra=('--sparsity', '0', '0.9', '0.95'))
     assert status == 0
     assert 'ddim10 takes at most 0.9: [0.95] left out' in capsys.readouterr().err
-    assert list(json.loads((out / 'report.json').read_text())['sparsity']) == ['0.0', '0.9']
+    report = json.loads((out / 'report.json').read_text())
+    assert list(report['sparsity']) == ['0.0', '0.9'] and report['left_out'] == [0.95]
+    page = (out / 'report.html').read_text()
+    assert '0.95 left out: above what the sampler ddim10 can do.' in page
+
+
+def test_a_sparsity_that_the_pruner_was_not_trained_for_is_served_by_the_nearest_and_said(
+    tmp_path: Path, evaluate: Callable[..., tuple[int, Path]]
+) -> None:
+    bag = Recording(frames=12).write(tmp_path / 'bag')
+    _, out = evaluate(bag, extra=('--sparsity', '0', '0.5', '0.8'))
+    rows = json.loads((out / 'report.json').read_text())['sparsity']
+    assert [row['trained_for'] for row in rows.values()] == [None, 0.8, 0.8]
+    page = (out / 'report.html').read_text()
+    assert 'The pruner was not trained for 0.5: the nearest table serves.' in page
+
+
+def cut_off(path: Path) -> None:
+    file = storage_file(Recording().write(path))
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def without_its_second_file(path: Path) -> None:
+    add_file(Recording().write(path), Recording().write(path.with_name('other')))
+    (path / 'second.mcap').unlink()
+
+
+def of_another_type(path: Path) -> None:
+    """Joint states of a type that only their sender knows."""
+    STORE.register(get_types_from_msg('float64 angle', 'own_msgs/msg/Angle'))
+    angle = TYPES['own_msgs/msg/Angle']
+    messages = [m for m in Recording().messages() if m[0] != '/joint_states']
+    messages += [('/joint_states', stamp, angle(0.5)) for _, stamp, _ in messages]
+    Recording().write(path, messages)
+
+
+def without_images(path: Path) -> None:
+    Recording().write(path, [m for m in Recording().messages() if 'image' not in m[0]])
+
+
+def no_bag_but_a_database(path: Path) -> None:
+    Recording(storage='sqlite3').write(path)
+    storage_file(path).unlink()
+    with sqlite3.connect(path / f'{path.name}.db3') as database:
+        database.execute('CREATE TABLE numbers (name TEXT)')
+
+
+def with_a_chunk_that_expands(path: Path) -> None:
+    make_chunk_bomb(Recording(compression='storage').write(path))
+
+
+def with_images_that_expand(path: Path) -> None:
+    _, huge = cv2.imencode('.png', np.zeros((8000, 8000, 3), np.uint8))
+    messages = list(Recording().messages())
+    for at, (topic, stamp, _) in enumerate(messages):
+        if topic == '/camera/image':
+            messages[at] = (topic, stamp, compressed_image(stamp, 'png', huge.ravel()))
+    Recording().write(path, messages[:40])
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize(
+    ('spoil', 'ticks', 'reason'),
+    [
+        (cut_off, 0, 'an mcap file with its summary at the end expected, it was cut off'),
+        (without_its_second_file, 5, "file 'second.mcap' expected, it is missing"),
+        (of_another_type, 0, 'JointState expected, got own_msgs/msg/Angle'),
+        (lambda path: Recording(image_topic='/other').write(path), 0, "'/camera/image'] expected"),
+        (without_images, 0, "topics ['/camera/image'] expected, got"),
+        (lambda path: Recording(back_after=20).write(path), 3, 'stamps that go forward expected'),
+        (lambda path: Recording(frames=0).write(path), 0, "topics ['/camera/image'] expected"),
+        (lambda path: Recording(frames=1).write(path), 0, 'ticks expected, got none: '),
+        (no_bag_but_a_database, 0, 'missing tables'),
+        (with_a_chunk_that_expands, 0, 'bytes of it, got more'),
+        (with_images_that_expand, 0, 'of 24 x 32 (height x width), got 8000 x 8000'),
+    ],
+)
 def test_damage_is_one_line_and_what_could_be_read_is_reported(
     tmp_path: Path,
     evaluate: Callable[..., tuple[int, Path]],
     capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], object],
+    ticks: int,
+    reason: str,
 ) -> None:
-    good = Recording().write(tmp_path / 'good')
-    back = Recording(back_after=20).write(tmp_path / 'back')
-    blind = Recording(image_topic='/other').write(tmp_path / 'blind')
-    empty = Recording(frames=0).write(tmp_path / 'empty')
-    short = Recording(frames=1).write(tmp_path / 'short')
-    status, out = evaluate(good, back, blind, empty, short)
+    good, bad = Recording().write(tmp_path / 'good'), tmp_path / 'bad'
+    spoil(bad)
+    status, out = evaluate(good, bad)
     assert status == 1
     report = json.loads((out / 'report.json').read_text())
-    assert report['ticks'] == 5 + 3
+    assert report['ticks'] == 5 + ticks
     errors = capsys.readouterr().err
     assert 'Traceback' not in errors
-    for name, reason in (
-        ('back', 'stamps that go forward expected'),
-        ('blind', "topics ['/camera/image'] expected"),
-        ('empty', 'expected'),
-        ('short', 'ticks expected, got none: '),
-    ):
-        lines = [line for line in report['problems'] if str(tmp_path / name) in line]
-        assert len(lines) == 1 and reason in lines[0] and '\n' not in lines[0]
-        assert lines[0] in errors
-    assert evaluate(blind, out='nothing')[0] == 2
+    lines = [line for line in report['problems'] if reason in line]
+    assert len(lines) == 1 and str(bad) in lines[0] and '\n' not in lines[0]
+    assert lines[0] in errors and str(good) not in str(report['problems'])
+    alone = evaluate(bad, out='alone')[0]
+    assert alone == (1 if ticks else 2) and reason in capsys.readouterr().err
 
 
 @pytest.mark.fault

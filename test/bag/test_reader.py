@@ -8,9 +8,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-import yaml
-from backports import zstd
-from recordings import Recording
+from recordings import Recording, add_file, make_chunk_bomb, storage_file
 
 from tts_policy.bag.reader import BagError, BagLimits, BagReader, RawMessage, find_bags
 
@@ -35,19 +33,6 @@ def read(path: Path, **limits: int) -> list[RawMessage]:
     return list(BagReader(path, BagLimits(**limits)).messages())
 
 
-def storage_file(bag: Path) -> Path:
-    return next(path for path in bag.iterdir() if path.suffix != '.yaml')
-
-
-def split(bag: Path, other: Path) -> None:
-    """Make the file of another bag the second one of this."""
-    second = bag / 'second.mcap'
-    shutil.copy(storage_file(other), second)
-    metadata = yaml.safe_load((bag / 'metadata.yaml').read_text())
-    metadata['rosbag2_bagfile_information']['relative_file_paths'].append(second.name)
-    (bag / 'metadata.yaml').write_text(yaml.safe_dump(metadata))
-
-
 @pytest.mark.parametrize(('storage', 'compression'), FORMS)
 def test_every_form_gives_the_same_messages(
     tmp_path: Path, storage: str, compression: str
@@ -68,7 +53,7 @@ def test_a_bare_file_is_a_recording(tmp_path: Path, storage: str) -> None:
 def test_split_files_are_read_one_after_another(tmp_path: Path) -> None:
     bag, other = (RECORDING.write(tmp_path / name) for name in ('bag', 'other'))
     one = read(bag)
-    split(bag, other)
+    add_file(bag, other)
     assert read(bag) == one + one
 
 
@@ -82,7 +67,7 @@ def test_only_the_topics_asked_for_are_read(tmp_path: Path) -> None:
 def test_what_stands_before_a_missing_file_is_read(tmp_path: Path) -> None:
     bag, other = (RECORDING.write(tmp_path / name) for name in ('bag', 'other'))
     whole = read(bag)
-    split(bag, other)
+    add_file(bag, other)
     (bag / 'second.mcap').unlink()
     reader, got = BagReader(bag).messages(), []
     with pytest.raises(BagError, match=r"bag: file 'second.mcap' expected, it is missing"):
@@ -177,20 +162,8 @@ def test_a_chunk_that_holds_more_than_it_says_is_refused_before_it_is_unpacked(
     tmp_path: Path,
 ) -> None:
     bag = write(tmp_path / 'bag', 'mcap', 'storage')
-    reader = BagReader(bag)
-    with reader._open(storage_file(bag)) as storage:
-        chunk = storage.chunks[0]
-    bomb = zstd.compress(bytes(1 << 28), 19)
-    assert len(bomb) < chunk.compressed_size, 'the bomb has to fit into the place of the chunk'
-    # A frame to be skipped fills the rest: its magic, its length, its content.
-    rest = chunk.compressed_size - len(bomb) - 8
-    filler = b'\x50\x2a\x4d\x18' + rest.to_bytes(4, 'little') + bytes(rest)
-    path = storage_file(bag)
-    data = bytearray(path.read_bytes())
-    at = chunk.chunk_start_offset + 9 + 40 + len(chunk.compression)
-    data[at : at + chunk.compressed_size] = bomb + filler
-    path.write_bytes(data)
-    with pytest.raises(BagError, match=rf'expected at most {chunk.uncompressed_size} bytes'):
+    promised = make_chunk_bomb(bag)
+    with pytest.raises(BagError, match=rf'expected at most {promised} bytes'):
         read(bag)
 
 

@@ -27,6 +27,7 @@ from tts_policy.bag.decoding import make_decoder
 from tts_policy.bag.reader import BagError, BagReader, RawMessage
 from tts_policy.bag.replay import RecordedTicks
 from tts_policy.bag.samples import SampleReader, Topics
+from tts_policy.core.policy import TestTimeSparsePolicy
 from tts_policy.ros.observation import ObservationWindow, WindowSpec
 
 if TYPE_CHECKING:
@@ -133,6 +134,30 @@ def test_png_and_another_order_of_joints_change_nothing_and_jpeg_little(
     assert_same_windows(expected, ticks(twin.write(tmp_path / 'png'), small_contract))
     twin = replace(plain, image='jpeg')
     assert_same_windows(expected, ticks(twin.write(tmp_path / 'jpeg'), small_contract), pixels=24)
+
+
+def test_png_and_another_order_of_joints_change_no_chunk_and_jpeg_little(
+    tmp_path: Path, small_bundle: Path
+) -> None:
+    """Chunks [ticks, 15, A] of the raw twin, at a sparsity, are those of png to the bit."""
+    plain = Recording(noise=False)
+    chunks = {}
+    for name, twin in (
+        ('raw', plain),
+        ('png', replace(plain, image='png', joints=JOINTS)),
+        ('jpeg', replace(plain, image='jpeg', joints=JOINTS)),
+    ):
+        policy = TestTimeSparsePolicy.from_bundle(small_bundle, 'ddim10')
+        policy.reset(0)
+        chunks[name] = np.array(
+            [
+                policy.act(tick.scheduled.observation, 0.5).actions
+                for tick in ticks(twin.write(tmp_path / name), policy.contract)
+            ]
+        )
+    np.testing.assert_array_equal(chunks['png'], chunks['raw'])
+    off = np.abs(chunks['jpeg'] - chunks['raw']).max()
+    assert 0 < off < 0.05 * np.ptp(chunks['raw'])
 
 
 def test_other_topic_names_are_given_by_stream(

@@ -12,25 +12,24 @@ import torch
 from bags import MS, Recording
 
 from tts_policy.bag.data_check import DataCheck, describe
-from tts_policy.bag.reader import BagReader
+from tts_policy.bag.reader import BagError, BagReader
 from tts_policy.bag.replay import RecordedTicks
-from tts_policy.bag.samples import SampleReader
-from tts_policy.train.dataset import (
-    BagError,
-    Windows,
-    find_bags,
-    load_windows,
-    read_episode,
-    read_episodes,
-    state_lead_steps,
-)
+from tts_policy.bag.samples import SampleReader, Topics
+from tts_policy.ros.images import ImageFit
+from tts_policy.train.dataset import Episode, Windows, read_episodes, state_lead_steps
+from tts_policy.train.demonstrations import find_demonstrations, load_windows, open_bag
 from tts_policy.train.panda_contract import JOINTS, PANDA_CONTRACT, PANDA_TOPICS
 
 GOOD = Recording()
 
 
-def _read(tmp_path: Path, recording: Recording):
-    return read_episode(recording.write(tmp_path / 'bag'), PANDA_CONTRACT, PANDA_TOPICS)
+def _episodes(bag: Path, topics: Topics = PANDA_TOPICS) -> list[Episode]:
+    return read_episodes(open_bag(bag, PANDA_CONTRACT, topics))
+
+
+def _read(tmp_path: Path, recording: Recording) -> Episode:
+    (episode,) = _episodes(recording.write(tmp_path / 'bag'))
+    return episode
 
 
 def test_streams_are_matched_by_name_and_header_stamp(tmp_path: Path) -> None:
@@ -58,7 +57,7 @@ def test_a_window_takes_the_nearest_joint_state_that_is_not_after_its_tick(tmp_p
 def test_training_windows_are_those_of_the_replayed_node(tmp_path: Path) -> None:
     bag = replace(GOOD, joint_offset_ns=3 * MS).write(tmp_path / 'bag')
     samples = SampleReader(BagReader(bag), PANDA_CONTRACT, PANDA_TOPICS)
-    windows = Windows([read_episode(bag, PANDA_CONTRACT, PANDA_TOPICS)], PANDA_CONTRACT)
+    windows = Windows(_episodes(bag), PANDA_CONTRACT)
     ticks = list(RecordedTicks(samples, 50 * MS))
     assert len(ticks) == len(windows)
     images, joints, _ = windows.gather(torch.arange(len(windows)))
@@ -71,7 +70,7 @@ def test_training_windows_are_those_of_the_replayed_node(tmp_path: Path) -> None
 def test_without_commands_the_states_that_followed_are_the_actions(tmp_path: Path) -> None:
     bag = replace(GOOD, commands=False).write(tmp_path / 'bag')
     topics = replace(PANDA_TOPICS, commands=None)
-    episode = read_episode(bag, PANDA_CONTRACT, topics)
+    (episode,) = _episodes(bag, topics)
     assert state_lead_steps(PANDA_CONTRACT) == 1
     assert np.allclose(episode.actions[0, :8, 0], 1.05 + 0.05 * np.arange(8))
     assert np.isfinite(episode.actions).all()
@@ -79,12 +78,9 @@ def test_without_commands_the_states_that_followed_are_the_actions(tmp_path: Pat
 
 def test_a_lost_frame_costs_its_windows_and_a_gap_ends_the_episode(tmp_path: Path) -> None:
     bag = replace(GOOD, drop_frame=4).write(tmp_path / 'lost')
-    assert len(read_episode(bag, PANDA_CONTRACT, PANDA_TOPICS)) == 9 - 2
+    assert [len(episode) for episode in _episodes(bag)] == [9 - 2]
     bag = replace(GOOD, pause_after=5, frames=12).write(tmp_path / 'gap')
-    episodes = read_episodes(bag, PANDA_CONTRACT, PANDA_TOPICS)
-    assert [len(episode) for episode in episodes] == [5, 5]
-    with pytest.raises(BagError, match='one episode expected, got 2'):
-        read_episode(bag, PANDA_CONTRACT, PANDA_TOPICS)
+    assert [len(episode) for episode in _episodes(bag)] == [5, 5]
 
 
 @pytest.mark.parametrize(
@@ -119,11 +115,13 @@ def test_windows_of_several_episodes_hold_their_own_last_action(tmp_path: Path) 
 
 
 def test_the_data_check_names_gaps_and_the_bag_that_stands_out(tmp_path: Path) -> None:
-    bags = [GOOD.write(tmp_path / f'bag{number}') for number in range(6)]
-    bags.append(replace(GOOD, frames=60).write(tmp_path / 'long'))
-    bags.append(replace(GOOD, drop_frame=4).write(tmp_path / 'lossy'))
+    for number in range(6):
+        GOOD.write(tmp_path / f'bag{number}')
+    replace(GOOD, frames=60).write(tmp_path / 'long')
+    replace(GOOD, drop_frame=4).write(tmp_path / 'lossy')
     check = DataCheck(PANDA_CONTRACT)
-    load_windows(bags, PANDA_CONTRACT, PANDA_TOPICS, progress=False, check=check)
+    found = find_demonstrations([tmp_path], PANDA_CONTRACT, {})
+    load_windows(found, progress=False, check=check)
     report = check.report()
     assert report['bags'] == 8 and report['images'] == {'camera': '96 x 96'}
     assert report['streams']['camera']['rate_hz'] == pytest.approx(20.0)
@@ -138,10 +136,25 @@ def test_the_data_check_names_gaps_and_the_bag_that_stands_out(tmp_path: Path) -
     assert describe(report)[1].startswith('camera: 20.0 Hz')
 
 
-def test_bags_are_found_in_folders_and_their_absence_is_said(tmp_path: Path) -> None:
-    bags = [Recording(frames=2).write(tmp_path / name) for name in ('b', 'a')]
-    assert find_bags([tmp_path]) == sorted(bags)
-    assert find_bags([bags[0]])[0] == bags[0]
+def test_images_of_another_size_are_brought_to_the_contracts(tmp_path: Path) -> None:
+    bag = replace(GOOD, size=64).write(tmp_path / 'bag')
+    samples = open_bag(bag, PANDA_CONTRACT, PANDA_TOPICS, ImageFit.RESIZE)
+    (episode,) = read_episodes(samples)
+    assert episode.images['camera'].shape == (10, 96, 96, 3)
+    assert episode.images['camera'][:, 40, 40, 0].tolist() == list(range(10))
+
+
+def test_a_contract_whose_chunk_starts_at_the_newest_observation_has_no_action_before(
+    tmp_path: Path,
+) -> None:
+    action = replace(PANDA_CONTRACT.action, starts_at_newest=True)
+    contract = replace(PANDA_CONTRACT, action=action)
+    (episode,) = read_episodes(open_bag(GOOD.write(tmp_path / 'bag'), contract, PANDA_TOPICS))
+    assert episode.actions.shape[1] == contract.action.horizon
+    assert np.allclose(episode.actions[0, :3, 0], [1.1, 1.15, 1.2])
+
+
+def test_the_absence_of_demonstrations_is_said(tmp_path: Path) -> None:
     (tmp_path / 'empty').mkdir()
     with pytest.raises(BagError, match='no rosbag2 recording'):
-        find_bags([tmp_path / 'empty'])
+        find_demonstrations([tmp_path / 'empty'], PANDA_CONTRACT, {})

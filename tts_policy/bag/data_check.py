@@ -40,7 +40,7 @@ class _Stream:
 class _BagCheck:
     """What one bag showed."""
 
-    path: Path
+    name: str
     streams: dict[str, _Stream] = field(default_factory=dict)
     low: NDArray[np.float64] | None = None
     high: NDArray[np.float64] | None = None
@@ -60,9 +60,9 @@ class DataCheck:
         self._period_ns = round(contract.observation.period_s * 1e9)
         self._bags: list[_BagCheck] = []
 
-    def begin(self, path: Path) -> None:
+    def begin(self, name: str) -> None:
         """Start the next bag."""
-        self._bags.append(_BagCheck(path))
+        self._bags.append(_BagCheck(name))
 
     def add(self, sample: Sample) -> None:
         """Take one sample of the bag begun last."""
@@ -145,7 +145,7 @@ class DataCheck:
                 gaps = int((steps > 1.5 * self._period_ns).sum())
                 if gaps:
                     findings.append(
-                        f'{bag.path}: {key}: {gaps} gaps of more than 1.5 periods, the largest '
+                        f'{bag.name}: {key}: {gaps} gaps of more than 1.5 periods, the largest '
                         f'{steps.max() * 1e-9:.3f} s: their windows are left out'
                     )
             images = sum(len(s.stamps) for key, s in bag.streams.items() if key != 'joints')
@@ -154,7 +154,7 @@ class DataCheck:
                 (bag.flat, 'of one colour'),
             ):
                 if count > 0.05 * max(images, 1):
-                    findings.append(f'{bag.path}: {count} of {images} images are {what}')
+                    findings.append(f'{bag.name}: {count} of {images} images are {what}')
         return findings + self._outliers()
 
     def _outliers(self) -> list[str]:
@@ -180,7 +180,7 @@ class DataCheck:
                 continue
             for at in standing_out:
                 findings.append(
-                    f'{self._bags[at].path}: {what} is {column[at]:.3f}, median of all '
+                    f'{self._bags[at].name}: {what} is {column[at]:.3f}, median of all '
                     f'{len(column)} bags {centre:.3f}'
                 )
         return findings

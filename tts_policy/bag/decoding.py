@@ -6,7 +6,6 @@ Both give messages with the same fields, and everything downstream takes either.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from rosbags.typesys import (
     get_typestore,
 )
 
+from tts_policy.bag.message_types import message_class
 from tts_policy.bag.reader import BagError, BagReader, RawMessage
 
 DECODERS = ('auto', 'rclpy', 'rosbags')
@@ -44,7 +44,7 @@ def make_decoder(reader: BagReader, topics: list[str], kind: str = 'auto') -> De
         return _rosbags_decoder(reader, types)
     try:
         return _rclpy_decoder(reader, types)
-    except (ImportError, AttributeError, ValueError) as error:
+    except ImportError as error:
         if kind == 'rclpy':
             raise BagError(f'{reader.path}: {error}') from None
         return _rosbags_decoder(reader, types)
@@ -53,10 +53,7 @@ def make_decoder(reader: BagReader, topics: list[str], kind: str = 'auto') -> De
 def _rclpy_decoder(reader: BagReader, types: set[str]) -> Decode:
     from rclpy.serialization import deserialize_message
 
-    classes = {}
-    for msgtype in types:
-        package, _, name = msgtype.partition('/msg/')
-        classes[msgtype] = getattr(importlib.import_module(f'{package}.msg'), name)
+    classes = {msgtype: message_class(msgtype) for msgtype in types}
 
     def decode(message: RawMessage) -> Any:
         try:

@@ -25,11 +25,17 @@ from tts_policy.bag.reader import BagError, BagReader, find_bags
 from tts_policy.bag.report import write_report
 from tts_policy.bag.samples import Topics
 from tts_policy.bag.summary import read_ticks, summarise, write_csv, write_json
-from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
+from tts_policy.bag.topic_arguments import (
+    add_image_fit_argument,
+    add_topic_argument,
+    parse_pairs,
+)
+from tts_policy.core.bundle import load_bundle
 from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.core.pruner import Pruner
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
-TOLERANCE_RAD = 0.015
+TOLERANCE_RAD = 0.012
 
 
 def bag_folder(out: Path, bag: Path) -> Path:
@@ -75,10 +81,10 @@ def _evaluate(spec: EvaluationSpec, parts: list[Part], args: argparse.Namespace)
     """Run the parts; returns every problem once."""
     outcomes: list[PartOutcome] = []
     with tqdm(
-        total=round(_seconds(parts), 1),
+        total=round(_seconds(parts)),
         unit='s',
         desc='recorded',
-        bar_format='{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]',
+        bar_format='{l_bar}{bar}| {n:.0f}/{total_fmt} s [{elapsed}<{remaining}]',
         mininterval=1,
     ) as bar:
         for outcome in run_parts(spec, parts, args.engine, args.processes, bar.update):
@@ -107,6 +113,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         '(default %(default)s)',
     )
     add_topic_argument(parser)
+    add_image_fit_argument(parser)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--seed', type=int, default=0, help='as the seed of the node')
     parser.add_argument('--threads', type=int, default=1, help='torch threads of a process')
@@ -115,6 +122,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--processes', type=int, default=1)
     parser.add_argument('--engine', choices=ENGINES, default='local')
     return parser.parse_args(arguments)
+
+
+def _trained_for(spec: EvaluationSpec) -> list[float | None]:
+    """Sparsity whose table serves each of those asked for; None where the pruner has no tables."""
+    pruner = load_bundle(spec.bundle).sampler(spec.sampler)[1]
+    return [
+        pruner.trained_for(sparsity) if sparsity and isinstance(pruner, Pruner) else None
+        for sparsity in spec.sparsities
+    ]
 
 
 def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]]:
@@ -141,6 +157,7 @@ def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]
         args.threads,
         args.n_execute,
         args.decoder,
+        args.image_fit,
     )
     arms = Arms(spec)
     Topics.of(arms.contract, spec.topics)
@@ -175,7 +192,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     joints = arms.contract.action.joints
     report = summarise(ticks, spec.sparsities, joints, args.tolerance)
-    report |= {'bags': [str(bag) for bag in bags], 'problems': problems, **spec.to_dict()}
+    for row, trained_for in zip(report['sparsity'].values(), _trained_for(spec), strict=True):
+        row['trained_for'] = trained_for
+    report |= {
+        'bags': [str(bag) for bag in bags],
+        'problems': problems,
+        'left_out': sorted(set(args.sparsity) - set(spec.sparsities)),
+        **spec.to_dict(),
+    }
     write_json(args.out / 'report.json', report)
     write_csv(args.out / 'ticks.csv', ticks, spec.sparsities, report['bags'], joints)
     write_report(args.out, report, ticks, folders, arms.contract)

@@ -26,6 +26,7 @@ from tts_policy.bag.samples import SampleReader, Topics
 from tts_policy.core.bundle import bundle_digest
 from tts_policy.core.contract import PolicyContract
 from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
+from tts_policy.ros.images import ImageFit
 
 SEGMENT_TICKS = 200
 WORST_PER_SEGMENT = 4
@@ -47,6 +48,7 @@ class EvaluationSpec:
     threads: int = 1
     n_execute: int = 0
     decoder: str = 'auto'
+    image_fit: str = ImageFit.EXACT.value
     limits: BagLimits = field(default_factory=BagLimits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,6 +61,7 @@ class EvaluationSpec:
             'device': self.device,
             'seed': self.seed,
             'n_execute': self.n_execute,
+            'image_fit': self.image_fit,
         }
 
 
@@ -228,6 +231,7 @@ def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
             arms.contract,
             Topics.of(arms.contract, spec.topics),
             spec.decoder,
+            ImageFit(spec.image_fit),
         )
         recorded_ticks = _recorded_ticks(samples, spec)
         camera = next(iter(samples.topics.cameras), None)
@@ -240,7 +244,7 @@ def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
             if episode % part.of == part.index and not files.has(episode):
                 files.add(recorded, arms.act(recorded), camera)
         complete = True
-        problems = _refusals(samples)
+        problems = samples.problems()
         if ticks == 0:
             reason = recorded_ticks.schedule.waiting_for or 'too few messages that fit'
             problems.append(f'{part.bag}: ticks expected, got none: {reason}')
@@ -259,10 +263,3 @@ def _recorded_ticks(samples: SampleReader, spec: EvaluationSpec) -> RecordedTick
     n_execute = spec.n_execute or contract.action.execute
     period_ns = round(contract.observation.period_s * 1e9)
     return RecordedTicks(samples, n_execute * period_ns)
-
-
-def _refusals(samples: SampleReader) -> list[str]:
-    return [
-        f'{samples.bag.path}: {refused.count} messages refused, the first: {refused.reason}'
-        for refused in samples.refused.values()
-    ]

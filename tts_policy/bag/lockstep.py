@@ -27,7 +27,8 @@ from tts_policy.bag.replay import ReplaySchedule
 from tts_policy.bag.samples import SampleReader, Topics
 from tts_policy.core.contract import read_contract
 from tts_policy.ros.conversions import seconds_to_ns
-from tts_policy.ros.observation import WindowSpec
+from tts_policy.ros.interface import compressed_topic
+from tts_policy.ros.parameters import Settings, sensor_options, window_spec
 
 _SETTINGS = (
     'use_sim_time',
@@ -38,6 +39,8 @@ _SETTINGS = (
     'gap_limit_s',
     'future_limit_s',
     'max_skew_s',
+    'image_fit',
+    'reliable_sensors',
 )
 # A best-effort subscriber may have missed the clock; saying it again changes nothing.
 CLOCK_AGAIN_S = 1.0
@@ -72,15 +75,11 @@ class LockstepPlayback:
         contract = read_contract(Path(settings['bundle']) / 'model.yaml')
         n_execute = settings['n_execute'] or contract.action.execute
         self._interval_ns = n_execute * seconds_to_ns(contract.observation.period_s)
-        self._spec = WindowSpec.of(
-            contract.observation,
-            tolerance_ns=seconds_to_ns(settings['sample_tolerance_s']),
-            max_age_ns=seconds_to_ns(settings['max_observation_age_s']),
-            gap_limit_ns=seconds_to_ns(settings['gap_limit_s']),
-            future_limit_ns=seconds_to_ns(settings['future_limit_s']),
-            max_skew_ns=seconds_to_ns(settings['max_skew_s']),
+        self._spec, sensors = window_spec(settings, contract), sensor_options(settings)
+        compressed = {key: f'/{compressed_topic(key)}' for key in sensors.compressed}
+        self._samples = SampleReader(
+            player.bag, contract, Topics.of(contract, compressed | topics), fit=sensors.fit
         )
-        self._samples = SampleReader(player.bag, contract, Topics.of(contract, topics))
         self._streams = {*self._samples.topics.cameras.values(), self._samples.topics.joints}
         missing = self._streams - set(player.topic_publishers)
         if missing:
@@ -99,13 +98,19 @@ class LockstepPlayback:
         self._wait(future.done, what)
         return future.result()
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Settings:
         client = self._player.create_client(GetParameters, f'{self._node}/get_parameters')
-        response = self._call(client, GetParameters.Request(names=list(_SETTINGS)), 'parameters')
-        values = [parameter_value_to_python(value) for value in response.values]
+        values = self._parameters(client, *_SETTINGS)
         if len(values) != len(_SETTINGS):
             raise LockstepError(f'{self._node}: a policy node expected, it lacks its parameters')
-        return dict(zip(_SETTINGS, values, strict=True))
+        # rclpy answers for an array that was never set with nothing at all.
+        compressed = self._parameters(client, 'compressed_cameras')
+        settings = dict(zip(_SETTINGS, values, strict=True))
+        return Settings(settings | {'compressed_cameras': compressed[0] if compressed else None})
+
+    def _parameters(self, client: Any, *names: str) -> list[Any]:
+        response = self._call(client, GetParameters.Request(names=list(names)), 'parameters')
+        return [parameter_value_to_python(value) for value in response.values]
 
     def _handled(self) -> None:
         """Return when the node has handled all that was published before."""

@@ -65,6 +65,7 @@ def _play(args: argparse.Namespace, stopped: threading.Event) -> int:
         playback.play(stopped.is_set)
         while args.loop and not stopped.is_set():
             playback.play(stopped.is_set)
+        player.deliver()
         player.get_logger().info(f'{player.published} messages published')
         return 130 if stopped.is_set() else 0
     finally:

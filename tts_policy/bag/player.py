@@ -7,11 +7,11 @@ In paced playing /clock follows the times at which messages were received, at a 
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from rclpy.duration import Duration
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.publisher import Publisher
@@ -19,12 +19,16 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from std_srvs.srv import Trigger
 
+from tts_policy.bag.message_types import message_class
 from tts_policy.bag.reader import BagError, BagReader, RawMessage
 from tts_policy.ros.conversions import ns_to_time
 
 CLOCK_TOPIC = '/clock'
 # Shortest nap between two looks at the services while nothing is due.
 NAP_S = 0.02
+# Messages of a topic that may be on their way, and how long its end waits for the last of them.
+QUEUE = 100
+DELIVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,9 @@ class BagPlayer(Node):
         if topic == CLOCK_TOPIC or own:
             return
         summary = self.bag.topics[topic]
-        package, _, kind_name = summary.msgtype.partition('/msg/')
         try:
-            kind = getattr(importlib.import_module(f'{package}.msg'), kind_name)
-        except (ImportError, AttributeError, ValueError) as error:
+            kind = message_class(summary.msgtype)
+        except ImportError as error:
             if self.spec.topics is not None:
                 raise BagError(f'{topic}: type {summary.msgtype!r}: {error}') from None
             self.get_logger().warning(f'{topic} is left out: {summary.msgtype}: {error}')
@@ -87,7 +90,9 @@ class BagPlayer(Node):
         durability = DurabilityPolicy.VOLATILE
         if summary.latched:
             durability = DurabilityPolicy.TRANSIENT_LOCAL
-        qos = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=durability)
+        qos = QoSProfile(
+            depth=QUEUE, reliability=ReliabilityPolicy.RELIABLE, durability=durability
+        )
         self.topic_publishers[topic] = self.create_publisher(kind, name, qos)
 
     def _pause_service(self, paused: bool) -> Callable[..., Trigger.Response]:
@@ -125,6 +130,13 @@ class BagPlayer(Node):
                 return False
             self.serve(NAP_S)
         return True
+
+    def deliver(self) -> None:
+        """Wait until whoever listens has the last messages, but not for ever."""
+        end_s = time.monotonic() + DELIVERY_S
+        for publisher in self.topic_publishers.values():
+            left_s = max(0.0, end_s - time.monotonic())
+            publisher.wait_for_all_acked(Duration(seconds=left_s))
 
     def close(self) -> None:
         """Free the node."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
+import cv2
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,12 @@ from tts_policy.core.plan import Reuse
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
 # Distinguishable with every common colour blindness (Okabe and Ito).
 REUSE_COLOURS = ('#000000', '#56b4e9', '#e69f00', '#cc79a7')
+MAP_ROWS = 300
 SPARSE, DENSE, RECORDED = '#d55e00', '#0072b2', '#999999'
 
 
@@ -52,13 +54,24 @@ def error_against_sparsity(report: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def error_over_time(ticks: Ticks, sparsities: Sequence[float]) -> bytes:
-    """L1 error of every tick, one line per sparsity; bags and episodes one after another."""
-    figure, axes = plt.subplots(figsize=(10, 3))
+def error_of_ticks(ticks: Ticks, sparsities: Sequence[float], tolerance: float) -> bytes:
+    """Share of ticks below an error, and mean error over the ticks of an episode, per sparsity."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+    errors, steady, since_reset = ticks.l1.mean(-1), ticks.steady, ticks.since_reset
+    count = np.bincount(since_reset)
     for at, sparsity in enumerate(sparsities):
-        axes.plot(ticks.l1[:, at].mean(-1), lw=0.9, label=f'{sparsity:g}')
-    axes.set(xlabel='tick', ylabel='L1 to dense, rad', xlim=(0, max(1, len(ticks) - 1)))
-    axes.legend(title='sparsity', ncols=2, fontsize='small')
+        ordered = np.sort(errors[steady, at])
+        share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
+        (line,) = left.step(ordered, share, where='post', label=f'{sparsity:g}')
+        mean = np.bincount(since_reset, errors[:, at]) / np.maximum(count, 1)
+        right.plot(mean, '.-', lw=0.9, color=line.get_color(), label=f'{sparsity:g}')
+    left.axvline(tolerance, color='k', ls=':')
+    left.axhline(95, color='k', ls=':')
+    left.set(xlabel='L1 to dense, rad', ylabel='ticks below it, %', xlim=(0, None))
+    left.locator_params(axis='x', nbins=6)
+    left.legend(title='sparsity', loc='lower right', fontsize='small')
+    right.set(xlabel='tick of its episode', ylabel='mean L1 to dense, rad', ylim=(0, None))
+    figure.tight_layout()
     return _png(figure)
 
 
@@ -100,16 +113,21 @@ def joint_curves(
 
 
 def plan_heat_map(plans: NDArray[np.int8]) -> bytes:
-    """Classes of every cell (rows, step-major) at every tick (columns); plans [ticks, K, N]."""
+    """Classes of every cell (rows, step-major) at every tick (columns); plans [ticks, K, N].
+
+    Where there are more cells than rows to show, a row has the mean colour of its cells.
+    """
     ticks, steps, blocks = plans.shape
+    palette = np.array([to_rgb(colour) for colour in REUSE_COLOURS], np.float32)
+    cells = palette[plans.reshape(ticks, -1).T]
+    if len(cells) > MAP_ROWS:
+        cells = cv2.resize(cells, (ticks, MAP_ROWS), interpolation=cv2.INTER_AREA)
     figure, axes = plt.subplots(figsize=(10, 3.6))
     axes.imshow(
-        plans.reshape(ticks, -1).T,
+        cells,
         aspect='auto',
         interpolation='nearest',
-        cmap=ListedColormap(list(REUSE_COLOURS)),
-        vmin=0,
-        vmax=len(Reuse) - 1,
+        extent=(-0.5, ticks - 0.5, steps * blocks - 0.5, -0.5),
     )
     every = max(1, steps // 10)
     axes.set_yticks(np.arange(0, steps, every) * blocks, [str(s) for s in range(0, steps, every)])

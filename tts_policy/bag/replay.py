@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tts_policy.bag.reader import BagError
-from tts_policy.bag.samples import Command, Sample, SampleReader
+from tts_policy.bag.samples import Command, Sample, SampleSource
 from tts_policy.core.contract import PolicyContract
 from tts_policy.ros.observation import Arrival, ObservationWindow, WindowSpec
 from tts_policy.ros.ticks import ScheduledTick, TickSchedule
@@ -149,16 +149,20 @@ class ReplaySchedule:
 
 
 class RecordedTicks:
-    """Iterates over the ticks of a recording, `interval_ns` apart, in bounded memory."""
+    """Iterates over the ticks of a recording, `interval_ns` apart, in bounded memory.
+
+    `observe` sees every sample.
+    """
 
     def __init__(
         self,
-        samples: SampleReader,
+        samples: SampleSource,
         interval_ns: int,
         spec: WindowSpec | None = None,
         future: RecordedFuture | None = None,
+        observe: Callable[[Sample], None] | None = None,
     ) -> None:
-        self.samples = samples
+        self.samples, self._observe = samples, observe
         self._future = future or RecordedFuture(samples.contract, samples.has_commands)
         self.schedule = ReplaySchedule(
             spec or WindowSpec.of(samples.contract.observation), interval_ns
@@ -178,6 +182,8 @@ class RecordedTicks:
         damage: BagError | None = None
         try:
             for sample in self.samples:
+                if self._observe is not None:
+                    self._observe(sample)
                 future.add(sample)
                 waiting.extend(self._add(sample))
                 while waiting and future.known(waiting[0].stamp_ns, self.schedule.now_ns):
@@ -193,7 +199,7 @@ class RecordedTicks:
         try:
             return self.schedule.add(sample)
         except ValueError as error:
-            raise BagError(f'{self.samples.bag.path}: {error}') from None
+            raise BagError(f'{self.samples.name}: {error}') from None
 
     def _recorded(self, tick: ScheduledTick) -> RecordedTick:
         recorded = RecordedTick(tick, self._future.around(tick.stamp_ns))

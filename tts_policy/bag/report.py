@@ -25,7 +25,8 @@ tr.knee { background: #fff3d6; font-weight: 600; }
 .bad { color: #a40000; }
 img { max-width: 100%; }
 figure { display: inline-block; margin: .4em; vertical-align: top; }
-figcaption { font-size: .85em; max-width: 22em; }
+figcaption { font-size: .85em; max-width: 19em; }
+figure img { width: 16em; image-rendering: pixelated; }
 """
 
 
@@ -54,9 +55,11 @@ def _sparsity_table(report: dict[str, Any]) -> str:
         rows.append(
             [
                 sparsity,
+                _show(row['trained_for'], 'g'),
                 _show(row['l1_mean_rad']),
                 _show(row['l1_p95_rad']),
-                _show(row['max_rad']),
+                _show(row['max_p95_rad'], '.3f'),
+                _show(row['max_rad'], '.3f'),
                 _show(row['recorded_l1_rad']),
                 f'{100 * row["realised_sparsity"]:.1f} %',
                 f'{100 * row["flops_ratio"]:.1f} %',
@@ -65,9 +68,26 @@ def _sparsity_table(report: dict[str, Any]) -> str:
                 row['oldest_rollout_ticks'],
             ]
         )
-    header = ['sparsity', 'L1 mean', 'L1 95th', 'max', 'L1 to recorded', 'realised', 'FLOPs']
-    header += ['latency ms', 'compute / forward / timestep / rollout %', 'oldest rollout']
+    header = ['sparsity', 'trained for', 'L1 mean', 'L1 95th', 'max 95th', 'max']
+    header += ['L1 to recorded', 'realised', 'FLOPs', 'latency ms']
+    header += ['compute / forward / timestep / rollout %', 'oldest rollout']
     return _table(header, rows, marked)
+
+
+def _served(report: dict[str, Any]) -> str:
+    """What the pruner was trained for, and what its sampler cannot do."""
+    others = [
+        f'{float(s):g}'
+        for s, row in report['sparsity'].items()
+        if row['trained_for'] not in (None, float(s))
+    ]
+    text = ''
+    if others:
+        text += f'The pruner was not trained for {", ".join(others)}: the nearest table serves. '
+    if report['left_out']:
+        asked = ', '.join(f'{s:g}' for s in report['left_out'])
+        text += f'{asked} left out: above what the sampler {report["sampler"]} can do.'
+    return f'<p>{escape(text)}</p>' if text else ''
 
 
 def _joint_table(report: dict[str, Any]) -> str:
@@ -149,11 +169,17 @@ def write_report(
         f'<h2>Problems</h2><ul>{problems}</ul>' if problems else '',
         '<h2>Sparse against dense</h2>',
         _sparsity_table(report),
-        '<p>Errors in rad (m for a finger) over all set-points of a chunk, same noise in every '
-        'arm. The first tick of an episode is dense in every arm: it is left out of errors, '
+        _served(report),
+        '<p>Errors in rad (m for a finger), same noise in every arm: L1 is the mean over the '
+        'set-points of a chunk and the joints, max the largest of them, 95th the 95th percentile '
+        'over ticks. '
+        'The first tick of an episode is dense in every arm: it is left out of errors, '
         'realised sparsity, FLOPs and latency.</p>',
         _image(plots.error_against_sparsity(report), 'error and cost against sparsity'),
-        _image(plots.error_over_time(ticks, sparsities), 'error of every tick'),
+        _image(
+            plots.error_of_ticks(ticks, sparsities, report['tolerance_rad']),
+            'distribution of errors, and errors over the ticks of an episode',
+        ),
         _joint_table(report),
     ]
     if shown is not None:

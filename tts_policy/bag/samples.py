@@ -7,9 +7,9 @@ nanoseconds of the clock that made them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,8 @@ from numpy.typing import NDArray
 from tts_policy.bag.decoding import make_decoder
 from tts_policy.bag.reader import BagError, BagReader, RawMessage
 from tts_policy.core.contract import PolicyContract
-from tts_policy.ros.conversions import (
-    ConversionError,
-    image_to_rgb,
-    joint_positions,
-    time_to_ns,
-)
-from tts_policy.ros.images import compressed_to_rgb
+from tts_policy.ros.conversions import ConversionError, joint_positions, time_to_ns
+from tts_policy.ros.images import ImageFit, compressed_to_rgb, raw_to_rgb
 
 IMAGE = 'sensor_msgs/msg/Image'
 COMPRESSED_IMAGE = 'sensor_msgs/msg/CompressedImage'
@@ -94,6 +89,28 @@ class Sample:
     command: Command | None = None
 
 
+class SampleSource(Protocol):
+    """Where samples come from: a recording, or an episode of somebody's data set."""
+
+    @property
+    def name(self) -> str:
+        """What problems are reported of."""
+
+    @property
+    def contract(self) -> PolicyContract:
+        """What the samples were converted for."""
+
+    @property
+    def has_commands(self) -> bool:
+        """Whether there are samples of commands."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples in the order in which they came; BagError where there is damage."""
+
+    def problems(self) -> list[str]:
+        """One line for everything that did not fit, once all samples were read."""
+
+
 @dataclass
 class Refusals:
     """Messages of one topic that did not fit, and why the first one did not."""
@@ -104,7 +121,9 @@ class Refusals:
 
 @dataclass
 class SampleReader:
-    """Samples of one bag; topics are checked when it is made. `observe` sees every sample.
+    """Samples of one bag; topics are checked when it is made.
+
+    fit: what is done with images of another size than the contract's, as the node's `image_fit`.
 
     Raises
     ------
@@ -117,7 +136,7 @@ class SampleReader:
     contract: PolicyContract
     topics: Topics
     decoder: str = 'auto'
-    observe: Callable[[Sample], None] | None = None
+    fit: ImageFit = ImageFit.EXACT
     refused: dict[str, Refusals] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,9 +181,19 @@ class SampleReader:
         for raw in self.bag.messages(self._wanted):
             sample = self.convert(raw)
             if sample is not None:
-                if self.observe is not None:
-                    self.observe(sample)
                 yield sample
+
+    @property
+    def name(self) -> str:
+        """Where the bag lies."""
+        return str(self.bag.path)
+
+    def problems(self) -> list[str]:
+        """Messages that did not fit, a line for every topic."""
+        return [
+            f'{self.name}: {refused.count} messages do not fit, the first: {refused.reason}'
+            for refused in self.refused.values()
+        ]
 
     def convert(self, raw: RawMessage) -> Sample | None:
         """Sample of one message; None, counted and with its reason kept, if it does not fit."""
@@ -183,8 +212,8 @@ class SampleReader:
         stamp_ns = time_to_ns(msg.header.stamp)
         if topic in self._camera_of:
             key = self._camera_of[topic]
-            convert = image_to_rgb if raw.msgtype == IMAGE else compressed_to_rgb
-            image = convert(msg, *self._size[key], topic)
+            convert = raw_to_rgb if raw.msgtype == IMAGE else compressed_to_rgb
+            image = convert(msg, *self._size[key], topic, self.fit)
             return Sample(key, stamp_ns, raw.received_ns, image)
         if topic == self.topics.joints:
             values = joint_positions(msg, self._names, topic)

@@ -58,6 +58,12 @@ class Ticks:
         return len(self.stamp_ns)
 
     @property
+    def since_reset(self) -> NDArray[np.int64]:
+        """How many ticks of its episode came before each tick."""
+        rows = np.arange(len(self))
+        return rows - np.maximum.accumulate(np.where(self.first, rows, 0))
+
+    @property
     def steady(self) -> NDArray[np.bool_]:
         """Ticks that summaries are made of."""
         return ~self.first if (~self.first).any() else np.ones(len(self), bool)
@@ -140,6 +146,7 @@ def summarise(
     steady = ticks.steady
     per_tick = ticks.l1[steady].mean(-1)
     p95 = np.percentile(per_tick, 95, axis=0)
+    max_p95 = np.percentile(ticks.maximum[steady].max(-1), 95, axis=0)
     ratios = ticks.flops / ticks.dense_flops
     rows = {}
     for at, sparsity in enumerate(sparsities):
@@ -148,6 +155,7 @@ def summarise(
             'l1_mean_rad': float(per_tick[:, at].mean()),
             'l1_p95_rad': float(p95[at]),
             'max_rad': float(ticks.maximum[:, at].max()),
+            'max_p95_rad': float(max_p95[at]),
             'flops_ratio': float(ratios[steady, 1 + at].mean()),
             'flops_ratio_episode': float(ratios[:, 1 + at].mean()),
             'latency_ms': float(np.median(latency_ms)),

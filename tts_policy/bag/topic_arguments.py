@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NAME:=TOPIC arguments, written as in ROS remapping."""
+"""Arguments that say what a recording holds: NAME:=TOPIC pairs as in ROS, and image sizes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 
 from tts_policy.bag.reader import BagError
+from tts_policy.ros.images import ImageFit
 
 
 def parse_pairs(pairs: Sequence[str], expected: str) -> dict[str, str]:
@@ -29,4 +30,15 @@ def add_topic_argument(parser: argparse.ArgumentParser) -> None:
         metavar='STREAM:=TOPIC',
         help='recorded topic of a camera key, of joints or of commands (empty for none), or a '
         'topic each of whose messages begins an episode, as cut',
+    )
+
+
+def add_image_fit_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --image-fit, the node's parameter of that name."""
+    parser.add_argument(
+        '--image-fit',
+        choices=[fit.value for fit in ImageFit],
+        default=ImageFit.EXACT.value,
+        help='images of another size than the contract: refused, scaled, or cropped and scaled '
+        '(default: %(default)s)',
     )

@@ -107,10 +107,13 @@ class Pruner(PlanPruner):
         """Gates [K, H] of the time tokens [K, D]; they depend on the step alone."""
         return self.gate(time_tokens)
 
+    def trained_for(self, sparsity: float) -> float:
+        """Sparsity whose table serves another: the nearest; of two as near, the sparser one."""
+        return min(self.spec.sparsities, key=lambda known: (abs(known - sparsity), -known))
+
     def table(self, sparsity: float) -> Tensor:
-        """Table [K, N, 4] of the nearest sparsity; of two as near, the sparser one's."""
-        known = self.spec.sparsities
-        return self.tables[min(range(len(known)), key=lambda n: (abs(known[n] - sparsity), -n))]
+        """Table [K, N, 4] that serves a sparsity."""
+        return self.tables[self.spec.sparsities.index(self.trained_for(sparsity))]
 
     def forward(self, gates: Tensor, observation_tokens: Tensor, sparsity: float) -> Tensor:
         """Logits [B, K, N, 4] from folded gates [K, H] and observation tokens [B, To, D]."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from tts_policy.ros.conversions import ConversionError
+from tts_policy.ros.conversions import ConversionError, image_to_rgb
 
 if TYPE_CHECKING:
-    from sensor_msgs.msg import CompressedImage
+    from sensor_msgs.msg import CompressedImage, Image
 
 # Pixels a side that are decoded at most, where another size than the model's is accepted.
 MAX_SIDE = 4096
@@ -51,6 +51,27 @@ def encoded_size(data: bytes) -> tuple[int, int] | None:
         # A fill byte stands alone, every other segment before the frame tells its length.
         at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
     return None
+
+
+def raw_to_rgb(
+    msg: Image, height: int, width: int, topic: str, fit: ImageFit = ImageFit.EXACT
+) -> np.ndarray:
+    """Pixels of an 8-bit image as RGB, brought to the size asked for where `fit` allows it.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8 [height, width, 3]; it may share memory with the message.
+
+    Raises
+    ------
+    ConversionError
+        for another encoding, a size that is not accepted, or too few bytes.
+
+    """
+    size = (msg.height, msg.width)
+    check_size(size, height, width, topic, fit)
+    return fit_image(image_to_rgb(msg, *size, topic), height, width, fit)
 
 
 def compressed_to_rgb(

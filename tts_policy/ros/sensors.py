@@ -11,13 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tts_policy.ros.conversions import (
-    ConversionError,
-    image_to_rgb,
-    joint_positions,
-    time_to_ns,
-)
-from tts_policy.ros.images import ImageFit, check_size, compressed_to_rgb, fit_image
+from tts_policy.ros.conversions import ConversionError, joint_positions, time_to_ns
+from tts_policy.ros.images import ImageFit, compressed_to_rgb, raw_to_rgb
 from tts_policy.ros.interface import (
     COMPRESSED_IMAGE,
     IMAGE,
@@ -109,14 +104,11 @@ class Sensors:
 
     def _on_image(self, camera: CameraSpec, msg: Image) -> None:
         topic = camera_topic(camera.key)
-        size = (msg.height, msg.width)
         try:
-            check_size(size, camera.height, camera.width, topic, self._fit)
-            image = image_to_rgb(msg, *size, topic)
+            image = raw_to_rgb(msg, camera.height, camera.width, topic, self._fit)
         except ConversionError as error:
             self._receiver.on_refused(topic, error)
             return
-        image = fit_image(image, camera.height, camera.width, self._fit)
         self._receiver.on_sample(camera.key, topic, time_to_ns(msg.header.stamp), image)
 
     def _on_compressed(self, camera: CameraSpec, msg: CompressedImage) -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rosbag2 recordings to training windows, as the live node would have seen them.
+"""Recordings to training windows, as the live node would have seen them.
 
 A window is made at every period at which the node could tick; window and rhythm are those of the
-node's own code. A bag is an episode, cut where the stamps have a gap or a topic says so. Windows
-are never padded: where the node would have waited, there is none. Past the end of an episode the
-last action is held. Without recorded commands the actions are the joint states that followed.
+node's own code. A recording is an episode, cut where the stamps have a gap or a topic says so.
+Windows are never padded: where the node would have waited, there is none. Past the end of an
+episode the last action is held. Without recorded commands the actions are the joint states that
+followed.
 """
 
 from __future__ import annotations
@@ -12,31 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from tts_policy.bag.data_check import DataCheck
-from tts_policy.bag.reader import BagError, BagReader, find_bags
+from tts_policy.bag.reader import BagError
 from tts_policy.bag.replay import RecordedFuture, RecordedTick, RecordedTicks
-from tts_policy.bag.samples import SampleReader, Topics
+from tts_policy.bag.samples import SampleSource
 from tts_policy.core.contract import PolicyContract
-
-__all__ = [
-    'BagError',
-    'Episode',
-    'Topics',
-    'Windows',
-    'find_bags',
-    'load_windows',
-    'read_episode',
-    'read_episodes',
-    'state_lead_steps',
-]
 
 
 @dataclass(frozen=True)
@@ -115,48 +102,33 @@ def _episode(ticks: list[RecordedTick], contract: PolicyContract) -> Episode | N
     )
 
 
-def read_episodes(
-    path: Path, contract: PolicyContract, topics: Topics, check: DataCheck | None = None
-) -> list[Episode]:
-    """Read one bag, whose samples `check` sees as well.
+def read_episodes(samples: SampleSource, check: DataCheck | None = None) -> list[Episode]:
+    """Read a recording, whose samples `check` sees as well.
 
     Raises
     ------
     BagError
-        if a topic, joint or image does not meet the contract, values are not finite, the bag is
+        if a joint or image does not meet the contract, values are not finite, the recording is
         damaged or has no window.
 
     """
     if check is not None:
-        check.begin(path)
-    observe = None if check is None else check.add
-    samples = SampleReader(BagReader(path), contract, topics, observe=observe)
-    if topics.commands is not None and not samples.has_commands:
-        raise BagError(
-            f'{path}: topics {[topics.commands]} expected, got {sorted(samples.bag.topics)}'
-        )
+        check.begin(samples.name)
+    contract = samples.contract
     lead = None if samples.has_commands else state_lead_steps(contract)
-    past = contract.observation.steps - 1
-    future = RecordedFuture(contract, samples.has_commands, past, lead)
+    future = RecordedFuture(contract, samples.has_commands, contract.newest_action, lead)
     period_ns = round(contract.observation.period_s * 1e9)
-    recorded = RecordedTicks(samples, period_ns, future=future)
+    observe = None if check is None else check.add
+    recorded = RecordedTicks(samples, period_ns, future=future, observe=observe)
     by_episode = groupby(recorded, key=lambda tick: tick.scheduled.episode)
     episodes = [_episode(list(ticks), contract) for _, ticks in by_episode]
-    for refused in samples.refused.values():
-        raise BagError(f'{path}: {refused.count} messages do not fit, the first: {refused.reason}')
+    for problem in samples.problems():
+        raise BagError(problem)
     found = [episode for episode in episodes if episode is not None]
     if not found:
         reason = recorded.schedule.waiting_for or 'no action is known for any of them'
-        raise BagError(f'{path}: windows expected, got none: {reason}')
+        raise BagError(f'{samples.name}: windows expected, got none: {reason}')
     return found
-
-
-def read_episode(path: Path, contract: PolicyContract, topics: Topics) -> Episode:
-    """Read a bag that is one episode; raises BagError if it is not, or as `read_episodes`."""
-    episodes = read_episodes(path, contract, topics)
-    if len(episodes) != 1:
-        raise BagError(f'{path}: one episode expected, got {len(episodes)}')
-    return episodes[0]
 
 
 class Windows:
@@ -191,16 +163,3 @@ class Windows:
         """Images uint8 [B, To, H, W, 3] per camera, joints [B, To, J] and actions [B, T, A]."""
         images = {key: value[self._image_index[key][index]] for key, value in self.images.items()}
         return images, self._joints[index], self._actions[index]
-
-
-def load_windows(
-    bags: Sequence[Path],
-    contract: PolicyContract,
-    topics: Topics,
-    progress: bool = True,
-    check: DataCheck | None = None,
-) -> Windows:
-    """Read every bag into one set of windows; raises BagError naming the first bad one."""
-    bar = tqdm(bags, desc='reading bags', unit='bag', disable=not progress)
-    episodes = [e for bag in bar for e in read_episodes(bag, contract, topics, check)]
-    return Windows(episodes, contract)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from tts_policy.bag.samples import Topics
 from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import SchedulerSpec
-from tts_policy.train.dataset import Topics
 
 JOINTS = (*(f'panda_joint{i}' for i in range(1, 8)), 'panda_finger_joint1')
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Demonstrations in the replay buffer format of Diffusion Policy: a zarr v2 group in a zip file.
+"""Demonstrations in the replay buffer format of Diffusion Policy: a zarr v2 group, zipped or not.
 
 `data/KEY` are arrays whose first axis is time over all episodes; `meta/episode_ends` says where
 each of them ends. Chunks are decompressed by numcodecs, one at a time; nothing else of zarr is
@@ -12,20 +12,29 @@ import itertools
 import json
 import math
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from tts_policy.bag.reader import BagError
+from tts_policy.core.contract import PolicyContract
+from tts_policy.ros.images import ImageFit
+from tts_policy.train.array_samples import ArraySamples, parse_selections, take_columns
+
 EPISODE_ENDS = 'meta/episode_ends'
+# What the arrays of a stream are called unless it is said; a camera's is called as its key.
+DEFAULT_STREAMS = {'joints': 'state', 'commands': 'action'}
 MAX_ARRAY_BYTES = 8 << 30
 MAX_CHUNK_BYTES = 1 << 30
 
 
-class ReplayBufferError(ValueError):
+class ReplayBufferError(BagError):
     """A file that cannot be read; the message names file and array, and what was expected."""
 
 
@@ -56,37 +65,139 @@ def load_replay_buffer(
     Raises
     ------
     ReplayBufferError
-        for anything that is not such a file, or not whole.
-    ImportError
-        without numcodecs.
+        for anything that is not such a file, or not whole, and for compressed chunks without
+        numcodecs.
 
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            ends = _Array(path, archive, EPISODE_ENDS).read(np.int64)
-            _check_ends(path, ends)
-            arrays = {key: _Array(path, archive, f'data/{key}') for key in keys}
-            for key, array in arrays.items():
-                if not array.shape or array.shape[0] != ends[-1]:
-                    raise ReplayBufferError(
-                        f'{path}: data/{key} must have {ends[-1]} frames, got shape {array.shape}'
-                    )
-            casts = stored_as or {}
-            data = {key: array.read(casts.get(key)) for key, array in arrays.items()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ReplayBufferError(f'{path}: a zip file expected: {error}') from error
+    casts = stored_as or {}
+    with _opened(path) as archive:
+        ends = _episode_ends(path, archive)
+        arrays = {key: _frames(path, archive, key, ends) for key in keys}
+        data = {key: array.read(casts.get(key)) for key, array in arrays.items()}
     return ReplayBuffer(data, ends)
 
 
-def _check_ends(path: Path, ends: NDArray[np.int64]) -> None:
+def is_replay_buffer(path: Path) -> bool:
+    """Whether a path is called as replay buffers are: NAME.zarr, a folder, or NAME.zarr.zip."""
+    return path.name.endswith(('.zarr', '.zarr.zip'))
+
+
+def episodes(
+    path: Path, contract: PolicyContract, streams: Mapping[str, str], fit: ImageFit
+) -> list[Callable[[], ArraySamples]]:
+    """Readers of all episodes, whose frames are taken to be a period of the contract apart.
+
+    streams: arrays of camera keys, joints and commands (empty for none), see `array_samples`.
+
+    Raises
+    ------
+    ReplayBufferError
+        for a file that is none; the readers raise it for arrays that are not there or damaged,
+        and BagError if they do not fit the contract.
+
+    """
+    with _opened(path) as archive:
+        count = len(_episode_ends(path, archive))
+    return [partial(_open_episode, path, n, contract, streams, fit) for n in range(count)]
+
+
+def _open_episode(
+    path: Path, index: int, contract: PolicyContract, streams: Mapping[str, str], fit: ImageFit
+) -> ArraySamples:
+    name = f'{path}: episode {index}'
+    streams = {**DEFAULT_STREAMS, **streams}
+    with _opened(path) as archive:
+        ends = _episode_ends(path, archive)
+        rows = slice(int(ends[index - 1]) if index else 0, int(ends[index]))
+
+        def read(key: str, dtype: DTypeLike) -> NDArray[Any]:
+            return _frames(path, archive, key, ends).read(dtype, rows)
+
+        def columns(stream: str, wanted: Sequence[str]) -> NDArray[np.float64]:
+            parts, names = [], []
+            for selection in parse_selections(streams[stream]):
+                flat = read(selection.array, np.float64).reshape(rows.stop - rows.start, -1)
+                parts.append(flat[:, selection.columns])
+                every = [f'{selection.array}_{i}' for i in range(flat.shape[1])]
+                names += every[selection.columns]
+            return take_columns(np.concatenate(parts, 1), names, wanted, f'{name}: {stream}')
+
+        return ArraySamples(
+            name,
+            contract,
+            contract.observation.period_s,
+            columns('joints', contract.observation.joints),
+            columns('commands', contract.action.joints) if streams['commands'] else None,
+            {
+                camera.key: read(streams.get(camera.key, camera.key), np.uint8)
+                for camera in contract.observation.cameras
+            },
+            fit,
+        )
+
+
+class _Archive(Protocol):
+    """What is needed of a zip file."""
+
+    def read(self, name: str) -> bytes:
+        """Content of a file; KeyError if there is none."""
+
+    def namelist(self) -> list[str]:
+        """Names of all files."""
+
+
+class _Folder:
+    """A folder as an archive."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self, name: str) -> bytes:
+        """Content of a file; KeyError if there is none."""
+        try:
+            return (self._path / name).read_bytes()
+        except FileNotFoundError:
+            raise KeyError(name) from None
+
+    def namelist(self) -> list[str]:
+        """Names of all files."""
+        files = (file for file in self._path.rglob('*') if file.is_file())
+        return [file.relative_to(self._path).as_posix() for file in files]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Archive]:
+    if path.is_dir():
+        yield _Folder(path)
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ReplayBufferError(f'{path}: a zip file expected: {error}') from error
+
+
+def _episode_ends(path: Path, archive: _Archive) -> NDArray[np.int64]:
+    ends = _Array(path, archive, EPISODE_ENDS).read(np.int64)
     if ends.ndim != 1 or not len(ends) or (np.diff(ends, prepend=0) <= 0).any():
         raise ReplayBufferError(f'{path}: {EPISODE_ENDS} must rise from above 0, got {ends[:8]}')
+    return ends
+
+
+def _frames(path: Path, archive: _Archive, key: str, ends: NDArray[np.int64]) -> _Array:
+    """Array of a key, which must have a row for every frame."""
+    array = _Array(path, archive, f'data/{key}')
+    if not array.shape or array.shape[0] != ends[-1]:
+        raise ReplayBufferError(
+            f'{path}: data/{key} must have {ends[-1]} frames, got shape {array.shape}'
+        )
+    return array
 
 
 class _Array:
     """One array of the archive: its description, read and checked, and its chunks."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, name: str) -> None:
+    def __init__(self, path: Path, archive: _Archive, name: str) -> None:
         self._archive, self._name, self._where = archive, name, f'{path}: {name}'
         try:
             about = json.loads(archive.read(f'{name}/.zarray'))
@@ -117,22 +228,29 @@ class _Array:
                 f'got {chunk_bytes}'
             )
 
-    def read(self, stored_as: DTypeLike | None = None) -> NDArray[Any]:
-        """Return the whole array, in `stored_as` if that is given."""
+    def read(self, stored_as: DTypeLike | None = None, rows: slice | None = None) -> NDArray[Any]:
+        """Return the array, or these rows of it, in `stored_as` if that is given."""
         dtype = np.dtype(stored_as or self.dtype)
-        if math.prod(self.shape) * dtype.itemsize > MAX_ARRAY_BYTES:
+        first, stop, _ = (rows or slice(None)).indices(self.shape[0] if self.shape else 0)
+        # Whole chunks are read, and what stands before and behind the rows is cut off.
+        offset = first - first % self.chunks[0] if self.shape else 0
+        shape = (stop - offset, *self.shape[1:]) if self.shape else ()
+        if math.prod(shape) * dtype.itemsize > MAX_ARRAY_BYTES:
             raise ReplayBufferError(
-                f'{self._where}: at most {MAX_ARRAY_BYTES} bytes expected, got shape {self.shape}'
+                f'{self._where}: at most {MAX_ARRAY_BYTES} bytes expected, got shape {shape}'
             )
-        values = np.full(self.shape, self._fill or 0, dtype)
+        values = np.full(shape, self._fill or 0, dtype)
         present = set(self._archive.namelist())
-        grid = (range(-(-n // chunk)) for n, chunk in zip(self.shape, self.chunks, strict=True))
+        grid = (range(-(-n // chunk)) for n, chunk in zip(shape, self.chunks, strict=True))
         for index in itertools.product(*grid):
-            name = f'{self._name}/{self._separator.join(map(str, index))}'
+            starts = [i * size for i, size in zip(index, self.chunks, strict=True)]
+            stored = list(index)
+            if stored:
+                stored[0] += offset // self.chunks[0]
+            name = f'{self._name}/{self._separator.join(map(str, stored))}'
             if name not in present:
                 continue
             chunk = self._chunk(name)
-            starts = [i * size for i, size in zip(index, self.chunks, strict=True)]
             target = values[
                 tuple(slice(s, s + c) for s, c in zip(starts, self.chunks, strict=True))
             ]
@@ -140,7 +258,7 @@ class _Array:
             if dtype.kind in 'iu' and self.dtype.kind == 'f':
                 self._check_cast(part, dtype)
             target[...] = part
-        return values
+        return values[first - offset :] if self.shape else values
 
     def _check_cast(self, values: NDArray[Any], dtype: np.dtype[Any]) -> None:
         limits = np.iinfo(dtype)
@@ -154,8 +272,13 @@ class _Array:
     def _chunk(self, name: str) -> NDArray[Any]:
         raw: Any = self._archive.read(name)
         if self._compressor is not None:
-            from numcodecs import get_codec
-
+            try:
+                from numcodecs import get_codec
+            except ImportError:
+                raise ReplayBufferError(
+                    f'{self._where}: the package numcodecs expected, it is not installed: '
+                    "pip install 'tts_policy[datasets]'"
+                ) from None
             try:
                 raw = get_codec(dict(self._compressor)).decode(raw)
             except (RuntimeError, ValueError, TypeError) as error:

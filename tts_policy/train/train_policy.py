@@ -25,12 +25,17 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from tts_policy.bag.data_check import DataCheck, write_check
-from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
+from tts_policy.bag.reader import BagError
 from tts_policy.core.bundle import BundleError, load_bundle, save_bundle
 from tts_policy.core.contract import ContractError, PolicyContract, read_contract
 from tts_policy.core.network import NetworkSpec, PolicyNetwork
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec, TrainingNoise
-from tts_policy.train.dataset import BagError, Topics, Windows, find_bags, load_windows
+from tts_policy.train.dataset import Windows
+from tts_policy.train.demonstrations import (
+    add_demonstration_arguments,
+    load_windows,
+    split_demonstrations,
+)
 from tts_policy.train.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
 
 
@@ -230,11 +235,8 @@ def initial_network(bundle: Path, contract: PolicyContract) -> PolicyNetwork:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line of `train_policy`."""
     parser = argparse.ArgumentParser(prog='train_policy', description=__doc__.split('\n')[0])
-    parser.add_argument(
-        'bags', nargs='+', type=Path, help='rosbag2 recordings, or folders of them'
-    )
+    add_demonstration_arguments(parser)
     parser.add_argument('--out', type=Path, required=True, help='checkpoints, log and bundle')
-    add_topic_argument(parser)
     parser.add_argument(
         '--contract',
         type=Path,
@@ -260,7 +262,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=2, help='torch threads')
-    parser.add_argument('--held-out', type=int, default=10, help='bags kept for validation')
     parser.add_argument('--save-every', type=float, default=300.0, help='checkpoint interval, s')
     return parser.parse_args(arguments)
 
@@ -270,15 +271,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
     try:
-        bags = find_bags(args.bags)
-        if len(bags) <= args.held_out:
-            raise BagError(f'{len(bags)} bags, expected more than the {args.held_out} held out')
         contract = PANDA_CONTRACT if args.contract is None else read_contract(args.contract)
         initial = None if args.initial is None else initial_network(args.initial, contract)
-        topics = Topics.of(contract, parse_pairs(args.topic, 'topic: STREAM:=TOPIC'))
+        kept, others = split_demonstrations(args, contract)
         check = DataCheck(contract)
-        held_out = load_windows(bags[: args.held_out], contract, topics, check=check)
-        windows = load_windows(bags[args.held_out :], contract, topics, check=check)
+        held_out = load_windows(kept, check=check)
+        windows = load_windows(others, check=check)
     except (BagError, BundleError, ContractError) as error:
         print(f'train_policy: {error}', file=sys.stderr)
         return 2

@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
 from tts_policy.core.bundle import Bundle, BundleError, load_bundle, save_pruner
 from tts_policy.core.pruner import Pruner
 from tts_policy.core.sampler import SamplerSpec
-from tts_policy.train.dataset import BagError, Topics, find_bags, load_windows
+from tts_policy.train.demonstrations import (
+    add_demonstration_arguments,
+    load_windows,
+    split_demonstrations,
+)
 from tts_policy.train.lessons import ActionError, make_lessons
 from tts_policy.train.plan_comparison import compare_plans
 from tts_policy.train.plan_search import SearchSpec
@@ -31,7 +34,7 @@ from tts_policy.train.tick_sequences import DenseTeacher, tick_sequences
 
 def _settings(args: argparse.Namespace) -> dict[str, str]:
     """What a resumed run must have in common with the one it continues."""
-    free = ('bags', 'bundle', 'out', 'topic', 'threads')
+    free = ('demonstrations', 'bundle', 'out', 'topic', 'image_fit', 'threads')
     return {name: str(value) for name, value in vars(args).items() if name not in free}
 
 
@@ -77,10 +80,7 @@ def _train(trainer: PrunerTrainer, out: Path, settings: dict[str, str]) -> None:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line of `train_pruner`."""
     parser = argparse.ArgumentParser(prog='train_pruner', description=__doc__.split('\n')[0])
-    parser.add_argument(
-        'bags', nargs='+', type=Path, help='rosbag2 recordings, or folders of them'
-    )
-    add_topic_argument(parser)
+    add_demonstration_arguments(parser)
     parser.add_argument('--bundle', type=Path, required=True, help='gets the pruner')
     parser.add_argument('--sampler', required=True, help='sampler of the bundle, e.g. ddim10')
     parser.add_argument('--out', type=Path, required=True, help='checkpoints, log and report')
@@ -101,7 +101,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--ticks', type=int, default=5, help='ticks of a sequence')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1, help='torch threads')
-    parser.add_argument('--held-out', type=int, default=10, help='bags kept for the comparison')
     return parser.parse_args(arguments)
 
 
@@ -137,12 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
         _check_sparsities(sparsities, sampler)
         prior = None if args.prior is None else _prior(args.prior, args.sampler, bundle)
         network = bundle.network.eval().requires_grad_(False)
-        bags = find_bags(args.bags)
-        topics = Topics.of(network.contract, parse_pairs(args.topic, 'topic: STREAM:=TOPIC'))
-        held_out = load_windows(bags[: args.held_out], network.contract, topics)
-        chosen = bags[args.held_out : args.held_out + args.episodes]
-        windows = load_windows(chosen, network.contract, topics)
-    except (BagError, BundleError, ValueError) as error:
+        kept, others = split_demonstrations(args, network.contract)
+        held_out = load_windows(kept)
+        windows = load_windows(others[: args.episodes])
+    except (BundleError, ValueError) as error:
         print(f'train_pruner: {error}', file=sys.stderr)
         return 2
     generator = torch.Generator().manual_seed(args.seed)

@@ -72,6 +72,30 @@ def test_nothing_is_sent_without_a_measured_state() -> None:
     assert not bench.command.sent
 
 
+def test_committed_are_the_set_points_in_force_until_the_next_chunk_comes() -> None:
+    bench = Bench()
+    assert bench.output.committed(T0, 0, True, soft=True) is None
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    hard = bench.output.committed(T0 + 8 * PERIOD, 3 * PERIOD, True, soft=False)
+    assert hard is not None
+    # Seven points of the old chunk are still to come, three of them before the next one does.
+    assert hard.weights.tolist() == [1, 1, 1, 0, 0, 0, 0]
+    assert np.allclose(hard.actions, RAMP[8:])
+    soft = bench.output.committed(T0 + 8 * PERIOD, 3 * PERIOD, True, soft=True)
+    assert soft is not None and (np.diff(soft.weights[2:]) < 0).all()
+
+
+def test_nothing_is_committed_that_the_arm_does_not_follow() -> None:
+    bench = Bench()
+    bench.output.send(RAMP, T0, T0, enabled=False)
+    assert bench.output.committed(T0 + PERIOD, PERIOD, True, soft=False) is None
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    assert bench.output.committed(T0 + PERIOD, PERIOD, False, soft=False) is None
+    assert bench.output.committed(T0 + 15 * PERIOD, PERIOD, True, soft=False) is None
+    assert bench.output.committed(T0 - PERIOD, PERIOD, True, soft=False) is None
+    assert bench.output.committed(T0 + PERIOD, 0, True, soft=False) is None
+
+
 def test_a_late_chunk_is_refused_and_the_old_one_stays_in_force() -> None:
     bench = Bench(min_points=4)
     bench.output.send(RAMP, T0, T0, enabled=True)

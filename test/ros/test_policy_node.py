@@ -123,6 +123,14 @@ def test_parameters_reset_gate_and_lifecycle_of_a_running_node(
     spread = feeder.ticks[-1]['stamp_ns'] - feeder.ticks[-2]['stamp_ns']
     assert spread == pytest.approx(2 * PERIOD_NS, abs=PERIOD_NS)
 
+    # chunks that continue the old one are live too
+    assert 'hold_committed: expected one of' in feeder.set(hold_committed='firmly')
+    assert feeder.set(hold_committed='soft') == ''
+    seen = len(feeder.ticks)
+    wait_until(lambda: len(feeder.ticks) >= seen + 3, 3, 'ticks')
+    assert all(tick['refused'] is None for tick in feeder.ticks[seen:])
+    assert feeder.set(hold_committed='none') == ''
+
     # a gap in the stamps resets the policy
     feeder.stop()
     seen = len(feeder.ticks)

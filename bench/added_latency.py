@@ -162,6 +162,7 @@ def summarise(arm: Arm, episodes: list[dict[str, Any]]) -> dict[str, Any]:
         'successes': successes,
         'ci95': [round(low, 3), round(high, 3)],
         'too_late': sum(episode['too_late'] for episode in episodes),
+        'duration_s': round(float(np.mean([e['duration_s'] for e in episodes])), 2),
     }
     for name in ('jump', 'velocity_jump', 'jerk'):
         row[name] = float(f'{np.median([chunk[name] for chunk in chunks]):.4g}')

@@ -27,7 +27,7 @@ from tts_policy.bag.replay import ReplaySchedule
 from tts_policy.bag.samples import SampleReader, Topics
 from tts_policy.core.contract import read_contract
 from tts_policy.ros.conversions import seconds_to_ns
-from tts_policy.ros.observation import WindowSpec
+from tts_policy.ros.parameters import Settings, window_spec
 
 _SETTINGS = (
     'use_sim_time',
@@ -72,14 +72,7 @@ class LockstepPlayback:
         contract = read_contract(Path(settings['bundle']) / 'model.yaml')
         n_execute = settings['n_execute'] or contract.action.execute
         self._interval_ns = n_execute * seconds_to_ns(contract.observation.period_s)
-        self._spec = WindowSpec.of(
-            contract.observation,
-            tolerance_ns=seconds_to_ns(settings['sample_tolerance_s']),
-            max_age_ns=seconds_to_ns(settings['max_observation_age_s']),
-            gap_limit_ns=seconds_to_ns(settings['gap_limit_s']),
-            future_limit_ns=seconds_to_ns(settings['future_limit_s']),
-            max_skew_ns=seconds_to_ns(settings['max_skew_s']),
-        )
+        self._spec = window_spec(Settings(settings), contract)
         self._samples = SampleReader(player.bag, contract, Topics.of(contract, topics))
         self._streams = {*self._samples.topics.cameras.values(), self._samples.topics.joints}
         missing = self._streams - set(player.topic_publishers)

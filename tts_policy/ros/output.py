@@ -91,7 +91,14 @@ class CommandOutput:
         self._commanded = False
 
     def measured(self, stamp_ns: int, positions: np.ndarray) -> None:
-        """Newest measured positions [A] of the joints."""
+        """Measured positions [A] of the joints; what comes out of order is passed over.
+
+        A stamp that is far older is that of a clock which was set back.
+        """
+        if self._measured is not None:
+            behind_ns = self._measured[0] - stamp_ns
+            if 0 < behind_ns <= self._hold_rule.max_age_ns:
+                return
         self._measured = (stamp_ns, positions)
 
     def send(self, actions: np.ndarray, stamp_ns: int, now_ns: int, enabled: bool) -> Sent:
@@ -126,9 +133,12 @@ class CommandOutput:
         if self.blend_ns > 0:
             start = old_at or (lambda due_ns: np.repeat(measured[None], len(due_ns), axis=0))
             trajectory = blend(trajectory, start, now_ns, self.blend_ns)
-        trajectory = self._limits.current().apply(
-            trajectory, measured, None if old_at is None else self._before(trajectory, old_at)
-        )
+        limits, before = self._limits.current(), None
+        if old_at is None:
+            trajectory = limits.reachable(trajectory, measured, now_ns, timing.min_points)
+        else:
+            before = self._before(trajectory, old_at)
+        trajectory = limits.apply(trajectory, measured, before)
         continuity = measure(trajectory, old_at, timing.period_ns)
         (self._command if enabled else self._proposed).send(trajectory)
         self._last, self._commanded = trajectory, enabled

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Would a budget of its own for every tick beat the fixed one at equal mean cost?
 
-    python bench/adaptive_budget.py models/panda_lift data/lift --sampler ddim10 --sparsities .6 .7 .8
+    python bench/adaptive_budget.py models/panda_lift data/lift --sparsities .6 .7 .8
 
-Of held-out ticks, the half that asks for more gets the densest of three sparsities and the rest the
+Of held-out ticks, the half that asks for more gets the densest of three sparsities, the rest the
 sparsest; the fixed budget is the one between. What a tick asks is told by how far the observation
 tokens moved since the last tick (`change`), by nothing (`random`), or by the gain itself, measured
 beforehand, which no policy can know (`oracle`). Caches are carried over the ticks of a sequence.

@@ -5,8 +5,10 @@
 
 A chunk reaches the robot LATENCY after its observation, in simulated time; the arm follows the old
 one meanwhile. With compensation (`dropped`) the points already past are dropped, as the node does;
-with `blended` they are, and the rest is led over from the old chunk; without (`shifted`) the chunk
-is played from its first point when it arrives. All arms run the same seeds with the same noise. An
+with `blended` they are, and the rest is led over from the old chunk; with `held` the chunk is
+denoised around the set-points that will be past when it comes, with `held_soft` drawn towards the
+rest of the old chunk too; without (`shifted`) the chunk is played from its first point when it
+arrives. All arms run the same seeds with the same noise. An
 arm is MODE:MILLISECONDS. Resumable: run the same command again to go on.
 """
 
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from tts_policy.core.contract import PolicyContract
     from tts_policy.ros.continuity import Continuity
 
-MODES = ('dropped', 'blended', 'shifted')
+MODES = ('dropped', 'blended', 'held', 'held_soft', 'shifted')
 BLEND_NS = 150_000_000
 
 
@@ -127,7 +129,10 @@ def run_episode(
         output.measured(now_ns, np.array([state[name] for name in joints]))
         if episode.tick_due:
             window = {CAMERA_KEY: np.stack(frames), 'joints': np.array(states)}
-            in_flight.append((now_ns, policy.act(window, sparsity).actions))
+            committed = None
+            if arm.mode in ('held', 'held_soft'):
+                committed = output.committed(now_ns, arm.latency_ns, True, arm.mode == 'held_soft')
+            in_flight.append((now_ns, policy.act(window, sparsity, committed).actions))
         while in_flight and in_flight[0][0] + arm.latency_ns <= now_ns:
             stamp_ns, actions = in_flight.popleft()
             try:
@@ -157,6 +162,7 @@ def summarise(arm: Arm, episodes: list[dict[str, Any]]) -> dict[str, Any]:
         'successes': successes,
         'ci95': [round(low, 3), round(high, 3)],
         'too_late': sum(episode['too_late'] for episode in episodes),
+        'duration_s': round(float(np.mean([e['duration_s'] for e in episodes])), 2),
     }
     for name in ('jump', 'velocity_jump', 'jerk'):
         row[name] = float(f'{np.median([chunk[name] for chunk in chunks]):.4g}')

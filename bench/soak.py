@@ -28,6 +28,7 @@ import rclpy
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
+from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from tqdm import tqdm
@@ -220,7 +221,8 @@ def main() -> int:
     except ValueError as error:
         print(f'soak: {error}', file=sys.stderr)
         return 2
-    rclpy.init()
+    # Ctrl-C ends the soak early, with its numbers; rclpy's own handler would end the robot first.
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     try:
         result = run(args, bundle)
     except RuntimeError as error:

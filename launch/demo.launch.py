@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch the simulated Panda and the policy that lifts its cube.
+"""Launch the simulated Panda and a policy for one of its tasks; by default it lifts a cube.
 
     ros2 launch tts_policy demo.launch.py
     ros2 service call /robot/reset std_srvs/srv/Trigger      # begins an episode, and the next
@@ -10,6 +10,7 @@ In lockstep simulated time waits for the policy; in realtime it does not.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ament_index_python.packages import get_package_share_directory
 from launch import LaunchContext, LaunchDescription
@@ -17,6 +18,7 @@ from launch.actions import (
     DeclareLaunchArgument,
     GroupAction,
     IncludeLaunchDescription,
+    OpaqueFunction,
     Shutdown,
 )
 from launch.events.process import ProcessExited
@@ -49,6 +51,31 @@ def _end(event: ProcessExited, context: LaunchContext) -> list[Shutdown]:
     return [] if context.is_shutdown else [Shutdown(reason='the robot is gone')]
 
 
+def _robot_node(context: LaunchContext) -> list[Node]:
+    """Create the robot; without a time limit given it takes that of the task."""
+    parameters: dict[str, Any] = {
+        'task': ParameterValue(LaunchConfiguration('task'), value_type=str),
+        'clock': LaunchConfiguration('clock'),
+        'seed': ParameterValue(LaunchConfiguration('seed'), value_type=int),
+    }
+    if LaunchConfiguration('episode_s').perform(context):
+        parameters['episode_s'] = ParameterValue(
+            LaunchConfiguration('episode_s'), value_type=float
+        )
+    return [
+        Node(
+            package='tts_policy',
+            executable='robot_node',
+            name='robot',
+            namespace=LaunchConfiguration('namespace'),
+            parameters=[parameters],
+            output='screen',
+            emulate_tty=True,
+            on_exit=_end,
+        )
+    ]
+
+
 def generate_launch_description() -> LaunchDescription:
     """Describe the launch of robot and policy."""
     arguments = [
@@ -73,29 +100,23 @@ def generate_launch_description() -> LaunchDescription:
             'seed', default_value='1000', description='Seed of the first episode.'
         ),
         DeclareLaunchArgument(
-            'episode_s', default_value='6.0', description='Time limit of an episode in seconds.'
+            'episode_s',
+            default_value='',
+            description='Time limit of an episode in seconds; empty: that of the task.',
+        ),
+        DeclareLaunchArgument(
+            'task',
+            default_value='lift',
+            choices=['lift', 'stack', 'can'],
+            description='Task of the robot; the bundle has to be one for it.',
         ),
     ]
-    robot = Node(
-        package='tts_policy',
-        executable='robot_node',
-        name='robot',
-        namespace=LaunchConfiguration('namespace'),
-        parameters=[
-            {
-                'clock': LaunchConfiguration('clock'),
-                'seed': ParameterValue(LaunchConfiguration('seed'), value_type=int),
-                'episode_s': ParameterValue(LaunchConfiguration('episode_s'), value_type=float),
-            }
-        ],
-        output='screen',
-        emulate_tty=True,
-        on_exit=_end,
-    )
     policy = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(str(SHARE / 'launch' / 'policy.launch.py')),
         launch_arguments=[
             (name, LaunchConfiguration(name)) for name in (*FORWARDED, 'use_sim_time')
         ],
     )
-    return LaunchDescription([*arguments, GroupAction([policy]), robot])
+    return LaunchDescription(
+        [*arguments, GroupAction([policy]), OpaqueFunction(function=_robot_node)]
+    )

@@ -49,9 +49,9 @@ class FaultyPolicy(TestTimeSparsePolicy):
     fault = ''
     released = threading.Event()
 
-    def act(self, window: Any, sparsity: float) -> Any:
+    def act(self, window: Any, sparsity: float, committed: Any = None) -> Any:
         """Infer, then do what the fault says."""
-        chunk = super().act(window, sparsity)
+        chunk = super().act(window, sparsity, committed)
         steps = np.arange(1, len(chunk.actions) + 1)[:, None]
         actions = np.asarray(window['joints'][-1]) + steps * PACE
         kind, _, seconds = FaultyPolicy.fault.partition(' ')

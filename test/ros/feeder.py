@@ -13,6 +13,7 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
+from processes import wait_until
 from rcl_interfaces.srv import DescribeParameters, SetParameters
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -182,10 +183,26 @@ class Feeder:
 
     @property
     def matched(self) -> bool:
-        """Whether the policy listens to both sensors."""
+        """Whether the policy listens to both sensors, and its chunks will be heard."""
         return bool(
-            self._images.get_subscription_count() and self._states.get_subscription_count()
+            self._images.get_subscription_count()
+            and self._states.get_subscription_count()
+            and self.node.count_publishers(f'{self._policy}/chunk_stats')
+            and self.node.count_publishers(f'{self._policy}/proposed_trajectory')
         )
+
+    def silent(self, quiet_s: float = 0.6) -> None:
+        """Wait until no command has come for a while: one may still have been on its way."""
+        count, since_s = len(self.commands), time.monotonic()
+
+        def quiet() -> bool:
+            nonlocal count, since_s
+            if len(self.commands) != count:
+                count, since_s = len(self.commands), time.monotonic()
+            return time.monotonic() - since_s > quiet_s
+
+        wait_until(quiet, 4, 'an end of the commands')
+        self.commands.clear()
 
     # Services
 

@@ -93,6 +93,8 @@ class RosProcess:
 
 # Limits are those of a quiet machine; beside other work everything may take this much longer.
 BUSY_FACTOR = 6
+# Everything that is told to end does so within this time.
+END_LIMIT_S = 2.0
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:

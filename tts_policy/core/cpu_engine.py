@@ -24,6 +24,7 @@ from tts_policy.core.denoiser import (
     SelfAttention,
 )
 from tts_policy.core.engine import Engine
+from tts_policy.core.inpainting import Inpainting
 from tts_policy.core.lattice import Lattice
 from tts_policy.core.packed import (
     FoldedMemory,
@@ -146,6 +147,7 @@ class CpuEngine(Engine):
         self._x = torch.empty(spec.horizon, spec.action_dim)
         self._sums: list[Tensor] = []
         self._entered = NOWHERE
+        self._inpainting: Inpainting | None = None
         self._methods: dict[int, Callable[[int], None]] = {
             Op.EMBED: self._embed,
             Op.COMPUTE: self._compute,
@@ -176,9 +178,11 @@ class CpuEngine(Engine):
         self.observation_tokens = tokens[None]
         self._memory.observe(tokens)
 
-    def denoise(self, plan: Callable[[], Plan], watch: Stopwatch) -> tuple[Tensor, Plan]:
+    def denoise(
+        self, plan: Callable[[], Plan], watch: Stopwatch, inpainting: Inpainting | None = None
+    ) -> tuple[Tensor, Plan]:
         """Run the loop by a plan; see `Engine.denoise`."""
-        self._begin()
+        self._begin(inpainting)
         first = 0
         if self._force_first_step:
             self._run(self._dense, 0, 1)
@@ -205,8 +209,11 @@ class CpuEngine(Engine):
             self._finish(step)
         return self._x.clone()[None]
 
-    def _begin(self) -> None:
+    def _begin(self, inpainting: Inpainting | None = None) -> None:
         self._x.copy_(self._lattice.initial_noise[0])
+        self._inpainting = inpainting
+        if inpainting is not None:
+            inpainting.impose(0, self._x)
         self._scheduler.begin()
         self._sums.clear()
         self._entered = NOWHERE
@@ -259,3 +266,5 @@ class CpuEngine(Engine):
 
     def _finish(self, step: int) -> None:
         self._scheduler.step(step, self._tokens, self._x)
+        if self._inpainting is not None:
+            self._inpainting.impose(step + 1, self._x)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.core.denoiser import BlockKind, Denoiser
+from tts_policy.core.inpainting import Inpainting
 from tts_policy.core.lattice import Lattice
 from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.plan import Plan, Reuse, resolve_sources
@@ -97,6 +98,7 @@ def denoise_masked(
     lattice: Lattice,
     plan: Callable[[], Plan],
     force_first_step: bool,
+    inpainting: Inpainting | None = None,
 ) -> tuple[Tensor, Plan]:
     """Denoise by a plan; returns normalised actions [1, T, A] and the plan that was executed.
 
@@ -113,17 +115,27 @@ def denoise_masked(
     """
     runner = MaskedStep(denoiser, memory, lattice)
     x = lattice.initial_noise
+    if inpainting is not None:
+        x = x.clone()
+        inpainting.impose(0, x)
+
+    def finish(step: int, x: Tensor, tokens: Tensor) -> Tensor:
+        x = scheduler.step(step, x, denoiser.predict(tokens), _noise(lattice, step))
+        if inpainting is not None:
+            inpainting.impose(step + 1, x)
+        return x
+
     first = 1 if force_first_step else 0
     if force_first_step:
         everything = np.ones(denoiser.spec.blocks, bool)
         tokens = runner.run(0, denoiser.embed(x), everything, np.empty(0, np.int64))
-        x = scheduler.step(0, x, denoiser.predict(tokens), _noise(lattice, 0))
+        x = finish(0, x, tokens)
     executed = plan()
     sources = resolve_sources(executed)
     computed = executed == Reuse.COMPUTE
     for step in range(first, scheduler.spec.steps):
         tokens = runner.run(step, denoiser.embed(x), computed[step], sources[step])
-        x = scheduler.step(step, x, denoiser.predict(tokens), _noise(lattice, step))
+        x = finish(step, x, tokens)
     return x, executed
 
 
@@ -141,11 +153,14 @@ class Engine(ABC):
         """Encode the observation features [1, To, Do] of a tick."""
 
     @abstractmethod
-    def denoise(self, plan: Callable[[], Plan], watch: Stopwatch) -> tuple[Tensor, Plan]:
+    def denoise(
+        self, plan: Callable[[], Plan], watch: Stopwatch, inpainting: Inpainting | None = None
+    ) -> tuple[Tensor, Plan]:
         """Denoise by a plan; returns normalised actions [1, T, A] and the plan executed.
 
         `plan()` is called once: with step 0 forced only after step 0 has been launched, otherwise
-        before. The caller closes the tick with `lattice.commit`.
+        before. The caller closes the tick with `lattice.commit`. `inpainting` holds the actions
+        that are known already.
 
         Raises
         ------
@@ -177,7 +192,9 @@ class EagerEngine(Engine):
         self._memory.encode(features)
         self.observation_tokens = self._memory.observation_tokens
 
-    def denoise(self, plan: Callable[[], Plan], watch: Stopwatch) -> tuple[Tensor, Plan]:
+    def denoise(
+        self, plan: Callable[[], Plan], watch: Stopwatch, inpainting: Inpainting | None = None
+    ) -> tuple[Tensor, Plan]:
         """Denoise by a plan; see `Engine.denoise`."""
         result = denoise_masked(
             self._denoiser,
@@ -186,6 +203,7 @@ class EagerEngine(Engine):
             self._lattice,
             plan,
             self._force_first_step,
+            inpainting,
         )
         watch.lap('denoising')
         return result

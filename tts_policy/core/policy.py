@@ -22,6 +22,7 @@ from tts_policy.core.bundle import Bundle, load_bundle
 from tts_policy.core.chunk_sampler import ChunkSampler
 from tts_policy.core.contract import PolicyContract
 from tts_policy.core.frame_encoder import FrameEncoder
+from tts_policy.core.inpainting import CommittedActions
 from tts_policy.core.plan import Plan, realised_sparsity, reuse_mix
 from tts_policy.core.stopwatch import Stopwatch
 
@@ -177,31 +178,59 @@ class TestTimeSparsePolicy:
         return images, torch.from_numpy(joints).to(self.device)[None]
 
     @torch.inference_mode()
-    def act(self, window: Mapping[str, NDArray[Any]], sparsity: float) -> Chunk:
+    def act(
+        self,
+        window: Mapping[str, NDArray[Any]],
+        sparsity: float,
+        committed: CommittedActions | None = None,
+    ) -> Chunk:
         """Generate the chunk of one control tick.
 
         window: uint8 [To, H, W, 3] per camera and joints [To, J] in robot units, newest last.
+        committed: actions that the chunk continues.
 
         Raises
         ------
         WindowError
             if the window does not meet the contract; nothing has changed then.
         ValueError
-            if the sparsity is out of range; likewise.
+            if the sparsity is out of range, or committed actions do not fit; likewise.
 
         """
         sparsity = self.check_sparsity(sparsity)
+        known = None if committed is None else self._known(committed)
         watch = Stopwatch()
         images, joints = self._checked(window)
         watch.lap('copy_in')
         normalised = self._network.joint_normalizer.normalize(joints)
         features = self._network.observation_encoder.combine(self._frames(images), normalised)
         watch.lap('observation_encoder')
-        x, plan, oldest = self._sampler.sample(features, sparsity, watch)
+        x, plan, oldest = self._sampler.sample(features, sparsity, watch, known)
         chunk = self._network.action_normalizer.unnormalize(x[0])
         actions = chunk[self.contract.newest_action :].cpu().double().numpy()
         watch.lap('copy_out')
         return Chunk(actions, plan, self._stats(plan, oldest, watch))
+
+    def _known(self, committed: CommittedActions) -> tuple[Tensor, Tensor]:
+        """Normalised actions [T, A] and weights [T] over the horizon; raises ValueError."""
+        usable = self.contract.usable_actions
+        shape = (len(committed.weights), len(self.contract.action.joints))
+        if committed.actions.shape != shape or len(committed.weights) > usable:
+            raise ValueError(
+                f'committed actions must be [n, {shape[1]}] with a weight each, n at most '
+                f'{usable}, got {committed.actions.shape} and {committed.weights.shape}'
+            )
+        weights = committed.weights
+        if not (np.isfinite(committed.actions).all() and ((weights >= 0) & (weights <= 1)).all()):
+            raise ValueError('committed actions must be finite with weights in [0, 1]')
+        spec, first = self._denoiser.spec, self.contract.newest_action
+        held = slice(first, first + shape[0])
+        actions = torch.zeros(spec.horizon, spec.action_dim, device=self.device)
+        given = torch.from_numpy(committed.actions).to(actions)
+        actions[held] = self._network.action_normalizer.normalize(given)
+        share = torch.zeros(spec.horizon, device=self.device)
+        share[held] = torch.from_numpy(weights).to(share)
+        return actions, share
 
     def _stats(self, plan: Plan, oldest: int, watch: Stopwatch) -> ChunkStats:
         pruned = plan is not self._sampler.dense

@@ -160,6 +160,11 @@ class NoiseScheduler:
         """to_x0_x, to_x0_eps, next_x0, next_x, next_eps, next_noise of every step."""
         return list(self._rows)
 
+    def signal_levels(self) -> list[float]:
+        """Share of the signal in the variance before every step, and 1 after the last: [K + 1]."""
+        alphas_cumprod = self.spec.alphas_cumprod().tolist()
+        return [*(alphas_cumprod[t] for t in self.spec.timesteps()), 1.0]
+
     @property
     def needs_noise(self) -> bool:
         """Whether a step adds noise of its own (DDPM does, DDIM does not)."""

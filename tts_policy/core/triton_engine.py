@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tts_policy.core import triton_kernel
 from tts_policy.core.denoiser import ConditionalEncoder, Denoiser, FeedForward, SelfAttention
 from tts_policy.core.engine import Engine
+from tts_policy.core.inpainting import Inpainting
 from tts_policy.core.lattice import Lattice
 from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.plan import Plan, Reuse, resolve_sources
@@ -160,15 +161,31 @@ class TritonEngine(Engine):
         self._keys = torch.stack([keys for keys, _ in parts], dim=1).contiguous()
         self._values = torch.stack([values for _, values in parts], dim=1).contiguous()
 
-    def denoise(self, plan: Callable[[], Plan], watch: Stopwatch) -> tuple[Tensor, Plan]:
+    def denoise(
+        self, plan: Callable[[], Plan], watch: Stopwatch, inpainting: Inpainting | None = None
+    ) -> tuple[Tensor, Plan]:
         """Run the loop by a plan; see `Engine.denoise`."""
         noise = F.pad(self._lattice.initial_noise[0], self._pad)
         self._x.copy_(F.pad(noise, self._row_pad))
         step_noise = F.pad(self._lattice.step_noise, self._pad).contiguous()
+        horizon, actions = self._lattice.initial_noise.shape[1:]
+        x = self._x[:horizon, :actions]
+
+        def run(first: int, last: int) -> None:
+            if inpainting is None:
+                self._launch(first, last, step_noise)
+                return
+            # The kernel knows nothing of it: one launch a step, with the actions set in between.
+            for step in range(first, last):
+                self._launch(step, step + 1, step_noise)
+                inpainting.impose(step + 1, x)
+
+        if inpainting is not None:
+            inpainting.impose(0, x)
         first = 0
         if self._force_first_step:
             self._sources[0].fill_(COMPUTED)
-            self._launch(0, 1, step_noise)
+            run(0, 1)
             first = 1
         watch.lap('first_step')
         executed = plan()
@@ -176,10 +193,9 @@ class TritonEngine(Engine):
         sources = resolve_sources(executed)
         sources[executed == Reuse.COMPUTE] = COMPUTED
         self._sources.copy_(torch.from_numpy(sources), non_blocking=True)
-        self._launch(first, len(executed), step_noise)
+        run(first, len(executed))
         watch.lap('masked_steps')
-        horizon, actions = self._lattice.initial_noise.shape[1:]
-        return self._x[:horizon, :actions].clone()[None], executed
+        return x.clone()[None], executed
 
     def _launch(self, first: int, last: int, step_noise: Tensor) -> None:
         self._arrived.zero_()

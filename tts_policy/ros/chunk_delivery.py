@@ -22,6 +22,7 @@ from tts_policy.ros.trajectory import ChunkTooLate, TrajectoryRefused
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tts_policy.core.inpainting import CommittedActions
     from tts_policy.core.policy import TestTimeSparsePolicy
     from tts_policy.ros.command_topics import CommandTopics
     from tts_policy.ros.gate import OutputGate
@@ -74,6 +75,14 @@ class ChunkDelivery:
         interval_ns = n_execute * seconds_to_ns(self._contract.observation.period_s)
         self.sparsity = self._governor.choose(settings['sparsity'], settings['latency_budget_s'])
         return self.sparsity, interval_ns
+
+    def committed(self, stamp_ns: int, latency_s: float) -> CommittedActions | None:
+        """What a chunk of the observation of that stamp has to continue, if anything."""
+        kind = self._settings['hold_committed']
+        if kind == 'none':
+            return None
+        enabled = self._gate.closed_by(time.monotonic()) is None
+        return self.output.committed(stamp_ns, seconds_to_ns(latency_s), enabled, kind == 'soft')
 
     def deliver(self, delivery: Delivery) -> None:
         """Send a chunk where the gate lets it go, and report the tick."""

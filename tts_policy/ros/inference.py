@@ -23,6 +23,7 @@ from tts_policy.ros.ticks import ScheduledTick, TickSchedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tts_policy.core.inpainting import CommittedActions
     from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
     from tts_policy.ros.observation import Arrival, ObservationWindow
 
@@ -33,13 +34,14 @@ class InferenceFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Tick:
-    """One control tick: the window it saw and what was asked of it."""
+    """One control tick: the window it saw, what was asked of it, and what it has to continue."""
 
     scheduled: ScheduledTick
     sparsity: float
     interval_ns: int
     generation: int
     began_s: float
+    committed: CommittedActions | None = None
 
     @property
     def stamp_ns(self) -> int:
@@ -92,7 +94,9 @@ class InferenceWorker:
         deliver: Callable[[Delivery], None],
         on_reset: Callable[[str], None],
         seed: int = 0,
+        commit: Callable[[ScheduledTick], CommittedActions | None] = lambda tick: None,
     ) -> None:
+        """`commit` is asked at every tick that goes on with an episode what it must continue."""
         self.policy: TestTimeSparsePolicy | None = None
         self.failure: str | None = None
         self.discarded = 0
@@ -102,6 +106,7 @@ class InferenceWorker:
         self._now_ns = now_ns
         self._deliver = deliver
         self._on_reset = on_reset
+        self._commit = commit
         self._condition = threading.Condition()
         self._loaded = threading.Event()
         self._active = False
@@ -271,7 +276,9 @@ class InferenceWorker:
         if tick.reset is not None:
             # A seed per episode: a replayed recording draws the same noise wherever it starts.
             self.policy.reset(self._seed + tick.scheduled.episode)
-        chunk = self.policy.act(tick.scheduled.observation, sparsity=tick.sparsity)
+        chunk = self.policy.act(
+            tick.scheduled.observation, sparsity=tick.sparsity, committed=tick.committed
+        )
         with self._condition:
             self._began_s = None
             if tick.generation != self._generation:
@@ -299,6 +306,7 @@ class InferenceWorker:
             self._interval_ns,
             self._generation,
             time.perf_counter(),
+            self._commit(scheduled) if scheduled.reset is None else None,
         )
 
 

@@ -29,6 +29,8 @@ RELIABLE_SENSOR_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABL
 COMMAND_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 # Every message counts: a true that a heartbeat follows at once must not be overwritten by it.
 STOP_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+# A reliable subscription hears no best-effort publisher: a second one does.
+BEST_EFFORT_STOP_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
 REPORT_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
 DIAGNOSTICS_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 LATCHED_QOS = QoSProfile(
@@ -36,6 +38,8 @@ LATCHED_QOS = QoSProfile(
     reliability=ReliabilityPolicy.RELIABLE,
     durability=DurabilityPolicy.TRANSIENT_LOCAL,
 )
+# A transient-local subscription hears no volatile publisher: a second one does.
+VOLATILE_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 
 
 class Direction(Enum):
@@ -85,11 +89,13 @@ JOINT_STATES = _topic(
 )  # fmt: skip
 EMERGENCY_STOP = _topic(
     Direction.IN, 'emergency_stop', Bool, STOP_QOS,
-    'true closes the output gate until ~/clear_stop; so does silence, if a timeout is set',
+    'true closes the output gate until ~/clear_stop; so does silence, if a timeout is set; '
+    'best-effort publishers are heard too',
 )  # fmt: skip
 ROBOT_DESCRIPTION = _topic(
     Direction.IN, 'robot_description', String, LATCHED_QOS,
-    'URDF; its limits are taken where they are tighter (see `limits.urdf`)',
+    'URDF; its limits are taken where they are tighter (see `limits.urdf`); volatile publishers '
+    'are heard too',
 )  # fmt: skip
 JOINT_TRAJECTORY = _topic(
     Direction.OUT, 'joint_trajectory', JointTrajectory, COMMAND_QOS,

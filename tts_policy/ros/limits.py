@@ -108,6 +108,28 @@ class JointLimits:
         )
         return replace(trajectory, positions=np.clip(positions, self.lower, self.upper))
 
+    def reachable(
+        self, trajectory: Trajectory, measured: np.ndarray, now_ns: int, min_points: int
+    ) -> Trajectory:
+        """Drop the first points of a start that cannot be reached at the velocity allowed.
+
+        The arm is at rest at `measured` [A]; the way to the first point left lasts from `now_ns`
+        until that point is due.
+
+        Raises
+        ------
+        TrajectoryRefused
+            when fewer than `min_points` would be left.
+
+        """
+        left_s = (trajectory.stamp_ns + trajectory.times_ns - now_ns)[:, None] * 1e-9
+        rates = (trajectory.positions - measured) / left_s
+        broken = np.abs(rates) > self.velocity * (1.0 + self.tolerance)
+        starts = ~broken.any(axis=1)[: max(1, len(rates) - min_points + 1)]
+        if not starts.any():
+            self._refuse(broken, rates, 'velocity', lambda j: f'at most {self.velocity[j]}')
+        return trajectory.after(int(np.argmax(starts)))
+
     def _check_motion(self, trajectory: Trajectory, before: tuple[int, np.ndarray] | None) -> None:
         positions, times_s = trajectory.positions, trajectory.times_ns * 1e-9
         if before is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tts_policy.core.inpainting import CommittedActions, hold_weights
 from tts_policy.ros.continuity import Continuity, blend, measure
 from tts_policy.ros.trajectory import (
     Trajectory,
@@ -90,7 +91,14 @@ class CommandOutput:
         self._commanded = False
 
     def measured(self, stamp_ns: int, positions: np.ndarray) -> None:
-        """Newest measured positions [A] of the joints."""
+        """Measured positions [A] of the joints; what comes out of order is passed over.
+
+        A stamp that is far older is that of a clock which was set back.
+        """
+        if self._measured is not None:
+            behind_ns = self._measured[0] - stamp_ns
+            if 0 < behind_ns <= self._hold_rule.max_age_ns:
+                return
         self._measured = (stamp_ns, positions)
 
     def send(self, actions: np.ndarray, stamp_ns: int, now_ns: int, enabled: bool) -> Sent:
@@ -125,13 +133,40 @@ class CommandOutput:
         if self.blend_ns > 0:
             start = old_at or (lambda due_ns: np.repeat(measured[None], len(due_ns), axis=0))
             trajectory = blend(trajectory, start, now_ns, self.blend_ns)
-        trajectory = self._limits.current().apply(
-            trajectory, measured, None if old_at is None else self._before(trajectory, old_at)
-        )
+        limits, before = self._limits.current(), None
+        if old_at is None:
+            trajectory = limits.reachable(trajectory, measured, now_ns, timing.min_points)
+        else:
+            before = self._before(trajectory, old_at)
+        trajectory = limits.apply(trajectory, measured, before)
         continuity = measure(trajectory, old_at, timing.period_ns)
         (self._command if enabled else self._proposed).send(trajectory)
         self._last, self._commanded = trajectory, enabled
         return Sent(trajectory, continuity)
+
+    def committed(
+        self, stamp_ns: int, delay_ns: int, enabled: bool, soft: bool
+    ) -> CommittedActions | None:
+        """Set-points that are in force while a chunk is made of the observation of that stamp.
+
+        Held are those that will be past when it is sent, `delay_ns` after the observation; soft:
+        the rest of the old chunk too, ever less. None where nothing is in force.
+        """
+        last, timing = self._last, self._timing
+        if last is None or self._commanded is not enabled or stamp_ns < last.stamp_ns:
+            return None
+        first_ns, last_ns = (last.stamp_ns + int(time_ns) for time_ns in last.times_ns[[0, -1]])
+        overlap = (last_ns - stamp_ns) // timing.period_ns - timing.offset_steps + 1
+        if overlap < 1:
+            return None
+        due_ns = stamp_ns + (np.arange(overlap) + timing.offset_steps) * timing.period_ns
+        held = int((due_ns <= stamp_ns + delay_ns + timing.lead_ns).sum())
+        weights = hold_weights(held, overlap, soft)
+        # What was in force before the old chunk's first point is not known any more.
+        weights[due_ns < first_ns] = 0.0
+        if not weights.any():
+            return None
+        return CommittedActions(last.positions_at(due_ns), weights)
 
     def hold(self, now_ns: int) -> bool:
         """Command the present position once; False when nothing was commanded before."""

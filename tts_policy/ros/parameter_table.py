@@ -109,6 +109,10 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     _live('blend_s', Type.DOUBLE, 0.0, 's',
           'Lead from the old chunk over to the new one within this time; 0 switches at once',
           0.0, 10.0),
+    _live('hold_committed', Type.STRING, 'none', '',
+          'Denoise with the set-points held that the arm follows until the chunk comes '
+          '(hard), and with the rest of the old chunk drawing ever less too (soft)',
+          choices=('none', 'hard', 'soft')),
     _live('enable_output', Type.BOOL, False, '',
           'Publish on joint_trajectory; otherwise on ~/proposed_trajectory'),
     _live('limits_scale', Type.DOUBLE, 1.0, '',

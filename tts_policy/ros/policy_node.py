@@ -44,8 +44,10 @@ if TYPE_CHECKING:
     from rclpy.parameter import Parameter
     from std_srvs.srv import Trigger
 
+    from tts_policy.core.inpainting import CommittedActions
     from tts_policy.core.policy import TestTimeSparsePolicy
     from tts_policy.ros.conversions import ConversionError
+    from tts_policy.ros.ticks import ScheduledTick
 
     Transition = Callable[['PolicyNode', LifecycleState], TransitionCallbackReturn]
 
@@ -123,6 +125,7 @@ class PolicyNode(LifecycleNode):
             self._deliver,
             self._count_reset,
             settings['seed'],
+            self._committed,
         )
         try:
             parameters.check(settings)
@@ -329,6 +332,11 @@ class PolicyNode(LifecycleNode):
         """Send a chunk; runs in the inference thread, with the worker held."""
         assert self._delivery is not None
         self._delivery.deliver(delivery)
+
+    def _committed(self, tick: ScheduledTick) -> CommittedActions | None:
+        """Say what a tick has to continue; runs in the inference thread, with the worker held."""
+        assert self._delivery is not None
+        return self._delivery.committed(tick.stamp_ns, self._latency_s())
 
     def _stream(self, stream: Callable[[int], None]) -> None:
         if self._worker is not None and self._state == 'active':

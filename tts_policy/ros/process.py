@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
 from typing import TYPE_CHECKING, Protocol
 
 import rclpy
@@ -38,9 +39,10 @@ class FinalizableNode(Protocol):
 def run_node(
     create: Callable[[], FinalizableNode], name: str, arguments: list[str] | None = None
 ) -> int:
-    """Create a node and spin it to its end; 1 with one logged line if it cannot be created.
+    """Create a node and spin it to its end; 1 with one logged line if something goes wrong.
 
-    A `ValueError` of `create` is what it says about bad parameters.
+    A `ValueError` of `create` is what it says about bad parameters. What a callback raises ends
+    the node in order: it cannot be relied on any more, but it still holds the arm.
     """
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -52,6 +54,7 @@ def run_node(
         rclpy.logging.get_logger(name).fatal(str(error))
         rclpy.shutdown()
         return 1
+    status = 0
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     try:
@@ -61,10 +64,16 @@ def run_node(
             except rclpy_implementation.RCLError as error:
                 # rclpy raises a transition that is not possible now out of its service.
                 rclpy.logging.get_logger(name).error(f'request refused: {error}')
+    except Exception as error:  # noqa: BLE001 - the arm is held whatever it was
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        rclpy.logging.get_logger(name).fatal(
+            f'{type(error).__name__}: {error} ({where.name}, line {where.lineno})'
+        )
+        status = 1
     finally:
         if not node.finalized:
             node.trigger_shutdown()
         executor.shutdown()
         node.destroy_node()
         rclpy.shutdown()
-    return 0
+    return status

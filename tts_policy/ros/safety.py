@@ -6,7 +6,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from tts_policy.ros.interface import CLEAR_STOP, EMERGENCY_STOP, ROBOT_DESCRIPTION
+from tts_policy.ros.interface import (
+    BEST_EFFORT_STOP_QOS,
+    CLEAR_STOP,
+    EMERGENCY_STOP,
+    ROBOT_DESCRIPTION,
+    VOLATILE_QOS,
+)
 from tts_policy.ros.limit_source import OFF
 
 if TYPE_CHECKING:
@@ -30,25 +36,29 @@ class SafetyInputs:
         self._node = node
         self._gate = gate
         self._stopped = stopped
-        self._description: Any = None
+        self._descriptions: list[Any] = []
+        self._described: str | None = None
         stop = EMERGENCY_STOP
-        node.create_subscription(stop.kind, stop.name, self._on_stop, stop.qos)
+        for qos in (stop.qos, BEST_EFFORT_STOP_QOS):
+            node.create_subscription(stop.kind, stop.name, self._on_stop, qos)
         node.create_service(CLEAR_STOP.kind, CLEAR_STOP.name, self._on_clear)
 
     def listen(self, urdf: str, describe: Callable[[str], None]) -> None:
         """Take robot descriptions from now on, unless `urdf` says off."""
         if urdf != OFF:
             topic = ROBOT_DESCRIPTION
-            self._description = self._node.create_subscription(
-                topic.kind, topic.name, self._on_description, topic.qos
-            )
             self._describe = describe
+            self._descriptions = [
+                self._node.create_subscription(topic.kind, topic.name, self._on_description, qos)
+                for qos in (topic.qos, VOLATILE_QOS)
+            ]
 
     def stop_listening(self) -> None:
         """Take no more robot descriptions."""
-        if self._description is not None:
-            self._node.destroy_subscription(self._description)
-            self._description = None
+        for subscription in self._descriptions:
+            self._node.destroy_subscription(subscription)
+        self._descriptions.clear()
+        self._described = None
 
     def _on_stop(self, message: Bool) -> None:
         self._gate.hear(message.data, time.monotonic())
@@ -56,7 +66,10 @@ class SafetyInputs:
             self._stopped()
 
     def _on_description(self, message: String) -> None:
-        self._describe(message.data)
+        # A latched publisher is heard by both subscriptions.
+        if message.data != self._described:
+            self._described = message.data
+            self._describe(message.data)
 
     def _on_clear(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         refused = self._gate.reopen(time.monotonic())

@@ -70,7 +70,12 @@ class ActionSink:
         self.send(trajectory)
 
     def _on_answer(self, future: Any) -> None:
-        if not future.result().accepted:
+        try:
+            accepted = future.result().accepted
+        except Exception as error:  # noqa: BLE001 - whatever the middleware says, it was not taken
+            self._refused(f'follow_joint_trajectory: expected an answer to the goal, got {error}')
+            return
+        if not accepted:
             self._refused('follow_joint_trajectory: expected the goal to be accepted, it was not')
 
 

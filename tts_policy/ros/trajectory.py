@@ -50,6 +50,16 @@ class Trajectory:
         columns = [np.interp(times_ns, self.times_ns, column) for column in self.positions.T]
         return np.stack(columns, axis=1)
 
+    def after(self, points: int) -> Trajectory:
+        """What is left without the first so many points."""
+        return replace(
+            self,
+            times_ns=self.times_ns[points:],
+            positions=self.positions[points:],
+            velocities=self.velocities[points:],
+            dropped=self.dropped + points,
+        )
+
     def of(self, joints: Sequence[str]) -> Trajectory:
         """The same points for some of the joints, in their order."""
         columns = [self.joints.index(joint) for joint in joints]

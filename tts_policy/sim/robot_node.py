@@ -26,13 +26,13 @@ from rcl_interfaces.msg import (
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Bool, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
+from tts_policy.ros.interface import COMMAND_QOS, LATCHED_QOS, RELIABLE_SENSOR_QOS
 from tts_policy.sim.episode import FRAME_NS, STEP_NS, Episode, Timeline
 from tts_policy.sim.robot_messages import (
     from_stamp,
@@ -49,13 +49,7 @@ LOCKSTEP_START_NS = NS_PER_S
 IDLE_WAIT_S = 0.1
 CAMERA_FRAME = 'camera'
 # Reliable publishers serve best-effort subscribers too, and let a recorder ask for everything.
-SENSOR_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
-COMMAND_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
-LATCHED_QOS = QoSProfile(
-    depth=1,
-    reliability=ReliabilityPolicy.RELIABLE,
-    durability=DurabilityPolicy.TRANSIENT_LOCAL,
-)
+SENSOR_QOS = RELIABLE_SENSOR_QOS
 
 
 def _number(description: str, low: float, high: float, read_only: bool) -> ParameterDescriptor:

@@ -51,6 +51,7 @@ def plans(text: str, bundle: Bundle, tokens: torch.Tensor, ticks: int = 3) -> li
                 arm.asked_sparsity,
                 valid,
                 forced,
+                bundle.network.denoiser.spec.stack.kinds,
             )
             for tick in range(ticks)
         ]

@@ -27,16 +27,8 @@ from tts_policy.core.sampler import SamplerSpec
 
 def static_pruner(converted: ConvertedPolicy, sampler: SamplerSpec) -> Pruner:
     """Pruner that prefers the static schedule whatever it observes; it needs no training."""
-    denoiser = converted.network.denoiser.spec
-    pruner = Pruner(
-        PrunerSpec(
-            sampler.scheduler.steps,
-            denoiser.blocks,
-            denoiser.width,
-            denoiser.obs_steps,
-            sparsities=(sampler.recommended_sparsity,),
-        )
-    )
+    denoiser, steps = converted.network.denoiser.spec, sampler.scheduler.steps
+    pruner = Pruner(PrunerSpec.of(denoiser, steps, (sampler.recommended_sparsity,)))
     pruner.start_from_static()
     return pruner
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tts_policy.core.contract import PolicyContract
-from tts_policy.core.denoiser import Denoiser, DenoiserSpec
 from tts_policy.core.normalizer import LinearNormalizer
 from tts_policy.core.resnet import ResNetSpec
+from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 from tts_policy.core.vision import ObservationEncoder
 
 
@@ -19,8 +19,8 @@ from tts_policy.core.vision import ObservationEncoder
 class NetworkSpec:
     """Sizes of a policy network; `train_steps` is the length of the training noise schedule.
 
-    causal, cond_layers: see DenoiserSpec. Cameras are encoded by a ResNet where `resnet` is given,
-    by a small network of `camera_channels` channels otherwise.
+    causal, cond_layers: see TransformerSpec. Cameras are encoded by a ResNet where `resnet` is
+    given, by a small network of `camera_channels` channels otherwise.
     """
 
     width: int = 256
@@ -64,8 +64,8 @@ class PolicyNetwork(nn.Module):
         self.observation_encoder = ObservationEncoder(
             observation, spec.camera_channels, spec.resnet
         )
-        self.denoiser = Denoiser(
-            DenoiserSpec(
+        self.denoiser = TransformerDenoiser(
+            TransformerSpec(
                 action_dim=len(contract.action.joints),
                 horizon=contract.action.horizon,
                 obs_steps=observation.steps,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tts_policy.core.bundle import AnyPruner, Bundle, BundleError
 from tts_policy.core.plan import Reuse
+from tts_policy.core.pruner import PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.sim.plan_sources import (
     Learned,
@@ -188,8 +189,8 @@ class Arm:
                 raise BundleError(f'{self.name}: the bundle has no pruner for {self.sampler!r}')
             return _LEARNED[self.plan](pruner, tokens)
         denoiser = bundle.network.denoiser.spec
-        sizes = self.steps, denoiser.blocks, denoiser.width, denoiser.obs_steps
-        return Random(*sizes) if self.plan == 'random' else Static(*sizes, count=self.static_count)
+        sizes = PrunerSpec.of(denoiser, self.steps, (0.0,), hidden=1)
+        return Random(sizes) if self.plan == 'random' else Static(sizes, self.static_count)
 
 
 def _check_option(option: str) -> None:

@@ -310,7 +310,7 @@ def test_an_existing_bundle_is_left_alone(
     [
         (None, 'got a folder'),
         ('{"type": "diffusion"}', 'its U-Net has no residual blocks'),
-        ('{"type": "multi_task_dit"}', 'adaLN'),
+        ('{"type": "multi_task_dit"}', 'CLIP encoders'),
         ('{"type": "act"}', "type 'act' is not converted"),
         ('[' * 100_000, 'not JSON'),
         ('[1]', "type 'none'"),

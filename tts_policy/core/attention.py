@@ -25,3 +25,19 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
 def merge_heads(tokens: Tensor) -> Tensor:
     """[..., heads, S, D / heads] -> [..., S, D]."""
     return tokens.transpose(-3, -2).flatten(-2)
+
+
+def rotary_angles(positions: int, width: int, base: float) -> Tensor:
+    """Angle of every position and pair of components of a head, [positions, width / 2]."""
+    frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    return torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+
+
+def rotate(tokens: Tensor, angles: Tensor) -> Tensor:
+    """Turn components c and c + half of [..., S, width] by angles [S, width / 2].
+
+    Source: Su et al., "RoFormer" (2021), with halves in the place of neighbours.
+    """
+    first, second = tokens.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -168,11 +168,10 @@ def _load_sampler(
     data = dict(data)
     entry = data.pop('pruner', None)
     spec = SamplerSpec.from_dict(data)
-    if spec.scheduler.train_steps != network.spec.train_steps:
-        raise ValueError(
-            f'sampler {name!r} train_steps must be {network.spec.train_steps}, '
-            f'got {spec.scheduler.train_steps}'
-        )
+    try:
+        network.spec.check_scheduler(spec.scheduler)
+    except ValueError as error:
+        raise ValueError(f'sampler {name!r} {error}') from error
     if entry is None:
         return spec, None
     denoiser, sizes = network.denoiser.spec, _pruner_spec(entry)

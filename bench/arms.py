@@ -168,15 +168,17 @@ def _upstream_arm(model: Model, name: str, sampler: str) -> Arm:
 
 
 def make_arms(model: Model) -> list[Arm]:
-    """Every arm of a model: upstream, our dense and sparse ones, and the paper's ablation."""
+    """Every arm of a model: our dense and sparse ones; of a transformer upstream and ablation."""
     arms = []
+    is_transformer = isinstance(model.denoiser, TransformerDenoiser)
     for name, (spec, _) in model.samplers.items():
         sparsity = spec.recommended_sparsity or SPARSITIES[name]
-        if spec.scheduler.kind == 'ddpm' or spec.scheduler.steps == 10:
+        comparable = is_transformer and not spec.scheduler.is_flow
+        if comparable and (spec.scheduler.kind == 'ddpm' or spec.scheduler.steps == 10):
             arms.append(_upstream_arm(model, f'upstream_dense_{name}', name))
         arms.append(_sampler_arm(model, f'dense_{name}', name, 0.0))
         arms.append(_sampler_arm(model, f'sparse_{name}_{sparsity:.2f}', name, sparsity))
-        if spec.scheduler.kind == 'ddpm':
+        if is_transformer and spec.scheduler.kind == 'ddpm':
             for step, engine in (
                 ('per_step_encoding', eager_with(PerStepMemory)),
                 ('all_steps_at_once', eager_with(AllStepsMemory)),

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from tts_policy.core.chunk_sampler import EngineMaker
-from tts_policy.core.denoiser import Conditioning, Denoiser
+from tts_policy.core.denoiser import Denoiser
 from tts_policy.core.engine import EagerEngine
 from tts_policy.core.lattice import Lattice
-from tts_policy.core.memory import ConditionalMemory
+from tts_policy.core.memory import ConditionalMemory, Conditioning
 from tts_policy.core.scheduler import NoiseScheduler
+from tts_policy.core.transformer import TransformerDenoiser
 
 
 class PerStepMemory(ConditionalMemory):
     """Encodes time and observation anew at every step that needs them, as upstream does."""
 
-    def __init__(self, denoiser: Denoiser, timesteps: list[int]) -> None:
+    def __init__(self, denoiser: TransformerDenoiser, timesteps: list[float]) -> None:
         super().__init__(denoiser, timesteps)
         self._denoiser = denoiser
         self._timesteps = torch.tensor(timesteps)
@@ -33,8 +34,8 @@ class PerStepMemory(ConditionalMemory):
         self.observation_tokens = self._denoiser.encoder.observation_tokens(features)
         self._features, self._step = features, -1
 
-    def conditioning(self, step: int, layer: int) -> Conditioning:
-        """Conditioning of the blocks of one layer at one step."""
+    def keys_values(self, step: int, layer: int) -> Conditioning:
+        """Keys and values of one layer at one step."""
         if step != self._step:
             encoder = self._denoiser.encoder
             time = encoder.time_tokens(self._timesteps[step : step + 1])[:, None]
@@ -46,7 +47,7 @@ class PerStepMemory(ConditionalMemory):
 class AllStepsMemory(ConditionalMemory):
     """Encodes all steps of a tick in one batch, time tokens included, as the paper does."""
 
-    def __init__(self, denoiser: Denoiser, timesteps: list[int]) -> None:
+    def __init__(self, denoiser: TransformerDenoiser, timesteps: list[float]) -> None:
         super().__init__(denoiser, timesteps)
         self._denoiser = denoiser
         self._timesteps = torch.tensor(timesteps)
@@ -63,14 +64,13 @@ class AllStepsMemory(ConditionalMemory):
             block.keys_values(memory) for block in self._denoiser.cross_attentions
         ]
 
-    def conditioning(self, step: int, layer: int) -> Conditioning:
-        """Conditioning of the blocks of one layer at one step."""
+    def keys_values(self, step: int, layer: int) -> Conditioning:
+        """Keys and values of one layer at one step."""
         keys, values = self._keys_values[layer]
         denoiser = self._denoiser
         return Conditioning(
             keys[step : step + 1],
             values[step : step + 1],
-            denoiser.self_mask,
             denoiser.memory_mask,
         )
 
@@ -81,6 +81,7 @@ def eager_with(memory: type[ConditionalMemory]) -> EngineMaker:
     def make(
         denoiser: Denoiser, scheduler: NoiseScheduler, lattice: Lattice, force_first_step: bool
     ) -> EagerEngine:
+        assert isinstance(denoiser, TransformerDenoiser)
         timesteps = scheduler.spec.timesteps()
         return EagerEngine(
             denoiser, scheduler, lattice, force_first_step, memory(denoiser, timesteps)

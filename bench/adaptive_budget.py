@@ -59,7 +59,8 @@ class Comparison:
                 sparsity = dense if choice(n, tick) else sparse
                 logits = self._pruner.table(sparsity).detach().numpy()
                 valid = lattice.rollout_valid(self._spec.max_rollout_age)
-                return make_plan(logits, sparsity, valid, self._spec.force_first_step)
+                kinds = self._teacher.denoiser.spec.stack.kinds
+                return make_plan(logits, sparsity, valid, self._spec.force_first_step, kinds)
 
             lattice = self._teacher.first_tick(sequence)
             actions, _ = sparse_actions(self._teacher, sequence, lattice, make)

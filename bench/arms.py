@@ -24,6 +24,7 @@ from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import SchedulerSpec
 from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 
 TRAIN_STEPS = 100
 SPARSITIES = {'ddpm100': 0.95, 'ddim16': 0.80, 'ddim10': 0.80}
@@ -55,8 +56,7 @@ def random_pruner(denoiser: DenoiserSpec, steps: int) -> Pruner:
 
     They differ from tick to tick, with the observation, so that every tick compiles its plan.
     """
-    spec = PrunerSpec(steps, denoiser.blocks, denoiser.width, denoiser.obs_steps, (0.8,))
-    pruner = Pruner(spec)
+    pruner = Pruner(PrunerSpec.of(denoiser, steps, (0.8,)))
     pruner.requires_grad_(False).tables.normal_()
     pruner.cell.normal_(std=10.0)
     return pruner.eval()
@@ -74,14 +74,14 @@ def random_model(horizon: int, device: str, tiny: bool = False) -> Model:
     """Random model of upstream's size, with weights that half precision holds as in a bundle."""
     torch.manual_seed(0)
     sizes = {'width': 32, 'layers': 2} if tiny else {}
-    spec = DenoiserSpec(
+    spec = TransformerSpec(
         action_dim=8 if horizon == 10 else 10,
         horizon=horizon,
         obs_steps=2,
         obs_features=137,
         **sizes,
     )
-    denoiser = Denoiser(spec).eval().requires_grad_(False)
+    denoiser = TransformerDenoiser(spec).eval().requires_grad_(False)
     for parameter in denoiser.parameters():
         parameter.copy_(parameter.half())
     observations = cycle(list(torch.randn(OBSERVATIONS, 1, 2, 137).to(device)))
@@ -148,11 +148,10 @@ def _sampler_arm(
 
 def _upstream_arm(model: Model, name: str, sampler: str) -> Arm:
     spec, _ = model.samplers[sampler]
+    assert isinstance(model.denoiser, TransformerDenoiser)
     upstream = UpstreamSampler(model.denoiser, spec.scheduler)
     denoiser = model.denoiser.spec
-    noise = torch.randn(1, denoiser.horizon, denoiser.action_dim).to(
-        model.denoiser.position.device
-    )
+    noise = torch.randn(1, denoiser.horizon, denoiser.action_dim).to(model.denoiser.device)
 
     @torch.inference_mode()
     def chunk() -> Stopwatch:
@@ -169,15 +168,17 @@ def _upstream_arm(model: Model, name: str, sampler: str) -> Arm:
 
 
 def make_arms(model: Model) -> list[Arm]:
-    """Every arm of a model: upstream, our dense and sparse ones, and the paper's ablation."""
+    """Every arm of a model: our dense and sparse ones; of a transformer upstream and ablation."""
     arms = []
+    is_transformer = isinstance(model.denoiser, TransformerDenoiser)
     for name, (spec, _) in model.samplers.items():
         sparsity = spec.recommended_sparsity or SPARSITIES[name]
-        if spec.scheduler.kind == 'ddpm' or spec.scheduler.steps == 10:
+        comparable = is_transformer and not spec.scheduler.is_flow
+        if comparable and (spec.scheduler.kind == 'ddpm' or spec.scheduler.steps == 10):
             arms.append(_upstream_arm(model, f'upstream_dense_{name}', name))
         arms.append(_sampler_arm(model, f'dense_{name}', name, 0.0))
         arms.append(_sampler_arm(model, f'sparse_{name}_{sparsity:.2f}', name, sparsity))
-        if spec.scheduler.kind == 'ddpm':
+        if is_transformer and spec.scheduler.kind == 'ddpm':
             for step, engine in (
                 ('per_step_encoding', eager_with(PerStepMemory)),
                 ('all_steps_at_once', eager_with(AllStepsMemory)),

@@ -2,7 +2,8 @@
 """The denoising loop as Diffusion Policy runs it: the baseline of the benchmark.
 
 torch's own decoder layers called through their own forward, the conditional encoder at every
-step, and the scheduler of diffusers. It has the weights of a `Denoiser` and computes the same.
+step, and the scheduler of diffusers. It has the weights of a
+`TransformerDenoiser` and computes the same.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tts_policy.core.denoiser import Denoiser
 from tts_policy.core.scheduler import SchedulerSpec
+from tts_policy.core.transformer import TransformerDenoiser
 
 
-def decoder_of(denoiser: Denoiser) -> nn.TransformerDecoder:
+def decoder_of(denoiser: TransformerDenoiser) -> nn.TransformerDecoder:
     """torch's decoder with the weights of a denoiser's residual blocks."""
     spec = denoiser.spec
     layer = nn.TransformerDecoderLayer(
@@ -72,11 +73,11 @@ def diffusers_scheduler(spec: SchedulerSpec) -> Any:
 class UpstreamSampler:
     """Dense sampling the way Diffusion Policy does it, one network call a step."""
 
-    def __init__(self, denoiser: Denoiser, spec: SchedulerSpec, seed: int = 0) -> None:
+    def __init__(self, denoiser: TransformerDenoiser, spec: SchedulerSpec, seed: int = 0) -> None:
         self._denoiser = denoiser
-        self._decoder = decoder_of(denoiser).to(denoiser.position.device)
+        self._decoder = decoder_of(denoiser).to(denoiser.device)
         self._scheduler = diffusers_scheduler(spec)
-        self._generator = torch.Generator(denoiser.position.device).manual_seed(seed)
+        self._generator = torch.Generator(denoiser.device).manual_seed(seed)
         self._masks = tuple(
             torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float('-inf'))
             for mask in (denoiser.self_mask, denoiser.memory_mask)

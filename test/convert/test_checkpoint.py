@@ -272,6 +272,16 @@ def test_a_zip_without_a_checkpoint_in_it_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path / 'a.ckpt')
 
 
+def test_a_configuration_that_unfolds_without_measure_is_refused() -> None:
+    shared: list[object] = []
+    for _ in range(40):
+        shared = [shared] * 10
+    data = pickle.dumps(shared, 2)
+    assert len(data) < 2000
+    with pytest.raises(CheckpointError, match='too large: more than 100000 nodes'):
+        plain(RestrictedUnpickler(data).read())
+
+
 def test_a_configuration_nested_without_end_is_refused() -> None:
     loop: list[object] = []
     loop.append(loop)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from tts_policy.convert.convert_checkpoint import main
 from tts_policy.core.bundle import load_bundle
-from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.plan import Reuse, make_plan
 from tts_policy.core.policy import TestTimeSparsePolicy
 
@@ -153,7 +152,7 @@ def test_the_pruner_of_the_paper_makes_the_same_hard_plan(tmp_path: Path) -> Non
     bundle = load_bundle(_convert(tmp_path, '--pruner', str(file)))
     spec, converted = bundle.sampler('ddpm20')
     assert converted is not None
-    memory = ConditionalMemory(bundle.network.denoiser, spec.scheduler.timesteps())
+    memory = bundle.network.denoiser.conditioner(spec.scheduler.timesteps())
     seen = set()
     with torch.no_grad():
         gates = converted.gates(memory.time_tokens)
@@ -165,7 +164,8 @@ def test_the_pruner_of_the_paper_makes_the_same_hard_plan(tmp_path: Path) -> Non
             hard = theirs.argmax(-1).numpy()
             hard[0] = Reuse.COMPUTE
             share = float((hard != Reuse.COMPUTE).mean())
-            plan = make_plan(ours.numpy(), share, np.ones(hard.shape, bool), True)
+            kinds = bundle.network.denoiser.spec.stack.kinds
+            plan = make_plan(ours.numpy(), share, np.ones(hard.shape, bool), True, kinds)
             assert (plan == hard).all()
             seen |= set(hard.ravel().tolist())
     assert len(seen) > 2
@@ -310,7 +310,7 @@ def test_an_existing_bundle_is_left_alone(
     [
         (None, 'got a folder'),
         ('{"type": "diffusion"}', 'its U-Net has no residual blocks'),
-        ('{"type": "multi_task_dit"}', 'adaLN'),
+        ('{"type": "multi_task_dit"}', 'CLIP encoders'),
         ('{"type": "act"}', "type 'act' is not converted"),
         ('[' * 100_000, 'not JSON'),
         ('[1]', "type 'none'"),

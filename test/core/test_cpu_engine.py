@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from tts_policy.core.chunk_sampler import ChunkSampler
 from tts_policy.core.cpu_engine import CpuEngine
-from tts_policy.core.denoiser import Denoiser, DenoiserSpec
 from tts_policy.core.engine import EagerEngine, Engine
 from tts_policy.core.engines import make_engine
 from tts_policy.core.lattice import Lattice
@@ -27,8 +26,9 @@ from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec
 from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 
-SPEC = DenoiserSpec(
+SPEC = TransformerSpec(
     action_dim=3, horizon=8, obs_steps=2, obs_features=7, width=32, layers=2, heads=2
 )
 STEPS = 6
@@ -40,10 +40,10 @@ SCHEDULERS = {
 }
 
 
-def random_denoiser(half: bool, spec: DenoiserSpec = SPEC) -> Denoiser:
+def random_denoiser(half: bool, spec: TransformerSpec = SPEC) -> TransformerDenoiser:
     """Denoiser with weights that half precision holds exactly, as a bundle's, or does not."""
     torch.manual_seed(0)
-    denoiser = Denoiser(spec).eval().requires_grad_(False)
+    denoiser = TransformerDenoiser(spec).eval().requires_grad_(False)
     for parameter in denoiser.parameters():
         parameter.add_(torch.randn(parameter.shape) * 0.1)
         if half:
@@ -81,7 +81,8 @@ class Run:
             if self.force and self.lattice.tick == 0:
                 # A forced step 0 has run by the time the plan is asked for.
                 assert torch.isfinite(self.lattice.features[0]).all()
-            return make_plan(logits, sparsity, self.lattice.rollout_valid(4), self.force)
+            valid, kinds = self.lattice.rollout_valid(4), SPEC.stack.kinds
+            return make_plan(logits, sparsity, valid, self.force, kinds)
 
         self.engine.observe(features)
         x, executed = self.engine.denoise(plan, Stopwatch())
@@ -189,7 +190,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 def test_resident_memory_does_not_grow_over_ten_thousand_ticks() -> None:
-    spec = DenoiserSpec(
+    spec = TransformerSpec(
         action_dim=2, horizon=4, obs_steps=1, obs_features=3, width=16, layers=1, heads=2
     )
     sampler_spec = SamplerSpec(SchedulerSpec('ddim', 3, 30), force_first_step=False)

@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tts_policy.core import flops
-from tts_policy.core.denoiser import Denoiser, DenoiserSpec
 from tts_policy.core.engine import denoise_dense, denoise_masked
 from tts_policy.core.lattice import Lattice
-from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.plan import Plan, Reuse, dense_plan, make_plan
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec
+from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 
-SPEC = DenoiserSpec(
+SPEC = TransformerSpec(
     action_dim=3, horizon=8, obs_steps=2, obs_features=7, width=32, layers=2, heads=2
 )
 STEPS = 6
@@ -34,13 +33,13 @@ class Rig:
 
     def __init__(self, kind: str = 'ddpm', steps: int = STEPS) -> None:
         torch.manual_seed(0)
-        self.denoiser = Denoiser(SPEC).eval().requires_grad_(False)
+        self.denoiser = TransformerDenoiser(SPEC).eval().requires_grad_(False)
         for parameter in self.denoiser.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
         self.scheduler = NoiseScheduler(
             SchedulerSpec(kind, steps, STEPS if kind == 'ddpm' else 60)
         )
-        self.memory = ConditionalMemory(self.denoiser, self.scheduler.spec.timesteps())
+        self.memory = self.denoiser.conditioner(self.scheduler.spec.timesteps())
         self.lattice = self.fresh_lattice()
 
     def fresh_lattice(self) -> Lattice:
@@ -83,7 +82,9 @@ class NaiveLoop:
             for b, block in enumerate(rig.denoiser.blocks):
                 match Reuse(int(plan[i, b])):
                     case Reuse.COMPUTE:
-                        y = block(tokens, rig.denoiser.conditioning(b // 3, memory))
+                        masks = rig.denoiser.self_mask, None, None
+                        cross = rig.denoiser.conditioning(b // 3, memory)
+                        y = block(tokens, cross if b % 3 == 1 else masks[b % 3])
                         tau_f[b % 3] = tau_t[b] = self.tau_r[i, b] = y
                     case Reuse.FORWARD:
                         y = tau_f[b % 3]
@@ -99,7 +100,7 @@ class NaiveLoop:
 
 def random_plan(rng: np.random.Generator, lattice: Lattice, sparsity: float, force: bool) -> Plan:
     logits = rng.standard_normal((lattice.steps, lattice.blocks, 4)).astype(np.float32)
-    return make_plan(logits, sparsity, lattice.rollout_valid(100), force)
+    return make_plan(logits, sparsity, lattice.rollout_valid(100), force, SPEC.stack.kinds)
 
 
 @pytest.mark.parametrize('kind', ['ddpm', 'ddim'])
@@ -169,7 +170,7 @@ def test_dense_loop_equals_torch_transformer_decoder_with_per_step_encoding(
 class _Calls:
     """Counts the forward calls of every block through torch's own hooks."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: TransformerDenoiser) -> None:
         self.count = np.zeros(len(denoiser.blocks), int)
         for index, block in enumerate(denoiser.blocks):
             block.register_forward_hook(self._counter(index))
@@ -212,7 +213,7 @@ def test_conditional_encoder_flops_are_those_executed() -> None:
     rig = Rig()
     with FlopCounterMode(display=False) as counter:
         rig.observe(0)
-    assert counter.get_total_flops() == flops.conditional_encoder_flops(SPEC, steps=1)
+    assert counter.get_total_flops() == SPEC.conditioner_flops(steps=1)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.core.cpu_engine import CpuEngine
-from tts_policy.core.denoiser import Denoiser, DenoiserSpec
 from tts_policy.core.engine import EagerEngine, Engine
 from tts_policy.core.inpainting import CommittedActions, Inpainting, hold_weights
 from tts_policy.core.lattice import Lattice
@@ -21,10 +20,11 @@ from tts_policy.core.plan import make_plan
 from tts_policy.core.policy import TestTimeSparsePolicy
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec
 from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 
 Windows = list[dict[str, NDArray]]
 STEPS = 4
-SPEC = DenoiserSpec(
+SPEC = TransformerSpec(
     action_dim=3, horizon=8, obs_steps=2, obs_features=7, width=32, layers=2, heads=2
 )
 SCHEDULERS = {
@@ -36,7 +36,7 @@ SCHEDULERS = {
 def engines(scheduler: NoiseScheduler, force: bool) -> list[tuple[Engine, Lattice]]:
     """Return every engine there is here, each with a lattice of its own, the reference first."""
     torch.manual_seed(0)
-    denoiser = Denoiser(SPEC).eval().requires_grad_(False)
+    denoiser = TransformerDenoiser(SPEC).eval().requires_grad_(False)
     for parameter in denoiser.parameters():
         parameter.add_(torch.randn(parameter.shape) * 0.1)
     kinds: list[type[Engine]] = [EagerEngine, CpuEngine]
@@ -71,7 +71,7 @@ def test_every_engine_holds_committed_actions_and_agrees_on_the_rest(
         results.append([])
         for tick, held in enumerate((False, True, False)):
             valid = lattice.rollout_valid(4)
-            plan = make_plan(logits, 0.6 if tick else 0.0, valid, force)
+            plan = make_plan(logits, 0.6 if tick else 0.0, valid, force, SPEC.stack.kinds)
             given = Inpainting(scheduler, lattice.initial_noise, actions, weights)
             engine.observe(features)
             x, _ = engine.denoise(lambda plan=plan: plan, Stopwatch(), given if held else None)
@@ -94,6 +94,19 @@ def test_a_level_is_the_known_action_noised_as_its_step_asks() -> None:
         given.impose(level, x)
         expected = alphas[t] ** 0.5 * actions + (1 - alphas[t]) ** 0.5 * noise
         assert torch.allclose(x, expected.float(), atol=1e-6)
+
+
+def test_a_level_of_a_flow_lies_between_noise_and_the_known_action() -> None:
+    scheduler = NoiseScheduler(SchedulerSpec('flow', STEPS, 1, prediction='velocity', clip=0.0))
+    noise, actions = torch.randn(1, 8, 3), torch.randn(8, 3)
+    given = Inpainting(scheduler, noise, actions, torch.ones(8))
+    x = noise.clone()
+    for level in range(STEPS):
+        given.impose(level, x)
+        assert torch.allclose(x, torch.lerp(noise, actions, level / STEPS), atol=1e-6)
+        # A network that knows the action moves from level to level by itself.
+        x = scheduler.step(level, x, actions - noise, None)
+    assert torch.allclose(x, actions, atol=1e-6)
 
 
 def test_weights_hold_what_is_committed_and_decay_over_the_overlap() -> None:

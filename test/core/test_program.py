@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from tts_policy.core.plan import (
     Plan,
@@ -19,12 +20,14 @@ from tts_policy.core.plan import (
 )
 from tts_policy.core.program import CONSTANT, Op, Program, compile_plan
 
+SIX = np.arange(6) % 3
 
-def random_plan(seed: int, steps: int, layers: int, sparsity: float, force: bool) -> Plan:
+
+def random_plan(seed: int, steps: int, kinds: NDArray, sparsity: float, force: bool) -> Plan:
     rng = np.random.default_rng(seed)
-    logits = rng.standard_normal((steps, 3 * layers, 4)).astype(np.float32)
-    valid = rng.random((steps, 3 * layers)) < 0.7
-    return make_plan(logits, sparsity, valid, force)
+    logits = rng.standard_normal((steps, len(kinds), 4)).astype(np.float32)
+    valid = rng.random((steps, len(kinds))) < 0.7
+    return make_plan(logits, sparsity, valid, force, kinds)
 
 
 def interpret(program: Program, plan: Plan) -> list[list[int]]:
@@ -59,17 +62,17 @@ def interpret(program: Program, plan: Plan) -> list[list[int]]:
 @given(
     seed=st.integers(0, 2**32 - 1),
     steps=st.integers(2, 12),
-    layers=st.integers(1, 4),
+    kinds=st.lists(st.integers(0, 3), min_size=1, max_size=9).map(np.array),
     share=st.floats(0, 1),
     force=st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
 def test_every_step_adds_up_the_constant_and_one_source_per_block(
-    seed: int, steps: int, layers: int, share: float, force: bool
+    seed: int, steps: int, kinds: NDArray, share: float, force: bool
 ) -> None:
-    plan = random_plan(seed, steps, layers, share * (1 - 1 / steps), force)
-    expected = resolve_sources(plan)
-    program = compile_plan(plan)
+    plan = random_plan(seed, steps, kinds, share * (1 - 1 / steps), force)
+    expected = resolve_sources(plan, kinds)
+    program = compile_plan(plan, kinds)
     for rows, sources in zip(interpret(program, plan), expected, strict=True):
         assert rows.count(plan.size) == 1
         assert [row for row in rows if row != plan.size] == sources.tolist()
@@ -77,13 +80,13 @@ def test_every_step_adds_up_the_constant_and_one_source_per_block(
 
 
 def test_a_dense_plan_forms_no_sums() -> None:
-    program = compile_plan(dense_plan(3, 6))
+    program = compile_plan(dense_plan(3, 6), SIX)
     assert {op for op, _ in program.ops} == {Op.EMBED, Op.COMPUTE, Op.FINISH}
     assert program.rows.size == 0
 
 
 def test_fully_reused_steps_are_an_embedding_and_an_end_with_one_sum_for_all() -> None:
-    program = compile_plan(static_plan(20, 6, 1))
+    program = compile_plan(static_plan(20, 6, 1), SIX)
     assert program.ops[program.starts[1] : program.starts[2]] == [
         (Op.GATHER, 0),
         (Op.EMBED, 0),
@@ -97,7 +100,7 @@ def test_fully_reused_steps_are_an_embedding_and_an_end_with_one_sum_for_all() -
 
 def test_sums_of_an_earlier_tick_are_formed_in_one_batch() -> None:
     plan = np.full((5, 6), Reuse.ROLLOUT, np.int8)
-    program = compile_plan(plan)
+    program = compile_plan(plan, SIX)
     assert [op for op, _ in program.ops].count(Op.GATHER) == 1
     assert len(program.offsets) == 1 + 5
 
@@ -106,4 +109,4 @@ def test_reuse_of_nothing_is_refused() -> None:
     plan = dense_plan(3, 6)
     plan[0, 1] = Reuse.TIMESTEP
     with pytest.raises(PlanError, match='TIMESTEP reuse at step 0, block 1'):
-        compile_plan(plan)
+        compile_plan(plan, SIX)

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from tts_policy.core.plan import Reuse, make_plan, realised_sparsity
 from tts_policy.core.pruner import Pruner, PrunerSpec
+
+KINDS = np.arange(6) % 3
 
 
 def _spec(*sparsities: float) -> PrunerSpec:
@@ -38,7 +41,7 @@ def test_an_untrained_pruner_follows_the_static_schedule(sparsity: float) -> Non
     pruner.start_from_static()
     with torch.no_grad():
         logits = pruner(torch.ones(10, 96), torch.ones(1, 2, 8), sparsity)[0]
-    plan = make_plan(logits.numpy(), sparsity, torch.zeros(10, 6).bool().numpy(), True)
+    plan = make_plan(logits.numpy(), sparsity, torch.zeros(10, 6).bool().numpy(), True, KINDS)
     assert realised_sparsity(plan) == pytest.approx(sparsity)
     assert (plan[0] == Reuse.COMPUTE).all()
     assert all(row.min() == row.max() for row in plan)

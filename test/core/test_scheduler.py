@@ -81,7 +81,7 @@ def test_an_exact_denoiser_recovers_the_clean_action(spec: SchedulerSpec) -> Non
 @pytest.mark.parametrize(
     ('kind', 'steps', 'reason'),
     [
-        ('euler', 10, "must be 'ddpm' or 'ddim', got 'euler'"),
+        ('euler', 10, "must be 'ddpm' or 'ddim' or 'flow', got 'euler'"),
         ('ddim', 0, r'in \[1, 100\], got 0'),
         ('ddim', 101, r'in \[1, 100\], got 101'),
     ],

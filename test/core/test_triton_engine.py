@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tts_policy.core.denoiser import Denoiser, DenoiserSpec
 from tts_policy.core.engine import EagerEngine, Engine
 from tts_policy.core.lattice import Lattice
 from tts_policy.core.plan import Plan, make_plan
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec
 from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 
 if find_spec('triton') is None:
     pytest.skip('requirements/triton.txt is not installed', allow_module_level=True)
 # Read when Triton is imported.
 os.environ.setdefault('TRITON_INTERPRET', '1')
 
-SPEC = DenoiserSpec(
+SPEC = TransformerSpec(
     action_dim=3, horizon=8, obs_steps=2, obs_features=7, width=32, layers=2, heads=2
 )
 STEPS = 4
@@ -36,9 +36,9 @@ SCHEDULERS = {
 }
 
 
-def random_denoiser(spec: DenoiserSpec = SPEC) -> Denoiser:
+def random_denoiser(spec: TransformerSpec = SPEC) -> TransformerDenoiser:
     torch.manual_seed(0)
-    denoiser = Denoiser(spec).eval().requires_grad_(False)
+    denoiser = TransformerDenoiser(spec).eval().requires_grad_(False)
     for parameter in denoiser.parameters():
         parameter.add_(torch.randn(parameter.shape) * 0.1)
     return denoiser
@@ -60,7 +60,8 @@ class Run:
 
     def tick(self, features: Tensor, logits: np.ndarray, sparsity: float) -> Tensor:
         def plan() -> Plan:
-            return make_plan(logits, sparsity, self.lattice.rollout_valid(4), self.force)
+            valid, kinds = self.lattice.rollout_valid(4), SPEC.stack.kinds
+            return make_plan(logits, sparsity, valid, self.force, kinds)
 
         self.engine.observe(features)
         x, executed = self.engine.denoise(plan, Stopwatch())
@@ -102,7 +103,7 @@ def test_half_precision_weights_stay_within_two_hundredths() -> None:
 def test_sizes_that_the_kernel_cannot_take_are_refused() -> None:
     from tts_policy.core.triton_engine import TritonEngine
 
-    spec = DenoiserSpec(3, 8, 2, 7, width=96, layers=1, heads=2)
+    spec = TransformerSpec(3, 8, 2, 7, width=96, layers=1, heads=2)
     noise = NoiseScheduler(SCHEDULERS['ddim'])
     lattice = Lattice(spec, STEPS, False, torch.device('cpu'))
     with pytest.raises(ValueError, match=r'power of two.*got width 96 and heads of 48'):

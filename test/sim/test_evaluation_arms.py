@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from tts_policy.core.bundle import Bundle, BundleError, load_bundle, save_random_bundle
 from tts_policy.core.flops import pruner_flops
-from tts_policy.core.network import NetworkSpec
+from tts_policy.core.network import DiTOptions, NetworkSpec
 from tts_policy.core.plan import Plan, Reuse, make_plan, static_plan
 from tts_policy.sim.evaluation_arms import ARM_SETS, PLANS, Arm, ArmError, parse_arms
-from tts_policy.train.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
+from tts_policy.train.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS
 
 TINY = NetworkSpec(width=16, layers=2, heads=2, camera_channels=16)
 
@@ -51,6 +51,7 @@ def plans(text: str, bundle: Bundle, tokens: torch.Tensor, ticks: int = 3) -> li
                 arm.asked_sparsity,
                 valid,
                 forced,
+                bundle.network.denoiser.spec.stack.kinds,
             )
             for tick in range(ticks)
         ]
@@ -180,3 +181,15 @@ def test_a_sampler_made_on_the_fly_keeps_the_noise_schedule_of_the_bundle(bundle
 def test_an_arm_beyond_the_limits_of_samplers_is_refused(text: str, bundle: Bundle) -> None:
     with pytest.raises(ArmError, match=re.escape(text)):
         Arm.parse(text).setting(bundle)
+
+
+def test_a_flow_is_run_by_euler_steps_and_by_nothing_else(tmp_path: Path) -> None:
+    network = replace(TINY, dit=DiTOptions(time_features=16), objective='flow')
+    save_random_bundle(tmp_path, PANDA_CONTRACT, FLOW_SAMPLERS, network)
+    flow = load_bundle(tmp_path)
+    arm = Arm.parse('flow5:static:0.6')
+    assert arm.setting(flow).sampler.scheduler.timesteps() == [0.0, 0.2, 0.4, 0.6, 0.8]
+    assert arm.reference == 'flow10'
+    assert arm.plan_source(flow, torch.empty(0)) is not None
+    with pytest.raises(ArmError, match='ddim10: scheduler'):
+        Arm.parse('ddim10').setting(flow)

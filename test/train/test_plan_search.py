@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tts_policy.core.denoiser import Denoiser, DenoiserSpec
 from tts_policy.core.engine import denoise_masked
 from tts_policy.core.plan import Reuse, make_plan, realised_sparsity, static_plan
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import SchedulerSpec
+from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 from tts_policy.train.lessons import (
     ActionError,
     Lesson,
@@ -31,6 +31,7 @@ from tts_policy.train.reuse_gradient import Flip, flipped, reuse_gradient
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
 
 MEASURE = ActionError(first=1, execute=4)
+KINDS = np.arange(6) % 3
 DDIM = SchedulerSpec('ddim', 5, 20)
 DDPM = SchedulerSpec('ddpm', 6, 6)
 
@@ -40,7 +41,9 @@ class _Network:
 
     def __init__(self, scale: float) -> None:
         torch.manual_seed(0)
-        self.denoiser = Denoiser(DenoiserSpec(3, 6, 2, 5, width=16, layers=2, heads=2))
+        self.denoiser = TransformerDenoiser(
+            TransformerSpec(3, 6, 2, 5, width=16, layers=2, heads=2)
+        )
         for parameter in self.denoiser.parameters():
             parameter.requires_grad_(False).mul_(scale)
 
@@ -61,7 +64,7 @@ def _lessons(teacher: DenseTeacher, count: int, ticks: int = 3) -> list[Lesson]:
 
 def _random_plan(seed: int, steps: int, sparsity: float) -> np.ndarray:
     logits = np.random.default_rng(seed).standard_normal((steps, 6, 4)).astype(np.float32)
-    return make_plan(logits, sparsity, np.ones((steps, 6), bool), False)
+    return make_plan(logits, sparsity, np.ones((steps, 6), bool), False, KINDS)
 
 
 @pytest.mark.parametrize('scheduler', [DDIM, DDPM], ids=['ddim', 'ddpm'])
@@ -79,12 +82,12 @@ def test_the_shared_plan_loop_is_the_engine_for_every_episode(
     for row, lesson in enumerate(lessons):
         lattice = teacher.first_tick(lesson.sequence)
         for tick, plan in enumerate(plans):
-            teacher.memory.encode(lesson.sequence.features[tick + 1 : tick + 2])
+            teacher.conditioner.encode(lesson.sequence.features[tick + 1 : tick + 2])
             with torch.no_grad():
                 alone, _ = denoise_masked(
                     teacher.denoiser,
                     teacher.scheduler,
-                    teacher.memory,
+                    teacher.conditioner,
                     lattice,
                     lambda plan=plan: plan,
                     False,
@@ -121,7 +124,7 @@ def test_the_reuse_gradient_foretells_what_flips_change(scheduler: SchedulerSpec
     gradient = reuse_gradient(loop, batch, plan, MEASURE)
     base = loop.error(batch, plan, MEASURE)
     flips = [f for f in gradient.flips(tuple(Reuse)) if 0 < abs(f.change) < 0.2 * base]
-    measured = [loop.error(batch, flipped(plan, flip), MEASURE) - base for flip in flips]
+    measured = [loop.error(batch, flipped(plan, KINDS, flip), MEASURE) - base for flip in flips]
     assert len(flips) > 20
     assert np.corrcoef([flip.change for flip in flips], measured)[0, 1] > 0.9
 
@@ -199,13 +202,13 @@ def test_a_table_gives_back_its_plan_and_orders_cells_for_other_sparsities(
     ranking = np.where(computed, 1.0, -1.0) * random.uniform(0.01, 1.0, plan.shape)
     table = plan_table(plan, ranking.astype(np.float32)).numpy()
     valid = np.ones(plan.shape, bool)
-    assert (make_plan(table, realised_sparsity(plan), valid, False) == plan).all()
-    denser = make_plan(table, realised_sparsity(plan) - 0.2, valid, False)
+    assert (make_plan(table, realised_sparsity(plan), valid, False, KINDS) == plan).all()
+    denser = make_plan(table, realised_sparsity(plan) - 0.2, valid, False, KINDS)
     assert (denser[computed] == Reuse.COMPUTE).all()
 
 
 def test_a_flip_that_takes_away_a_source_leaves_a_plan_that_can_be_executed() -> None:
     plan = static_plan(4, 6, 1)
-    without = flipped(plan, Flip(0, 2, Reuse.ROLLOUT, 0.0))
+    without = flipped(plan, KINDS, Flip(0, 2, Reuse.ROLLOUT, 0.0))
     assert (without[:, 2] == Reuse.ROLLOUT).all()
     assert (np.delete(without, 2, axis=1) == np.delete(plan, 2, axis=1)).all()

@@ -189,3 +189,20 @@ def test_bad_input_of_train_pruner_gets_one_line(
     assert train_pruner.main(command) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith('train_pruner: ') and reason in error
+
+
+def test_a_diffusion_transformer_with_a_flow_is_trained_pruned_and_compared(
+    bags: Path, tmp_path: Path
+) -> None:
+    # Blocks begin with gates of zero: large steps open them.
+    kind = ['--denoiser', 'dit', '--objective', 'flow', '--learning-rate', '0.3']
+    steps = ['--steps', '6', '--encoder-steps', '2']
+    assert train_policy.main([str(bags), '--out', str(tmp_path), *kind, *steps, *SMALL]) == 0
+    bundle = tmp_path / 'bundle'
+    command = _pruner_command(bags, bundle, tmp_path / 'pruner')
+    command[command.index('ddim10')] = 'flow10'
+    assert train_pruner.main(command) == 0
+    for report in json.loads((tmp_path / 'pruner' / 'report.json').read_text()):
+        errors = {name: arm['mean'] for name, arm in report['l1_error'].items()}
+        assert 1e-4 < errors['learned'] < errors['random'] < 1.0
+    assert TestTimeSparsePolicy.from_bundle(bundle, 'flow10').max_sparsity == pytest.approx(0.9)

@@ -23,20 +23,13 @@ from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.core.bundle import MODEL_FILE, AnyPruner, save_bundle
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
+from tts_policy.core.transformer import TransformerDenoiser
 
 
 def static_pruner(converted: ConvertedPolicy, sampler: SamplerSpec) -> Pruner:
     """Pruner that prefers the static schedule whatever it observes; it needs no training."""
-    denoiser = converted.network.denoiser.spec
-    pruner = Pruner(
-        PrunerSpec(
-            sampler.scheduler.steps,
-            denoiser.blocks,
-            denoiser.width,
-            denoiser.obs_steps,
-            sparsities=(sampler.recommended_sparsity,),
-        )
-    )
+    denoiser, steps = converted.network.denoiser.spec, sampler.scheduler.steps
+    pruner = Pruner(PrunerSpec.of(denoiser, steps, (sampler.recommended_sparsity,)))
     pruner.start_from_static()
     return pruner
 
@@ -49,9 +42,11 @@ def make_pruners(converted: ConvertedPolicy, file: Path | None) -> dict[str, Any
     if file is not None:
         own = next(iter(converted.samplers))
         steps = converted.samplers[own].scheduler.steps
+        denoiser = converted.network.denoiser
+        assert isinstance(denoiser, TransformerDenoiser)
         with Checkpoint(file) as checkpoint:
             try:
-                pruners[own] = read_pruner(checkpoint, converted.network.denoiser.spec, steps)
+                pruners[own] = read_pruner(checkpoint, denoiser.spec, steps)
             except ValueError as error:
                 raise CheckpointError(f'{file}: {error}') from error
     return pruners
@@ -59,7 +54,7 @@ def make_pruners(converted: ConvertedPolicy, file: Path | None) -> dict[str, Any
 
 def summary(converted: ConvertedPolicy, pruners: Mapping[str, AnyPruner]) -> str:
     """What was converted, as lines of text."""
-    contract, spec = converted.network.contract, converted.network.denoiser.spec
+    contract, spec = converted.network.contract, converted.network.spec
     obs, act = contract.observation, contract.action
     cameras = ', '.join(f'{c.key} {c.height} x {c.width}' for c in obs.cameras) or 'none'
     attention = 'causal' if spec.causal else 'not causal'

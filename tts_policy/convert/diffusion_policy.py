@@ -23,10 +23,10 @@ from tts_policy.convert.robomimic_encoder import resnet_spec, resnet_state
 from tts_policy.convert.transformer_weights import diffusion_transformer
 from tts_policy.convert.weights import WeightSource, load_state
 from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
-from tts_policy.core.denoiser import DenoiserSpec
 from tts_policy.core.network import NetworkSpec, PolicyNetwork
 from tts_policy.core.resnet import ResNetSpec
 from tts_policy.core.sampler import SamplerSpec
+from tts_policy.core.transformer import TransformerSpec
 
 Source = WeightSource[StoredTensor]
 HYBRID = 'DiffusionTransformerHybridImagePolicy'
@@ -167,7 +167,7 @@ def _build(
         resnet=resnet,
     )
     # Built from the weights before any memory is taken for the sizes that the configuration names.
-    denoiser = DenoiserSpec(
+    denoiser = TransformerSpec(
         action_dim=len(contract.action.joints),
         horizon=contract.action.horizon,
         obs_steps=contract.observation.steps,

@@ -11,7 +11,7 @@ from tts_policy.convert.restricted_pickle import CheckpointError
 MAX_CONFIG_BYTES = 1 << 20
 _REASONS = {
     'diffusion': 'its U-Net has no residual blocks to reuse, train a transformer policy',
-    'multi_task_dit': 'its blocks are modulated by the time step (adaLN), which is not read yet',
+    'multi_task_dit': 'its CLIP encoders of images and text are not supported',
 }
 
 

@@ -11,12 +11,12 @@ from tts_policy.convert.checkpoint import Checkpoint
 from tts_policy.convert.restricted_pickle import CheckpointError, StoredTensor
 from tts_policy.convert.transformer_weights import cross_attention, self_attention
 from tts_policy.convert.weights import WeightSource, load_state
-from tts_policy.core.denoiser import DenoiserSpec
 from tts_policy.core.plan import Reuse
 from tts_policy.core.query_pruner import QueryPruner, QueryPrunerSpec
+from tts_policy.core.transformer import TransformerSpec
 
 
-def read_pruner(checkpoint: Checkpoint, denoiser: DenoiserSpec, steps: int) -> QueryPruner:
+def read_pruner(checkpoint: Checkpoint, denoiser: TransformerSpec, steps: int) -> QueryPruner:
     """Pruner of a denoiser for a sampler of `steps` steps.
 
     Raises

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from reprlib import repr as _short
@@ -274,26 +274,36 @@ class RestrictedUnpickler(pickle._Unpickler):
         return key, dtype, size
 
 
-def plain(value: Any, depth: int = 64) -> Any:
+MAX_DEPTH = 64
+MAX_NODES = 100_000
+
+
+def plain(value: Any) -> Any:
     """Configuration nodes as plain dictionaries, lists and scalars.
 
     Raises
     ------
     CheckpointError
-        for nodes nested too deep, or something else than a configuration.
+        for nodes nested too deep or too many of them, or something else than a configuration. A
+        container that is shared counts every time: nested ones can name each other a billionfold.
 
     """
+    return _plain(value, MAX_DEPTH, iter(range(MAX_NODES)))
+
+
+def _plain(value: Any, depth: int, budget: Iterator[int]) -> Any:
     if depth == 0:
-        raise CheckpointError('configuration is nested too deep: more than 64 levels')
+        raise CheckpointError(f'configuration is nested too deep: more than {MAX_DEPTH} levels')
+    if next(budget, None) is None:
+        raise CheckpointError(f'configuration is too large: more than {MAX_NODES} nodes')
     if isinstance(value, Record):
         state = value.state if isinstance(value.state, dict) else {}
-        if '_content' in state:
-            return plain(state['_content'], depth - 1)
-        return plain(state.get('_val'), depth - 1)
+        content = state['_content'] if '_content' in state else state.get('_val')
+        return _plain(content, depth - 1, budget)
     if isinstance(value, dict):
-        return {str(key): plain(item, depth - 1) for key, item in value.items()}
+        return {str(key): _plain(item, depth - 1, budget) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, depth - 1) for item in value]
+        return [_plain(item, depth - 1, budget) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise CheckpointError(f'configuration must be plain data, got {type(value).__name__}')

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tts_policy.convert.weights import WeightSource
-from tts_policy.core.denoiser import DenoiserSpec
+from tts_policy.core.transformer import TransformerSpec
 
 Source = WeightSource[Any]
 
@@ -49,7 +49,7 @@ def feed_forward(source: Source, layer: str, norm: str, target: str) -> dict[str
     }
 
 
-def diffusion_transformer(source: Source, prefix: str, spec: DenoiserSpec) -> dict[str, Tensor]:
+def diffusion_transformer(source: Source, prefix: str, spec: TransformerSpec) -> dict[str, Tensor]:
     """State of our Denoiser from Diffusion Policy's TransformerForDiffusion under `prefix`.
 
     The position table is cut to the horizon, which is shorter than the table where only executed

@@ -168,20 +168,24 @@ def _load_sampler(
     data = dict(data)
     entry = data.pop('pruner', None)
     spec = SamplerSpec.from_dict(data)
-    if spec.scheduler.train_steps != network.spec.train_steps:
-        raise ValueError(
-            f'sampler {name!r} train_steps must be {network.spec.train_steps}, '
-            f'got {spec.scheduler.train_steps}'
-        )
+    try:
+        network.spec.check_scheduler(spec.scheduler)
+    except ValueError as error:
+        raise ValueError(f'sampler {name!r} {error}') from error
     if entry is None:
         return spec, None
     denoiser, sizes = network.denoiser.spec, _pruner_spec(entry)
-    expected = (spec.scheduler.steps, denoiser.blocks, denoiser.width, denoiser.obs_steps)
+    expected = (spec.scheduler.steps, denoiser.blocks, denoiser.memory_width, denoiser.obs_steps)
     got = (sizes.steps, sizes.blocks, sizes.memory_width, sizes.obs_steps)
     if got != expected:
         raise ValueError(
             f'pruner of {name!r} must have (steps, blocks, memory_width, obs_steps) {expected}, '
             f'got {got}'
+        )
+    time_width = getattr(sizes, 'time_width', None) or sizes.memory_width
+    if time_width != denoiser.time_width:
+        raise ValueError(
+            f'pruner of {name!r} must have time_width {denoiser.time_width}, got {time_width}'
         )
     pruner = QueryPruner(sizes) if isinstance(sizes, QueryPrunerSpec) else Pruner(sizes)
     _read_weights(folder, entry, pruner)
@@ -243,14 +247,7 @@ def save_random_bundle(
         pruners = {}
         for name, spec in samplers.items():
             sparsity = min(0.8, spec.max_sparsity)
-            sizes = PrunerSpec(
-                spec.scheduler.steps,
-                denoiser.blocks,
-                denoiser.width,
-                denoiser.obs_steps,
-                sparsities=(sparsity,),
-            )
-            pruners[name] = Pruner(sizes)
+            pruners[name] = Pruner(PrunerSpec.of(denoiser, spec.scheduler.steps, (sparsity,)))
             pruners[name].start_from_static()
             torch.nn.init.normal_(pruners[name].cell, std=0.02)
     save_bundle(folder, 'random', policy, samplers, pruners)

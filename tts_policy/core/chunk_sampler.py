@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.core.denoiser import Denoiser
@@ -37,8 +39,9 @@ class ChunkSampler:
         engine: EngineMaker = make_engine,
     ) -> None:
         """Allocate buffers and fold tables; modules must be in evaluation mode already."""
-        device = denoiser.position.device
+        device = denoiser.device
         self.spec, self._pruner = spec, pruner
+        self._kinds = denoiser.spec.stack.kinds
         self._generator = torch.Generator().manual_seed(seed)
         steps = spec.scheduler.steps
         with torch.inference_mode():
@@ -95,7 +98,7 @@ class ChunkSampler:
         tokens = self._engine.observation_tokens
         if self._stream is None:
             logits = self._pruner(self._gates, tokens, sparsity)[0]
-            plan = make_plan(logits.numpy(), sparsity, valid, self.spec.force_first_step)
+            plan = self._plan(logits, sparsity, valid)
             return lambda: plan
         self._stream.wait_stream(torch.cuda.current_stream(tokens.device))
         with torch.cuda.stream(self._stream):
@@ -107,6 +110,10 @@ class ChunkSampler:
 
         def wait() -> Plan:
             done.synchronize()
-            return make_plan(logits.numpy(), sparsity, valid, self.spec.force_first_step)
+            return self._plan(logits, sparsity, valid)
 
         return wait
+
+    def _plan(self, logits: Tensor, sparsity: float, valid: NDArray[np.bool_]) -> Plan:
+        forced = self.spec.force_first_step
+        return make_plan(logits.numpy(), sparsity, valid, forced, self._kinds)

@@ -10,19 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tts_policy.core.denoiser import (
-    BlockKind,
-    ConditionalEncoder,
-    CrossAttention,
-    Denoiser,
-    FeedForward,
-    SelfAttention,
-)
+from tts_policy.core.denoiser import Denoiser
 from tts_policy.core.engine import Engine
 from tts_policy.core.inpainting import Inpainting
 from tts_policy.core.lattice import Lattice
@@ -38,6 +32,13 @@ from tts_policy.core.plan import Plan, dense_plan
 from tts_policy.core.program import CONSTANT, Op, compile_plan
 from tts_policy.core.scheduler import NoiseScheduler
 from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.core.transformer import (
+    ConditionalEncoder,
+    CrossAttention,
+    FeedForward,
+    SelfAttention,
+    TransformerDenoiser,
+)
 
 Block = Callable[[Tensor, Tensor], None]
 NOWHERE = -1
@@ -50,7 +51,9 @@ class FoldedScheduler:
     head's bias is taken out of p into the clipping bounds and the noise, so that p is one product.
     """
 
-    def __init__(self, denoiser: Denoiser, scheduler: NoiseScheduler, lattice: Lattice) -> None:
+    def __init__(
+        self, denoiser: TransformerDenoiser, scheduler: NoiseScheduler, lattice: Lattice
+    ) -> None:
         weight, bias = fold_norm(denoiser.norm, denoiser.head)
         self._norm, self._eps = (denoiser.spec.width,), denoiser.norm.eps
         self._head = weight.t().contiguous()
@@ -113,11 +116,11 @@ class CpuEngine(Engine):
     """Packed blocks, folded memory and scheduler tables of one sampler on the CPU, in float32."""
 
     @staticmethod
-    def supports(denoiser: Denoiser) -> bool:
+    def supports(denoiser: Denoiser) -> TypeGuard[TransformerDenoiser]:
         """Whether every part is of a kind that has a packed form here."""
         kinds = (SelfAttention, CrossAttention, FeedForward)
         return (
-            type(denoiser) is Denoiser
+            type(denoiser) is TransformerDenoiser
             and type(denoiser.encoder) is ConditionalEncoder
             and all(type(block) in kinds for block in denoiser.blocks)
             and denoiser.position.dtype == torch.float32
@@ -125,13 +128,14 @@ class CpuEngine(Engine):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: TransformerDenoiser,
         scheduler: NoiseScheduler,
         lattice: Lattice,
         force_first_step: bool,
     ) -> None:
         spec, encoder = denoiser.spec, denoiser.encoder
         self._lattice, self._force_first_step = lattice, force_first_step
+        self._stack = spec.stack
         timesteps = torch.tensor(scheduler.spec.timesteps())
         self.time_tokens = encoder.time_tokens(timesteps)
         self.observation_tokens = torch.empty(0)
@@ -158,7 +162,7 @@ class CpuEngine(Engine):
         self._dense = self._bind(dense_plan(scheduler.spec.steps, spec.blocks))
         self._program = self._dense
 
-    def _pack(self, denoiser: Denoiser) -> list[Block]:
+    def _pack(self, denoiser: TransformerDenoiser) -> list[Block]:
         rows = denoiser.spec.horizon
         blocks: list[Block] = []
         for index, block in enumerate(denoiser.blocks):
@@ -166,7 +170,7 @@ class CpuEngine(Engine):
                 case SelfAttention():
                     blocks.append(PackedSelfAttention(block, denoiser.self_mask))
                 case CrossAttention():
-                    layer = index // len(BlockKind)
+                    layer = denoiser.spec.stack.blocks[index].layer
                     blocks.append(PackedCrossAttention(block, self._memory, layer, rows))
                 case FeedForward():
                     blocks.append(PackedFeedForward(block, rows))
@@ -227,7 +231,7 @@ class CpuEngine(Engine):
         return self._program
 
     def _bind(self, plan: Plan) -> _BoundProgram:
-        program = compile_plan(plan)
+        program = compile_plan(plan, self._stack.kinds)
         return _BoundProgram(
             plan.copy(),
             [(self._methods[op], argument) for op, argument in program.ops],
@@ -249,7 +253,7 @@ class CpuEngine(Engine):
 
     def _compute(self, cell: int) -> None:
         step, block = divmod(cell, len(self._blocks))
-        if step != self._entered and block % len(BlockKind) == BlockKind.CROSS_ATTENTION:
+        if step != self._entered and self._stack.blocks[block].conditioned:
             self._memory.enter(step)
             self._entered = step
         residual = self._cells[cell]

@@ -17,10 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tts_policy.core.denoiser import BlockKind, Denoiser
+from tts_policy.core.denoiser import Conditioner, Denoiser
 from tts_policy.core.inpainting import Inpainting
 from tts_policy.core.lattice import Lattice
-from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.plan import Plan, Reuse, resolve_sources
 from tts_policy.core.scheduler import NoiseScheduler
 from tts_policy.core.stopwatch import Stopwatch
@@ -31,7 +30,7 @@ def _noise(lattice: Lattice, step: int) -> Tensor | None:
 
 
 def denoise_dense(
-    denoiser: Denoiser, scheduler: NoiseScheduler, memory: ConditionalMemory, lattice: Lattice
+    denoiser: Denoiser, scheduler: NoiseScheduler, conditioner: Conditioner, lattice: Lattice
 ) -> Tensor:
     """Plain loop over every block of every step; reads the held noise and caches nothing.
 
@@ -40,10 +39,8 @@ def denoise_dense(
     x = lattice.initial_noise
     for step in range(scheduler.spec.steps):
         tokens = denoiser.embed(x)
-        for layer in range(denoiser.spec.layers):
-            cond = memory.conditioning(step, layer)
-            for block in denoiser.layer_blocks(layer):
-                tokens = tokens + block(tokens, cond)
+        for number, block in enumerate(denoiser.blocks):
+            tokens = tokens + block(tokens, conditioner.conditioning(step, number))
         x = scheduler.step(step, x, denoiser.predict(tokens), _noise(lattice, step))
     return x
 
@@ -51,8 +48,8 @@ def denoise_dense(
 class MaskedStep:
     """Runs the cells of single denoising steps of one tick against the lattice."""
 
-    def __init__(self, denoiser: Denoiser, memory: ConditionalMemory, lattice: Lattice) -> None:
-        self._denoiser, self._memory, self._lattice = denoiser, memory, lattice
+    def __init__(self, denoiser: Denoiser, conditioner: Conditioner, lattice: Lattice) -> None:
+        self._denoiser, self._conditioner, self._lattice = denoiser, conditioner, lattice
         self._cells = lattice.features.flatten(0, 1)
         self._sums: dict[bytes, Tensor] = {}
 
@@ -73,12 +70,11 @@ class MaskedStep:
 
     def _compute(self, step: int, tokens: Tensor, blocks: list[int]) -> Tensor:
         features = self._lattice.features[step]
-        for layer, run in groupby(blocks, key=lambda block: block // len(BlockKind)):
-            cond = self._memory.conditioning(step, layer)
-            for block in run:
-                residual = self._denoiser.blocks[block](tokens, cond)
-                features[block].copy_(residual[0])
-                tokens = tokens + residual
+        for block in blocks:
+            cond = self._conditioner.conditioning(step, block)
+            residual = self._denoiser.blocks[block](tokens, cond)
+            features[block].copy_(residual[0])
+            tokens = tokens + residual
         return tokens
 
     def _sum(self, sources: NDArray[np.int64]) -> Tensor:
@@ -94,7 +90,7 @@ class MaskedStep:
 def denoise_masked(
     denoiser: Denoiser,
     scheduler: NoiseScheduler,
-    memory: ConditionalMemory,
+    conditioner: Conditioner,
     lattice: Lattice,
     plan: Callable[[], Plan],
     force_first_step: bool,
@@ -113,7 +109,7 @@ def denoise_masked(
         if the plan reuses what does not exist.
 
     """
-    runner = MaskedStep(denoiser, memory, lattice)
+    runner = MaskedStep(denoiser, conditioner, lattice)
     x = lattice.initial_noise
     if inpainting is not None:
         x = x.clone()
@@ -131,7 +127,7 @@ def denoise_masked(
         tokens = runner.run(0, denoiser.embed(x), everything, np.empty(0, np.int64))
         x = finish(0, x, tokens)
     executed = plan()
-    sources = resolve_sources(executed)
+    sources = resolve_sources(executed, denoiser.spec.stack.kinds)
     computed = executed == Reuse.COMPUTE
     for step in range(first, scheduler.spec.steps):
         tokens = runner.run(step, denoiser.embed(x), computed[step], sources[step])
@@ -142,7 +138,7 @@ def denoise_masked(
 class Engine(ABC):
     """Conditional encoding and denoising of one sampler; what survives a tick is in the lattice.
 
-    time_tokens: [K, D], folded at load; observation_tokens: [1, To, D] after `observe`.
+    time_tokens: [K, .], folded at load; observation_tokens: [1, To, .] after `observe`.
     """
 
     time_tokens: Tensor
@@ -179,18 +175,18 @@ class EagerEngine(Engine):
         scheduler: NoiseScheduler,
         lattice: Lattice,
         force_first_step: bool,
-        memory: ConditionalMemory | None = None,
+        conditioner: Conditioner | None = None,
     ) -> None:
         self._denoiser, self._scheduler, self._lattice = denoiser, scheduler, lattice
         self._force_first_step = force_first_step
-        self._memory = memory or ConditionalMemory(denoiser, scheduler.spec.timesteps())
-        self.time_tokens = self._memory.time_tokens
-        self.observation_tokens = self._memory.observation_tokens
+        self._conditioner = conditioner or denoiser.conditioner(scheduler.spec.timesteps())
+        self.time_tokens = self._conditioner.time_tokens
+        self.observation_tokens = self._conditioner.observation_tokens
 
     def observe(self, features: Tensor) -> None:
         """Encode the observation features [1, To, Do] of a tick."""
-        self._memory.encode(features)
-        self.observation_tokens = self._memory.observation_tokens
+        self._conditioner.encode(features)
+        self.observation_tokens = self._conditioner.observation_tokens
 
     def denoise(
         self, plan: Callable[[], Plan], watch: Stopwatch, inpainting: Inpainting | None = None
@@ -199,7 +195,7 @@ class EagerEngine(Engine):
         result = denoise_masked(
             self._denoiser,
             self._scheduler,
-            self._memory,
+            self._conditioner,
             self._lattice,
             plan,
             self._force_first_step,

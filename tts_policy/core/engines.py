@@ -14,6 +14,6 @@ def make_engine(
     denoiser: Denoiser, scheduler: NoiseScheduler, lattice: Lattice, force_first_step: bool
 ) -> Engine:
     """Engine for the device that the lattice is on; eager where no faster one fits."""
-    fast = lattice.store.device.type == 'cpu' and CpuEngine.supports(denoiser)
-    engine = CpuEngine if fast else EagerEngine
-    return engine(denoiser, scheduler, lattice, force_first_step)
+    if lattice.store.device.type == 'cpu' and CpuEngine.supports(denoiser):
+        return CpuEngine(denoiser, scheduler, lattice, force_first_step)
+    return EagerEngine(denoiser, scheduler, lattice, force_first_step)

@@ -56,8 +56,9 @@ class Inpainting:
         noise: [1, T, A], of the chunk, so that a level is the chunk's own noisy version; actions:
         [T, A] normalised; weights: [T].
         """
-        signal = torch.tensor(scheduler.signal_levels(), device=actions.device)[:, None, None]
-        self._levels = signal.sqrt() * actions + (1.0 - signal).sqrt() * noise
+        levels = torch.tensor(scheduler.noise_levels(), device=actions.device)
+        signal_factor, noise_factor = levels.T[:, :, None, None]
+        self._levels = signal_factor * actions + noise_factor * noise
         self._weights = weights[:, None]
 
     def impose(self, level: int, x: Tensor) -> None:

@@ -4,26 +4,47 @@
 With an MLP per token (cond_layers = 0) the memory of step i is [time token of t_i, observation
 tokens]: time tokens and their cross-attention keys and values are folded at load, observation
 tokens are encoded once a tick. With attention between the tokens (cond_layers > 0) the memories of
-all steps differ and are encoded in one batch. `ConditionalMemory` hands every (step, layer) its
+all steps differ and are encoded in one batch. `ConditionalMemory` hands every cross-attention its
 keys and values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from tts_policy.core.denoiser import Conditioning, Denoiser
+from tts_policy.core.blocks import CROSS_ATTENTION
+from tts_policy.core.denoiser import Conditioner
+
+if TYPE_CHECKING:
+    from tts_policy.core.transformer import TransformerDenoiser
 
 
-class ConditionalMemory:
+@dataclass(frozen=True)
+class Conditioning:
+    """What cross-attention reads beside x: keys and values of the memory and the mask.
+
+    keys, values: [B, heads, 1 + To, D / heads] of this block's layer; mask [T, 1 + To] is True
+    where attention is allowed.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+
+
+class ConditionalMemory(Conditioner):
     """Folded time tokens of a sampler's K steps, and the observation tokens of the current tick.
 
     time_tokens: [K, D]; observation_tokens: [B, To, D] after `encode`.
     """
 
-    def __init__(self, denoiser: Denoiser, timesteps: list[int]) -> None:
-        device = denoiser.position.device
+    def __init__(self, denoiser: TransformerDenoiser, timesteps: Sequence[float]) -> None:
+        device = denoiser.device
         self._denoiser = denoiser
         self.time_tokens = denoiser.encoder.time_tokens(torch.tensor(timesteps, device=device))
         # [K, 1, D] -> per layer keys and values [K, heads, 1, D / heads]
@@ -41,8 +62,15 @@ class ConditionalMemory:
         tokens = self.rows() if denoiser.encoder.mixes else self.observation_tokens
         self._tick = [block.keys_values(tokens) for block in denoiser.cross_attentions]
 
-    def conditioning(self, step: int, layer: int) -> Conditioning:
-        """Conditioning of the blocks of one layer at one step."""
+    def conditioning(self, step: int, block: int) -> Conditioning | Tensor:
+        """Keys and values for cross-attention, the mask for self-attention."""
+        spec = self._denoiser.spec.stack.blocks[block]
+        if spec.kind != CROSS_ATTENTION:
+            return self._denoiser.self_mask
+        return self.keys_values(step, spec.layer)
+
+    def keys_values(self, step: int, layer: int) -> Conditioning:
+        """Keys and values of one layer at one step."""
         keys, values = self._tick[layer]
         denoiser = self._denoiser
         if denoiser.encoder.mixes:
@@ -52,7 +80,7 @@ class ConditionalMemory:
             batch = len(keys)
             keys = torch.cat([time_keys[step].expand(batch, -1, -1, -1), keys], dim=2)
             values = torch.cat([time_values[step].expand(batch, -1, -1, -1), values], dim=2)
-        return Conditioning(keys, values, denoiser.self_mask, denoiser.memory_mask)
+        return Conditioning(keys, values, denoiser.memory_mask)
 
     def rows(self) -> Tensor:
         """The whole memory as the paper writes it: [B, K, 1 + To, D]."""

@@ -9,18 +9,34 @@ from typing import Any
 from torch import Tensor, nn
 
 from tts_policy.core.contract import PolicyContract
-from tts_policy.core.denoiser import Denoiser, DenoiserSpec
+from tts_policy.core.denoiser import Denoiser
+from tts_policy.core.dit import DiTDenoiser, DiTSpec
 from tts_policy.core.normalizer import LinearNormalizer
 from tts_policy.core.resnet import ResNetSpec
+from tts_policy.core.scheduler import FLOW, SchedulerSpec
+from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 from tts_policy.core.vision import ObservationEncoder
+
+OBJECTIVES = ('diffusion', FLOW)
+
+
+@dataclass(frozen=True)
+class DiTOptions:
+    """What a diffusion transformer has beside its sizes; see DiTSpec."""
+
+    time_features: int = 256
+    rotary: bool = True
+    rotary_base: float = 10_000.0
+    learned_position: bool = False
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
     """Sizes of a policy network; `train_steps` is the length of the training noise schedule.
 
-    causal, cond_layers: see DenoiserSpec. Cameras are encoded by a ResNet where `resnet` is given,
-    by a small network of `camera_channels` channels otherwise.
+    causal, cond_layers: see TransformerSpec. Cameras are encoded by a ResNet where `resnet` is
+    given, by a small network of `camera_channels` channels otherwise. The denoiser is a diffusion
+    transformer where `dit` is given. objective: what it was trained for, 'diffusion' or 'flow'.
     """
 
     width: int = 256
@@ -31,6 +47,28 @@ class NetworkSpec:
     causal: bool = True
     cond_layers: int = 0
     resnet: ResNetSpec | None = None
+    dit: DiTOptions | None = None
+    objective: str = 'diffusion'
+
+    def __post_init__(self) -> None:
+        """Refuse unknown objectives; raises ValueError."""
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f'network objective must be one of {list(OBJECTIVES)}, got {self.objective!r}'
+            )
+
+    def check_scheduler(self, scheduler: SchedulerSpec) -> None:
+        """Raise ValueError for a scheduler that cannot sample a network of this objective."""
+        if scheduler.is_flow != (self.objective == FLOW):
+            kinds = 'flow' if self.objective == FLOW else 'ddpm or ddim'
+            raise ValueError(
+                f'scheduler kind must be {kinds} for objective {self.objective!r}, '
+                f'got {scheduler.kind!r}'
+            )
+        if not scheduler.is_flow and scheduler.train_steps != self.train_steps:
+            raise ValueError(
+                f'train_steps must be {self.train_steps}, got {scheduler.train_steps}'
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they stand in model.yaml."""
@@ -39,6 +77,10 @@ class NetworkSpec:
             del data['resnet']
         else:
             data['resnet']['crop'] = list(self.resnet.crop)
+        if self.dit is None:
+            del data['dit']
+        if self.objective == 'diffusion':
+            del data['objective']
         return data
 
     @staticmethod
@@ -48,6 +90,8 @@ class NetworkSpec:
         if 'resnet' in data:
             resnet = dict(data['resnet'])
             data['resnet'] = ResNetSpec(**{**resnet, 'crop': tuple(resnet.get('crop', ()))})
+        if 'dit' in data:
+            data['dit'] = DiTOptions(**data['dit'])
         return NetworkSpec(**data)
 
 
@@ -64,18 +108,23 @@ class PolicyNetwork(nn.Module):
         self.observation_encoder = ObservationEncoder(
             observation, spec.camera_channels, spec.resnet
         )
-        self.denoiser = Denoiser(
-            DenoiserSpec(
-                action_dim=len(contract.action.joints),
-                horizon=contract.action.horizon,
-                obs_steps=observation.steps,
-                obs_features=self.observation_encoder.out_features,
-                width=spec.width,
-                layers=spec.layers,
-                heads=spec.heads,
-                causal=spec.causal,
-                cond_layers=spec.cond_layers,
-            )
+        self.denoiser = self._make_denoiser()
+
+    def _make_denoiser(self) -> Denoiser:
+        contract, spec = self.contract, self.spec
+        sizes: dict[str, Any] = {
+            'action_dim': len(contract.action.joints),
+            'horizon': contract.action.horizon,
+            'obs_steps': contract.observation.steps,
+            'obs_features': self.observation_encoder.out_features,
+            'width': spec.width,
+            'layers': spec.layers,
+            'heads': spec.heads,
+        }
+        if spec.dit is not None:
+            return DiTDenoiser(DiTSpec(**sizes, **asdict(spec.dit)))
+        return TransformerDenoiser(
+            TransformerSpec(**sizes, causal=spec.causal, cond_layers=spec.cond_layers)
         )
 
     def features(self, images: dict[str, Tensor], joints: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tts_policy.core.denoiser import (
+from tts_policy.core.transformer import (
     ConditionalEncoder,
     CrossAttention,
-    Denoiser,
     FeedForward,
     SelfAttention,
+    TransformerDenoiser,
 )
 
 Linear = Callable[[Tensor], Tensor]
@@ -125,7 +125,7 @@ class FoldedMemory:
     the time token of the step, entered by `enter`, and the To observation tokens of `observe`.
     """
 
-    def __init__(self, denoiser: Denoiser, time_tokens: Tensor) -> None:
+    def __init__(self, denoiser: TransformerDenoiser, time_tokens: Tensor) -> None:
         spec, blocks = denoiser.spec, denoiser.cross_attentions
         layers, heads, width = spec.layers, spec.heads, spec.width
         self._sizes = (layers, heads, width // heads)

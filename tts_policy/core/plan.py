@@ -3,7 +3,7 @@
 
 A plan is an int8 array [K, N] of `Reuse` classes. `make_plan` turns the pruner's logits and a
 sparsity into a valid plan: COMPUTE for the cells with the largest margin, the best valid reuse
-class for the others. Validity:
+class for the others. `kinds` [N] numbers the kind of every block. Validity:
 - FORWARD needs a block of the same kind computed earlier in this tick,
 - TIMESTEP needs this block computed at an earlier step of this tick,
 - ROLLOUT needs this cell computed at an earlier tick, at most `max_rollout_age` ticks ago.
@@ -17,10 +17,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from tts_policy.core.denoiser import BlockKind
-
 Plan = NDArray[np.int8]
-KINDS = len(BlockKind)
 
 
 class Reuse(IntEnum):
@@ -65,18 +62,30 @@ def static_plan(steps: int, blocks: int, count: int) -> Plan:
     return plan
 
 
-def computed_before(computed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _latest_of_kind(latest: NDArray[np.int64], kinds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Running maximum of [K, N] in order of execution, which is step-major, within each kind."""
+    result = np.empty_like(latest)
+    for kind in np.unique(kinds):
+        of_kind = latest[:, kinds == kind]
+        running = np.maximum.accumulate(of_kind.ravel())
+        result[:, kinds == kind] = running.reshape(of_kind.shape)
+    return result
+
+
+def computed_before(
+    computed: NDArray[np.bool_], kinds: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Where FORWARD and TIMESTEP are valid, each [K, N], given the computed cells [K, N]."""
     steps, blocks = computed.shape
-    # Execution order is step-major; within a kind j that is the order of [K, L] flattened.
-    by_kind = computed.reshape(steps, blocks // KINDS, KINDS)
-    order = by_kind.transpose(2, 0, 1).reshape(KINDS, -1)
-    seen = np.logical_or.accumulate(order, axis=1)
-    earlier = np.concatenate([np.zeros((KINDS, 1), bool), seen[:, :-1]], axis=1)
-    forward = earlier.reshape(KINDS, steps, -1).transpose(1, 2, 0).reshape(steps, blocks)
+    cells = np.arange(steps * blocks).reshape(steps, blocks)
+    # A cell has an earlier one of its kind where the first computed one comes before it.
+    first = np.full(blocks, steps * blocks)
+    for kind in np.unique(kinds):
+        of_kind = cells[computed & (kinds == kind)]
+        first[kinds == kind] = of_kind[0] if of_kind.size else steps * blocks
     by_step = np.logical_or.accumulate(computed, axis=0)
     timestep = np.concatenate([np.zeros((1, blocks), bool), by_step[:-1]], axis=0)
-    return forward, timestep
+    return cells > first, timestep
 
 
 def make_plan(
@@ -84,6 +93,7 @@ def make_plan(
     sparsity: float,
     rollout_valid: NDArray[np.bool_],
     force_first_step: bool,
+    kinds: NDArray[np.int64],
 ) -> Plan:
     """Plan that reuses the `sparsity` share of the cells.
 
@@ -111,7 +121,7 @@ def make_plan(
     computed[np.argsort(-margin, kind='stable')[:budget]] = True
     computed = computed.reshape(steps, blocks)
     while True:
-        forward, timestep = computed_before(computed)
+        forward, timestep = computed_before(computed, kinds)
         stranded = ~(computed | forward | timestep | rollout_valid)
         if not stranded.any():
             break
@@ -122,7 +132,7 @@ def make_plan(
     return np.where(computed, Reuse.COMPUTE, reuse).astype(np.int8)
 
 
-def resolve_sources(plan: Plan) -> NDArray[np.int64]:
+def resolve_sources(plan: Plan, kinds: NDArray[np.int64]) -> NDArray[np.int64]:
     """Cell whose stored feature every cell of a plan uses: flat indices i * N + b, [K, N].
 
     A feature store indexed by cell serves all three caches: FORWARD and TIMESTEP point to the
@@ -141,9 +151,7 @@ def resolve_sources(plan: Plan) -> NDArray[np.int64]:
     computed = plan == Reuse.COMPUTE
     latest = np.where(computed, cells, -1)
     timestep = np.maximum.accumulate(latest, axis=0)
-    by_kind = latest.reshape(steps, blocks // KINDS, KINDS).transpose(2, 0, 1).reshape(KINDS, -1)
-    last = np.maximum.accumulate(by_kind, axis=1)
-    forward = last.reshape(KINDS, steps, -1).transpose(1, 2, 0).reshape(steps, blocks)
+    forward = _latest_of_kind(latest, kinds)
     sources = np.choose(plan, [cells, forward, timestep, cells])
     if sources.min() < 0:
         i, b = np.argwhere(sources < 0)[0]

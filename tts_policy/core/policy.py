@@ -90,7 +90,7 @@ class TestTimeSparsePolicy:
         self._denoiser = self._network.denoiser
         self._frames = FrameEncoder(self._network.observation_encoder, self.device)
         self._sampler = ChunkSampler(self._denoiser, self.spec, pruner, seed)
-        encoder = flops.conditional_encoder_flops(self._denoiser.spec, self.spec.scheduler.steps)
+        encoder = self._denoiser.spec.conditioner_flops(self.spec.scheduler.steps)
         self._fixed_flops = encoder
         self._dense_flops = encoder + flops.decoder_flops(self._denoiser.spec, self._sampler.dense)
         self._pruner_flops = flops.pruner_flops(pruner.spec) if pruner is not None else 0

@@ -88,8 +88,8 @@ class _Sums:
         self.offsets = np.cumsum([0, *(len(row) // flat.itemsize for row in rows)])
 
 
-def compile_plan(plan: Plan) -> Program:
-    """Compile a plan [K, N].
+def compile_plan(plan: Plan, kinds: NDArray[np.int64]) -> Program:
+    """Compile a plan [K, N] of blocks of these kinds [N].
 
     Raises
     ------
@@ -99,7 +99,7 @@ def compile_plan(plan: Plan) -> Program:
     """
     steps, blocks = plan.shape
     computed = plan == Reuse.COMPUTE
-    sums = _Sums(resolve_sources(plan), computed)
+    sums = _Sums(resolve_sources(plan, kinds), computed)
     ops: list[tuple[int, int]] = []
     starts: list[int] = []
     batches = [0]

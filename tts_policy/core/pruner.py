@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tts_policy.core.denoiser import DenoiserSpec
 from tts_policy.core.plan import Reuse, static_steps
 
 
@@ -25,6 +26,7 @@ class PrunerSpec:
     """Sizes: K steps, N residual blocks, memory width D, To observation tokens, hidden width.
 
     sparsities: those that have a table of their own; others take the nearest one's.
+    time_width: of the time tokens, None where it is that of the observation tokens.
     """
 
     steps: int
@@ -33,11 +35,14 @@ class PrunerSpec:
     obs_steps: int
     sparsities: tuple[float, ...]
     hidden: int = 96
+    time_width: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse tables without order and impossible sizes; raises ValueError naming the field."""
-        for name in ('steps', 'blocks', 'memory_width', 'obs_steps', 'hidden'):
+        for name in ('steps', 'blocks', 'memory_width', 'obs_steps', 'hidden', 'time_width'):
             value = getattr(self, name)
+            if name == 'time_width' and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 16384:
                 raise ValueError(f'pruner {name} must be an integer in [1, 16384], got {value!r}')
         # model.yaml knows lists only.
@@ -50,7 +55,26 @@ class PrunerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they stand in model.yaml."""
-        return {**asdict(self), 'sparsities': list(self.sparsities)}
+        data = {**asdict(self), 'sparsities': list(self.sparsities)}
+        if self.time_width is None:
+            del data['time_width']
+        return data
+
+    @staticmethod
+    def of(
+        denoiser: DenoiserSpec, steps: int, sparsities: tuple[float, ...], hidden: int = 96
+    ) -> PrunerSpec:
+        """Sizes that fit a denoiser sampled in so many steps."""
+        memory_width, time_width = denoiser.memory_width, denoiser.time_width
+        return PrunerSpec(
+            steps,
+            denoiser.blocks,
+            memory_width,
+            denoiser.obs_steps,
+            sparsities,
+            hidden,
+            None if time_width == memory_width else time_width,
+        )
 
 
 class PlanPruner(nn.Module, ABC):
@@ -58,7 +82,7 @@ class PlanPruner(nn.Module, ABC):
 
     @abstractmethod
     def gates(self, time_tokens: Tensor) -> Any:
-        """What the logits need of the time tokens [K, D]; it depends on the steps alone."""
+        """What the logits need of the time tokens [K, .]; it depends on the steps alone."""
 
     @abstractmethod
     def forward(self, gates: Any, observation_tokens: Tensor, sparsity: float) -> Tensor:
@@ -77,7 +101,7 @@ class Pruner(PlanPruner):
             nn.GELU(),
             nn.Linear(spec.hidden, spec.hidden),
         )
-        self.gate = nn.Linear(spec.memory_width, spec.hidden)
+        self.gate = nn.Linear(spec.time_width or spec.memory_width, spec.hidden)
         self.tables = nn.Parameter(
             torch.zeros(len(spec.sparsities), spec.steps, spec.blocks, classes)
         )
@@ -104,7 +128,7 @@ class Pruner(PlanPruner):
             table[..., Reuse.ROLLOUT] = 0.5
 
     def gates(self, time_tokens: Tensor) -> Tensor:
-        """Gates [K, H] of the time tokens [K, D]; they depend on the step alone."""
+        """Gates [K, H] of the time tokens [K, .]; they depend on the step alone."""
         return self.gate(time_tokens)
 
     def trained_for(self, sparsity: float) -> float:

@@ -16,15 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tts_policy.core.denoiser import (
-    CrossAttention,
-    SelfAttention,
-    merge_heads,
-    sinusoidal_embedding,
-    split_heads,
-)
+from tts_policy.core.attention import merge_heads, sinusoidal_embedding, split_heads
 from tts_policy.core.plan import Reuse
 from tts_policy.core.pruner import PlanPruner
+from tts_policy.core.transformer import CrossAttention, SelfAttention
 
 
 @dataclass(frozen=True)

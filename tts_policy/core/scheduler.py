@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise schedulers: training noise schedules, DDPM and DDIM sampling as folded tables.
+"""Schedulers: training noise, and DDPM, DDIM and flow-matching sampling as folded tables.
 
 Every sampling step of either scheduler is, for a model that predicts noise (or the clean sample,
 then read eps as that prediction),
     x0 = clip(to_x0_x[i] * x + to_x0_eps[i] * eps)
     x  = next_x0[i] * x0 + next_x[i] * x + next_eps[i] * eps + next_noise[i] * z[i]
-with coefficients that are folded once.
+with coefficients that are folded once. Flow matching follows LeRobot's convention: time t runs
+from 0 (noise) to 1 (data), x_t = t x0 + (1 - (1 - sigma_min) t) z, the model gives the velocity,
+step i of K is at t = i / K, and the Euler step x + v / K goes by way of x0 = x + (1 - t) v.
 Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (squared cosine), Song et al. 2021 (DDIM);
 names and conventions (leading spacing, noise of the clipped sample not recomputed) are those of
 diffusers, which Diffusion Policy uses.
@@ -34,16 +36,18 @@ def squared_cosine_alphas_cumprod(train_steps: int) -> Tensor:
     return torch.cumprod(1.0 - torch.tensor(betas, dtype=torch.float64), dim=0)
 
 
+FLOW = 'flow'
 BETA_SCHEDULES = ('squaredcos_cap_v2', 'linear', 'scaled_linear', 'sigmoid')
 
 
 @dataclass(frozen=True)
 class SchedulerSpec:
-    """`kind` is 'ddpm' or 'ddim'; `steps` denoising steps are taken of `train_steps`.
+    """`kind` is 'ddpm', 'ddim' or 'flow'; `steps` denoising steps are taken of `train_steps`.
 
     beta_schedule: 'squaredcos_cap_v2', or 'linear', 'scaled_linear', 'sigmoid' between beta_start
-    and beta_end. prediction: the model's output, 'epsilon' or 'sample'. variance: of DDPM's noise,
-    'fixed_small', 'fixed_small_log' (the same, as a clamped logarithm) or 'fixed_large'.
+    and beta_end. prediction: the model's output, 'epsilon' or 'sample'; with kind flow 'velocity',
+    and the noise schedule's fields have no meaning. variance: of DDPM's noise, 'fixed_small',
+    'fixed_small_log' (the same, as a clamped logarithm) or 'fixed_large'.
     clip: the clean sample is clipped to [-clip, clip]; 0 leaves it alone. steps_offset is added to
     DDIM's timesteps; with set_alpha_to_one its last step ends at the clean sample.
     """
@@ -63,9 +67,13 @@ class SchedulerSpec:
     def __post_init__(self) -> None:
         """Refuse what cannot be sampled; raises ValueError naming the field."""
         for name, value, allowed in (
-            ('kind', self.kind, ('ddpm', 'ddim')),
+            ('kind', self.kind, ('ddpm', 'ddim', FLOW)),
             ('beta_schedule', self.beta_schedule, BETA_SCHEDULES),
-            ('prediction', self.prediction, ('epsilon', 'sample')),
+            (
+                'prediction',
+                self.prediction,
+                ('velocity',) if self.is_flow else ('epsilon', 'sample'),
+            ),
             ('variance', self.variance, ('fixed_small', 'fixed_small_log', 'fixed_large')),
         ):
             if value not in allowed:
@@ -74,22 +82,28 @@ class SchedulerSpec:
                 )
         if not 1 <= self.train_steps <= 10_000:
             raise ValueError(f'train_steps must be in [1, 10000], got {self.train_steps}')
-        if not 1 <= self.steps <= self.train_steps:
-            raise ValueError(
-                f'scheduler steps must be in [1, {self.train_steps}], got {self.steps}'
-            )
+        most = 10_000 if self.is_flow else self.train_steps
+        if not 1 <= self.steps <= most:
+            raise ValueError(f'scheduler steps must be in [1, {most}], got {self.steps}')
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ValueError(
                 f'0 < beta_start <= beta_end < 1 expected, got {self.beta_start}, {self.beta_end}'
             )
         if not 0.0 <= self.clip <= 1e6:
             raise ValueError(f'scheduler clip must be in [0, 1e6], got {self.clip}')
+        if self.is_flow:
+            return
         last = (self.steps - 1) * (self.train_steps // self.steps) + self.steps_offset
         if self.steps_offset < 0 or last >= self.train_steps:
             raise ValueError(
                 f'scheduler steps_offset must leave timesteps in [0, {self.train_steps}), '
                 f'got {self.steps_offset}'
             )
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether this samples a flow-matching network, by Euler steps."""
+        return self.kind == FLOW
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they stand in model.yaml: what differs from the defaults."""
@@ -100,8 +114,10 @@ class SchedulerSpec:
             if field.name in required or getattr(self, field.name) != field.default
         }
 
-    def timesteps(self) -> list[int]:
-        """Training timestep of every denoising step, noisiest first (leading spacing)."""
+    def timesteps(self) -> list[int] | list[float]:
+        """Timestep of every step, noisiest first: leading spacing, or i / K of a flow."""
+        if self.is_flow:
+            return [i / self.steps for i in range(self.steps)]
         stride = self.train_steps // self.steps
         return [i * stride + self.steps_offset for i in range(self.steps)][::-1]
 
@@ -126,8 +142,17 @@ class NoiseScheduler:
     def __init__(self, spec: SchedulerSpec) -> None:
         self.spec = spec
         self.clip = spec.clip or math.inf
+        if spec.is_flow:
+            self._rows = [self._euler(t, 1 / spec.steps) for t in spec.timesteps()]
+            return
         alphas_cumprod = spec.alphas_cumprod().tolist()
-        self._rows = [self._coefficients(spec, alphas_cumprod, t) for t in spec.timesteps()]
+        self._rows = [self._coefficients(spec, alphas_cumprod, int(t)) for t in spec.timesteps()]
+
+    @staticmethod
+    def _euler(t: float, step: float) -> tuple[float, ...]:
+        """Same as `_coefficients` for a step of a flow from time t."""
+        share = step / (1 - t)
+        return (1.0, 1 - t, share, 1 - share, 0.0, 0.0)
 
     @staticmethod
     def _coefficients(
@@ -160,10 +185,13 @@ class NoiseScheduler:
         """to_x0_x, to_x0_eps, next_x0, next_x, next_eps, next_noise of every step."""
         return list(self._rows)
 
-    def signal_levels(self) -> list[float]:
-        """Share of the signal in the variance before every step, and 1 after the last: [K + 1]."""
-        alphas_cumprod = self.spec.alphas_cumprod().tolist()
-        return [*(alphas_cumprod[t] for t in self.spec.timesteps()), 1.0]
+    def noise_levels(self) -> list[tuple[float, float]]:
+        """Factors of signal and noise in x before every step, (1, 0) after the last: [K + 1]."""
+        times = self.spec.timesteps()
+        if self.spec.is_flow:
+            return [*((t, 1 - t) for t in times), (1.0, 0.0)]
+        shares = [float(self.spec.alphas_cumprod()[int(t)]) for t in times]
+        return [*((share**0.5, (1 - share) ** 0.5) for share in shares), (1.0, 0.0)]
 
     @property
     def needs_noise(self) -> bool:
@@ -181,6 +209,20 @@ class NoiseScheduler:
             return next_x0 * x0 + next_x * x + next_eps * eps
         assert noise is not None, 'a DDPM step needs its noise'
         return next_x0 * x0 + next_x * x + next_noise * noise
+
+
+def flow_lesson(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy x_t [B, T, A], times t [B] and velocities [B, T, A] of clean actions x0 [B, T, A].
+
+    Times are 0.999 (1 - u) with u ~ Beta(1.5, 1), denser toward the noise.
+    Sources: Lipman et al., "Flow Matching for Generative Modeling" (2023), with sigma_min = 0;
+    distribution of times: Black et al., "pi0" (2024).
+    """
+    uniform = torch.rand(len(x0), generator=generator)
+    t = 0.999 * (1 - uniform ** (2 / 3))
+    noise = torch.randn(x0.shape, generator=generator)
+    share = t[:, None, None]
+    return share * x0 + (1 - share) * noise, t, x0 - noise
 
 
 class TrainingNoise(nn.Module):

@@ -15,14 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tts_policy.core import triton_kernel
-from tts_policy.core.denoiser import ConditionalEncoder, Denoiser, FeedForward, SelfAttention
 from tts_policy.core.engine import Engine
 from tts_policy.core.inpainting import Inpainting
 from tts_policy.core.lattice import Lattice
-from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.plan import Plan, Reuse, resolve_sources
 from tts_policy.core.scheduler import NoiseScheduler
 from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.core.transformer import (
+    ConditionalEncoder,
+    FeedForward,
+    SelfAttention,
+    TransformerDenoiser,
+)
 
 COMPUTED = -1
 _TILE = 16
@@ -36,7 +40,7 @@ def padded(size: int) -> int:
 class KernelWeights:
     """Weights of a denoiser as the kernel reads them; see `triton_kernel.denoise`."""
 
-    def __init__(self, denoiser: Denoiser, dtype: torch.dtype) -> None:
+    def __init__(self, denoiser: TransformerDenoiser, dtype: torch.dtype) -> None:
         spec = denoiser.spec
         selfs = [b for b in denoiser.blocks if isinstance(b, SelfAttention)]
         feeds = [b for b in denoiser.blocks if isinstance(b, FeedForward)]
@@ -80,7 +84,7 @@ class TritonEngine(Engine):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: TransformerDenoiser,
         scheduler: NoiseScheduler,
         lattice: Lattice,
         force_first_step: bool,
@@ -108,7 +112,8 @@ class TritonEngine(Engine):
                 f'got {type(denoiser.encoder).__name__}'
             )
         self._lattice, self._force_first_step = lattice, force_first_step
-        self._memory = ConditionalMemory(denoiser, scheduler.spec.timesteps())
+        self._memory = denoiser.conditioner(scheduler.spec.timesteps())
+        self._kinds = spec.stack.kinds
         self.time_tokens = self._memory.time_tokens
         self.observation_tokens = self._memory.observation_tokens
         self._cross = denoiser.cross_attentions
@@ -190,7 +195,7 @@ class TritonEngine(Engine):
         watch.lap('first_step')
         executed = plan()
         watch.lap('plan')
-        sources = resolve_sources(executed)
+        sources = resolve_sources(executed, self._kinds)
         sources[executed == Reuse.COMPUTE] = COMPUTED
         self._sources.copy_(torch.from_numpy(sources), non_blocking=True)
         run(first, len(executed))

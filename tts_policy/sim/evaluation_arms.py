@@ -21,7 +21,9 @@ from torch import Tensor
 
 from tts_policy.core.bundle import AnyPruner, Bundle, BundleError
 from tts_policy.core.plan import Reuse
+from tts_policy.core.pruner import PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
+from tts_policy.core.scheduler import FLOW
 from tts_policy.sim.plan_sources import (
     Learned,
     Mean,
@@ -33,7 +35,8 @@ from tts_policy.sim.plan_sources import (
 )
 
 REFERENCE = 'ddpm100'
-_SCHEDULER = re.compile(r'(ddpm|ddim)([1-9]\d*)')
+FLOW_REFERENCE = 'flow10'
+_SCHEDULER = re.compile(r'(ddpm|ddim|flow)([1-9]\d*)')
 _OPTION = re.compile(r'([a-z]+)(\d*)')
 
 
@@ -102,7 +105,7 @@ class Arm:
     def reference(self) -> str:
         """Dense arm to compare with, which executes as many actions of a chunk."""
         execute = [f'+{option}' for option in self.options if option.startswith('execute')]
-        return REFERENCE + ''.join(execute)
+        return (FLOW_REFERENCE if self.scheduler == FLOW else REFERENCE) + ''.join(execute)
 
     @property
     def asked_sparsity(self) -> float:
@@ -161,6 +164,7 @@ class Arm:
             # The network's noise schedule and prediction are the same for every sampler.
             scheduler = bundle.samplers[bundle.default_sampler][0].scheduler
             scheduler = replace(scheduler, kind=self.scheduler, steps=self.steps)
+            bundle.network.spec.check_scheduler(scheduler)
             spec = SamplerSpec(scheduler, force_first_step=False)
         if self.plan == 'no_rollout':
             # Nothing else is valid at step 0 before anything has been computed.
@@ -188,8 +192,8 @@ class Arm:
                 raise BundleError(f'{self.name}: the bundle has no pruner for {self.sampler!r}')
             return _LEARNED[self.plan](pruner, tokens)
         denoiser = bundle.network.denoiser.spec
-        sizes = self.steps, denoiser.blocks, denoiser.width, denoiser.obs_steps
-        return Random(*sizes) if self.plan == 'random' else Static(*sizes, count=self.static_count)
+        sizes = PrunerSpec.of(denoiser, self.steps, (0.0,), hidden=1)
+        return Random(sizes) if self.plan == 'random' else Static(sizes, self.static_count)
 
 
 def _check_option(option: str) -> None:

@@ -154,7 +154,7 @@ class Worker:
         """Cost of a tick but for the observation encoder; the first tick asks for no plan."""
         spec = ready.denoiser
         planning = ready.source.flops if ready.source is not None and tick else 0
-        encoder = flops.conditional_encoder_flops(spec, len(plan))
+        encoder = spec.conditioner_flops(len(plan))
         return round(1e-9 * (encoder + planning + flops.decoder_flops(spec, plan)), 6)
 
     def _expert_windows(self, task: str, execute: int = 0) -> list[list[Window]]:
@@ -192,7 +192,7 @@ class Worker:
         for window in (w for episode in self._expert_windows(task) for w in episode):
             images = {CAMERA_KEY: torch.from_numpy(window[CAMERA_KEY])[None]}
             features = network.features(images, torch.from_numpy(window['joints']).float()[None])
-            tokens.append(network.denoiser.encoder.observation_tokens(features))
+            tokens.append(network.denoiser.observation_tokens(features))
         return torch.cat(tokens)
 
     def _observation_gflops(self, task: str) -> float:

@@ -22,13 +22,12 @@ OFF = -1e6
 
 
 class PlanSource(Pruner):
-    """A pruner that only pretends, for K steps, N blocks, memory width D and To tokens."""
+    """A pruner that only pretends; its own parameters, of the sizes given, are unused."""
 
     flops = 0
 
-    def __init__(self, steps: int, blocks: int, memory_width: int, obs_steps: int) -> None:
-        # Its own parameters are unused and as small as can be.
-        super().__init__(PrunerSpec(steps, blocks, memory_width, obs_steps, (0.0,), hidden=1))
+    def __init__(self, spec: PrunerSpec) -> None:
+        super().__init__(spec)
         self._random = torch.Generator()
 
     def begin(self, seed: int) -> None:
@@ -44,7 +43,18 @@ class Learned(PlanSource):
 
     def __init__(self, pruner: AnyPruner) -> None:
         spec = pruner.spec
-        super().__init__(spec.steps, spec.blocks, spec.memory_width, spec.obs_steps)
+        time_width = spec.time_width if isinstance(spec, PrunerSpec) else None
+        super().__init__(
+            PrunerSpec(
+                spec.steps,
+                spec.blocks,
+                spec.memory_width,
+                spec.obs_steps,
+                (0.0,),
+                hidden=1,
+                time_width=time_width,
+            )
+        )
         self.pruner = pruner
         self.flops = pruner_flops(spec)
 
@@ -103,8 +113,8 @@ class Mean(Learned):
 class Static(PlanSource):
     """All blocks at `count` steps, quadratically denser toward the end; TIMESTEP elsewhere."""
 
-    def __init__(self, *sizes: int, count: int) -> None:
-        super().__init__(*sizes)
+    def __init__(self, spec: PrunerSpec, count: int) -> None:
+        super().__init__(spec)
         self._logits = self._grid()
         self._logits[..., Reuse.FORWARD] = self._logits[..., Reuse.ROLLOUT] = OFF
         self._logits[..., Reuse.COMPUTE] = -1.0

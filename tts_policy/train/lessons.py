@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from tts_policy.core.denoiser import BlockKind
 from tts_policy.core.plan import Plan, Reuse, resolve_sources
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
 
@@ -93,13 +92,14 @@ class SharedPlanLoop:
 
     def __init__(self, teacher: DenseTeacher) -> None:
         self.denoiser, self.scheduler = teacher.denoiser, teacher.scheduler
-        self.memory = teacher.memory
+        self.conditioner = teacher.conditioner
+        self.kinds = teacher.denoiser.spec.stack.kinds
 
     @torch.no_grad()
     def tick(self, batch: LessonBatch, tick: int, plan: Plan, store: Tensor) -> Tensor:
         """Actions [B, T, A] of one tick; computed cells are written to the store."""
-        self.memory.encode(batch.observations[tick])
-        computed, sources = plan == Reuse.COMPUTE, resolve_sources(plan)
+        self.conditioner.encode(batch.observations[tick])
+        computed, sources = plan == Reuse.COMPUTE, resolve_sources(plan, self.kinds)
         cells = store.flatten(0, 1)
         sums: dict[bytes, Tensor] = {}
         x = batch.initial_noise
@@ -107,7 +107,7 @@ class SharedPlanLoop:
             tokens, block = self.denoiser.embed(x), 0
             while block < plan.shape[1]:
                 if computed[step, block]:
-                    cond = self.memory.conditioning(step, block // len(BlockKind))
+                    cond = self.conditioner.conditioning(step, block)
                     store[step, block] = self.denoiser.blocks[block](tokens, cond)
                     tokens = tokens + store[step, block]
                     block += 1

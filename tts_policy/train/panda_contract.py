@@ -25,3 +25,10 @@ PANDA_SAMPLERS = {
         SchedulerSpec('ddpm', 100), force_first_step=True, recommended_sparsity=0.95
     ),
 }
+FLOW_SAMPLERS = {
+    'flow10': SamplerSpec(
+        SchedulerSpec('flow', 10, prediction='velocity'),
+        force_first_step=False,
+        recommended_sparsity=0.8,
+    ),
+}

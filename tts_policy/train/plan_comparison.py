@@ -40,12 +40,14 @@ def sparse_actions(
 
     Returns normalised actions [R - 1, T, A] and the mean realised sparsity.
     """
-    denoiser, scheduler, memory = teacher.denoiser, teacher.scheduler, teacher.memory
+    denoiser, scheduler = teacher.denoiser, teacher.scheduler
+    conditioner = teacher.conditioner
     actions, sparsity = [], []
     for tick, features in enumerate(sequence.features[1:], start=1):
-        memory.encode(features[None])
-        plan = make(lattice, memory.observation_tokens, tick)
-        x, _ = denoise_masked(denoiser, scheduler, memory, lattice, partial(_given, plan), False)
+        conditioner.encode(features[None])
+        plan = make(lattice, conditioner.observation_tokens, tick)
+        given = partial(_given, plan)
+        x, _ = denoise_masked(denoiser, scheduler, conditioner, lattice, given, False)
         lattice.commit(plan)
         actions.append(x)
         sparsity.append(realised_sparsity(plan))
@@ -67,9 +69,9 @@ class PlanMakers:
         self._sparsity = sparsity
         self._random = np.random.default_rng(0)
         with torch.no_grad():
-            self._gates = pruner.gates(teacher.memory.time_tokens)
+            self._gates = pruner.gates(teacher.conditioner.time_tokens)
             features = torch.cat([sequence.features for sequence in trained])
-            tokens = teacher.denoiser.encoder.observation_tokens(features)
+            tokens = teacher.denoiser.observation_tokens(features)
             self._tokens = tokens
             self.mean_logits = pruner(self._gates, tokens, sparsity).mean(0).numpy()
 
@@ -78,7 +80,13 @@ class PlanMakers:
 
     def _plan(self, logits: NDArray[np.float32], lattice: Lattice) -> Plan:
         valid = lattice.rollout_valid(self._sampler.max_rollout_age)
-        return make_plan(logits, self._sparsity, valid, self._sampler.force_first_step)
+        return make_plan(
+            logits,
+            self._sparsity,
+            valid,
+            self._sampler.force_first_step,
+            self._teacher.denoiser.spec.stack.kinds,
+        )
 
     def learned(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
         """The pruner on this tick's memory."""

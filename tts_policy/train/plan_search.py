@@ -99,7 +99,7 @@ class PlanSearch:
         count = min(missing, max(1, round(self._spec.growth * self.computed)))
         flips = gradient.flips((Reuse.COMPUTE,))
         added = self.budget.additions(flips, count, self.budget.room(self.plan))
-        self.plan = flipped(self.plan, *added)
+        self.plan = flipped(self.plan, self._loop.kinds, *added)
 
     def step(
         self, batch: LessonBatch, sample: LessonBatch, random: np.random.Generator
@@ -140,7 +140,7 @@ class PlanSearch:
         helped = []
         for index in _mostly_first(len(best), spec.trials, random):
             flip = best[index]
-            change = self._error(sample, flipped(self.plan, flip)) - base
+            change = self._error(sample, flipped(self.plan, self._loop.kinds, flip)) - base
             if change < 0:
                 helped.append(replace(flip, change=change))
             else:
@@ -158,7 +158,7 @@ class PlanSearch:
         base = self._error(sample)
         helped = self._try(gradient.flips(REUSE_CLASSES), sample, base, random)
         while helped:
-            plan = flipped(self.plan, *helped)
+            plan = flipped(self.plan, self._loop.kinds, *helped)
             trial = self._error(batch, plan)
             if trial < error:
                 self.plan = plan
@@ -182,7 +182,9 @@ class PlanSearch:
             flips = [gradient.flip(self.plan, step, block, reuse) for reuse in REUSE_CLASSES]
             # The smaller the expected change, in either direction, the better the gradient knows.
             flip = min((f for f in flips if f is not None), key=lambda f: abs(f.change))
-            self.removal_cost[step, block] = self._error(sample, flipped(self.plan, flip)) - base
+            self.removal_cost[step, block] = (
+                self._error(sample, flipped(self.plan, self._loop.kinds, flip)) - base
+            )
             self.removal_class[step, block] = flip.reuse
 
     def _removals(self) -> list[Flip]:
@@ -199,7 +201,7 @@ class PlanSearch:
         removals = self._removals()
         while self._swap:
             added, removed = self.budget.exchange(additions, removals, self._swap, room)
-            plan = flipped(self.plan, *removed, *added)
+            plan = flipped(self.plan, self._loop.kinds, *removed, *added)
             trial = self._error(batch, plan)
             if removed and trial < error and self.budget.affords(plan):
                 self.plan = plan

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tts_policy.core.flops import block_flops, pruner_flops
+from tts_policy.core.flops import pruner_flops
 from tts_policy.core.plan import Plan, Reuse, make_plan, static_plan
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
@@ -93,7 +93,7 @@ class PrunerTrainer:
     def _budget(self) -> PlanBudget:
         """Cells of the sparsity in work, at the cost of whole passes with the pruner's in it."""
         cells = round((1 - self.sparsity) * self._forced.size)
-        cost = block_flops(self._teacher.denoiser.spec)
+        cost = self._teacher.denoiser.spec.stack.flops
         return PlanBudget(cells, cost, pruner_flops(self._pruner_spec()))
 
     def _begin(self, starts: list[Plan]) -> None:
@@ -111,11 +111,12 @@ class PrunerTrainer:
             return []
         logits = self._prior.table(self.sparsity).detach().numpy()
         everywhere = np.ones(self._forced.shape, bool)
-        forced = self.sampler.force_first_step
-        plan = make_plan(logits, self.sparsity, everywhere, forced)
+        forced, kinds = self.sampler.force_first_step, self._teacher.denoiser.spec.stack.kinds
+        plan = make_plan(logits, self.sparsity, everywhere, forced, kinds)
         if not self._budget().affords(plan):
             sparser = self.sparsity + TOO_DEAR * (1 - self.sparsity)
-            plan = make_plan(logits, min(sparser, self.sampler.max_sparsity), everywhere, forced)
+            sparser = min(sparser, self.sampler.max_sparsity)
+            plan = make_plan(logits, sparser, everywhere, forced, kinds)
         return [plan]
 
     def _new_search(self, plan: Plan) -> PlanSearch:
@@ -189,9 +190,8 @@ class PrunerTrainer:
         return pruner
 
     def _pruner_spec(self) -> PrunerSpec:
-        denoiser, steps = self._teacher.denoiser.spec, self.sampler.scheduler.steps
-        sparsities = tuple(self.sparsities)
-        return PrunerSpec(steps, denoiser.blocks, denoiser.width, denoiser.obs_steps, sparsities)
+        steps, sparsities = self.sampler.scheduler.steps, tuple(self.sparsities)
+        return PrunerSpec.of(self._teacher.denoiser.spec, steps, sparsities)
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` continues from."""

@@ -17,16 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tts_policy.core.denoiser import BlockKind
 from tts_policy.core.plan import Plan, Reuse, computed_before, resolve_sources
 from tts_policy.train.lessons import ActionError, LessonBatch, SharedPlanLoop
 
-KINDS = len(BlockKind)
 
-
-def with_sources(plan: Plan) -> Plan:
+def with_sources(plan: Plan, kinds: NDArray[np.int64]) -> Plan:
     """Turn FORWARD and TIMESTEP cells that have nothing to reuse into ROLLOUT."""
-    forward, timestep = computed_before(plan == Reuse.COMPUTE)
+    forward, timestep = computed_before(plan == Reuse.COMPUTE, kinds)
     stranded = ((plan == Reuse.FORWARD) & ~forward) | ((plan == Reuse.TIMESTEP) & ~timestep)
     return np.where(stranded, np.int8(Reuse.ROLLOUT), plan)
 
@@ -51,34 +48,43 @@ class Flip:
         return self.step, self.block, int(self.reuse)
 
 
-def flipped(plan: Plan, *flips: Flip) -> Plan:
+def flipped(plan: Plan, kinds: NDArray[np.int64], *flips: Flip) -> Plan:
     """Plan with some cells changed."""
     plan = plan.copy()
     for flip in flips:
         plan[flip.cell] = flip.reuse
-    return with_sources(plan)
+    return with_sources(plan, kinds)
 
 
 class ReuseGradient:
     """First-order change of the error from `plan` to other plans.
 
     products[j][c, s] is the product of the gradient at cell c with the feature of cell s, both of
-    kind j and counted [K, L]; rollout[i, b] that with the feature of an earlier tick.
+    kind j and counted in order of execution; rollout[i, b] that with the feature of an earlier
+    tick.
     """
 
     def __init__(
-        self, plan: Plan, products: NDArray[np.float32], rollout: NDArray[np.float32]
+        self,
+        plan: Plan,
+        kinds: NDArray[np.int64],
+        products: list[NDArray[np.float32]],
+        rollout: NDArray[np.float32],
     ) -> None:
-        self.plan, self.rollout, self._products = plan, rollout, products
-        steps, blocks = plan.shape
-        step, block = np.divmod(np.arange(steps * blocks), blocks)
-        self._kind = block % KINDS
-        self._place = step * (blocks // KINDS) + block // KINDS
+        self.plan, self.kinds, self.rollout, self._products = plan, kinds, rollout, products
+        self._kind = np.tile(kinds, len(plan))
+        self._place = np.empty(plan.size, np.int64)
+        for kind, _ in enumerate(products):
+            of_kind = self._kind == kind
+            self._place[of_kind] = np.arange(of_kind.sum())
         self._now = self._values(plan)
 
     def _values(self, plan: Plan) -> NDArray[np.float32]:
-        sources = resolve_sources(plan).ravel()
-        values = self._products[self._kind, self._place, self._place[sources]]
+        sources = resolve_sources(plan, self.kinds).ravel()
+        values = np.empty(plan.size, np.float32)
+        for kind, products in enumerate(self._products):
+            of_kind = self._kind == kind
+            values[of_kind] = products[self._place[of_kind], self._place[sources[of_kind]]]
         return np.where(plan.ravel() == Reuse.ROLLOUT, self.rollout.ravel(), values)
 
     def change(self, plan: Plan) -> float:
@@ -87,7 +93,7 @@ class ReuseGradient:
 
     def flip(self, plan: Plan, step: int, block: int, reuse: Reuse) -> Flip | None:
         """Flip of a cell of `plan`, None if the class has no source there."""
-        changed = flipped(plan, Flip(step, block, reuse, 0.0))
+        changed = flipped(plan, self.kinds, Flip(step, block, reuse, 0.0))
         if changed[step, block] != reuse:
             return None
         before = 0.0 if plan is self.plan else self.change(plan)
@@ -109,7 +115,7 @@ class _GradientTick:
 
     def __init__(self, loop: SharedPlanLoop, plan: Plan, store: Tensor) -> None:
         self._loop, self._store = loop, store
-        self._plan, self._sources = plan, resolve_sources(plan)
+        self._plan, self._sources = plan, resolve_sources(plan, loop.kinds)
         self.before = store.clone()
         self.features = torch.empty_like(store)
         self.stream: list[Tensor] = []
@@ -117,9 +123,9 @@ class _GradientTick:
 
     def run(self, batch: LessonBatch, tick: int) -> Tensor:
         """Actions [B, T, A] with a graph; fills features, stream and the store."""
-        denoiser, memory = self._loop.denoiser, self._loop.memory
+        denoiser = self._loop.denoiser
         with torch.no_grad():
-            memory.encode(batch.observations[tick])
+            self._loop.conditioner.encode(batch.observations[tick])
         x = batch.initial_noise.clone().requires_grad_()
         for step in range(len(self._plan)):
             tokens = denoiser.embed(x)
@@ -133,7 +139,7 @@ class _GradientTick:
 
     def _cell(self, step: int, block: int, tokens: Tensor) -> Tensor:
         compute = self._loop.denoiser.blocks[block]
-        cond = self._loop.memory.conditioning(step, block // KINDS)
+        cond = self._loop.conditioner.conditioning(step, block)
         if self._plan[step, block] == Reuse.COMPUTE:
             residual = compute(tokens, cond)
             self.features[step, block] = self._store[step, block] = residual.detach()
@@ -151,8 +157,9 @@ def reuse_gradient(
 ) -> ReuseGradient:
     """Gradient of the mean error over the ticks of a batch; costs about one dense pass a tick."""
     steps, blocks = plan.shape
-    places = steps * blocks // KINDS
-    products = np.zeros((KINDS, places, places), np.float32)
+    of_kind = [torch.from_numpy(loop.kinds == kind) for kind in np.unique(loop.kinds)]
+    sizes = [steps * int(columns.sum()) for columns in of_kind]
+    products = [np.zeros((size, size), np.float32) for size in sizes]
     rollout = np.zeros((steps, blocks), np.float32)
     store = batch.first_tick.clone()
     for number in range(1, batch.ticks):
@@ -164,8 +171,7 @@ def reuse_gradient(
         gradient = torch.stack(gradients).view(steps, blocks, -1)  # type: ignore[arg-type]
         features = tick.features.view(steps, blocks, -1)
         rollout += torch.linalg.vecdot(gradient, tick.before.view(steps, blocks, -1)).numpy()
-        for kind in range(KINDS):
-            left = gradient[:, kind::KINDS].reshape(places, -1)
-            right = features[:, kind::KINDS].reshape(places, -1)
-            products[kind] += (left @ right.T).numpy()
-    return ReuseGradient(plan, products, rollout)
+        for product, columns in zip(products, of_kind, strict=True):
+            left, right = gradient[:, columns], features[:, columns]
+            product += (left.flatten(0, 1) @ right.flatten(0, 1).T).numpy()
+    return ReuseGradient(plan, loop.kinds, products, rollout)

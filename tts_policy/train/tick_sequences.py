@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tts_policy.core.engine import denoise_dense, denoise_masked
 from tts_policy.core.lattice import Lattice
-from tts_policy.core.memory import ConditionalMemory
 from tts_policy.core.network import PolicyNetwork
 from tts_policy.core.plan import dense_plan
 from tts_policy.core.sampler import SamplerSpec
@@ -62,7 +61,7 @@ class DenseTeacher:
         self.denoiser = network.denoiser
         self.scheduler = NoiseScheduler(spec.scheduler)
         with torch.no_grad():
-            self.memory = ConditionalMemory(self.denoiser, spec.scheduler.timesteps())
+            self.conditioner = self.denoiser.conditioner(spec.scheduler.timesteps())
 
     def lattice(self, seed: int) -> Lattice:
         """Fresh lattice with the noise that `seed` gives."""
@@ -81,8 +80,10 @@ class DenseTeacher:
         """Lattice after the dense first tick of a sequence."""
         lattice = self.lattice(sequence.seed)
         dense = dense_plan(lattice.steps, lattice.blocks)
-        self.memory.encode(sequence.features[:1])
-        denoise_masked(self.denoiser, self.scheduler, self.memory, lattice, lambda: dense, False)
+        self.conditioner.encode(sequence.features[:1])
+        denoise_masked(
+            self.denoiser, self.scheduler, self.conditioner, lattice, lambda: dense, False
+        )
         lattice.commit(dense)
         return lattice
 
@@ -90,5 +91,5 @@ class DenseTeacher:
     def actions(self, sequence: TickSequence) -> Tensor:
         """Normalised dense actions [R, T, A]; all ticks are one batch, as they share the noise."""
         lattice = self.lattice(sequence.seed)
-        self.memory.encode(sequence.features)
-        return denoise_dense(self.denoiser, self.scheduler, self.memory, lattice)
+        self.conditioner.encode(sequence.features)
+        return denoise_dense(self.denoiser, self.scheduler, self.conditioner, lattice)

@@ -28,15 +28,21 @@ from tts_policy.bag.data_check import DataCheck, write_check
 from tts_policy.bag.reader import BagError
 from tts_policy.core.bundle import BundleError, load_bundle, save_bundle
 from tts_policy.core.contract import ContractError, PolicyContract, read_contract
-from tts_policy.core.network import NetworkSpec, PolicyNetwork
-from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec, TrainingNoise
+from tts_policy.core.network import OBJECTIVES, DiTOptions, NetworkSpec, PolicyNetwork
+from tts_policy.core.scheduler import (
+    FLOW,
+    NoiseScheduler,
+    SchedulerSpec,
+    TrainingNoise,
+    flow_lesson,
+)
 from tts_policy.train.dataset import Windows
 from tts_policy.train.demonstrations import (
     add_demonstration_arguments,
     load_windows,
     split_demonstrations,
 )
-from tts_policy.train.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
+from tts_policy.train.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,10 @@ class PolicyTrainer:
         regression = F.l1_loss(regressed.float(), target)
         if self.step < spec.encoder_steps:
             return regression.new_zeros(()), regression
+        if network.spec.objective == FLOW:
+            noisy, times, velocity = flow_lesson(target, self.generator)
+            predicted = network.denoiser(noisy, times, features)
+            return F.mse_loss(predicted.float(), velocity), regression
         noise = torch.randn(target.shape, generator=self.generator)
         t = torch.randint(network.spec.train_steps, (spec.batch,), generator=self.generator)
         predicted = network.denoiser(self.noise.add(target, noise, t), t, features)
@@ -156,14 +166,14 @@ class PolicyTrainer:
 
     @torch.inference_mode()
     def action_error(self, windows: Windows, count: int = 64) -> float:
-        """Mean absolute error (normalised units) of DDIM-10 samples on windows held out."""
+        """Mean absolute error (normalised units) of ten-step samples on windows held out."""
         network = self.averaged_network
         generator = torch.Generator().manual_seed(0)
         index = torch.randperm(len(windows), generator=generator)[:count]
         images, joints, actions = windows.gather(index)
         target = network.action_normalizer.normalize(actions)
         features = network.features(images, joints)
-        sampler = NoiseScheduler(SchedulerSpec('ddim', 10, network.spec.train_steps))
+        sampler = NoiseScheduler(ten_steps(network.spec))
         x = torch.randn(target.shape, generator=generator)
         for i, t in enumerate(sampler.spec.timesteps()):
             eps = network.denoiser(x, torch.full((len(x),), t), features)
@@ -192,6 +202,13 @@ class PolicyTrainer:
         self.average.load_state_dict(state['average'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.generator.set_state(state['generator'])
+
+
+def ten_steps(network: NetworkSpec) -> SchedulerSpec:
+    """Ten deterministic steps for a network of either objective."""
+    if network.objective == FLOW:
+        return SchedulerSpec(FLOW, 10, prediction='velocity')
+    return SchedulerSpec('ddim', 10, network.train_steps)
 
 
 def _train(trainer: PolicyTrainer, held_out: Windows, out: Path, save_every_s: float) -> None:
@@ -256,6 +273,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--width', type=int, default=256, help='denoiser width D')
     parser.add_argument('--layers', type=int, default=8, help='decoder layers L')
     parser.add_argument(
+        '--denoiser',
+        choices=('transformer', 'dit'),
+        default='transformer',
+        help="Diffusion Policy's transformer, or a DiT with modulated blocks",
+    )
+    parser.add_argument(
+        '--objective',
+        choices=OBJECTIVES,
+        default='diffusion',
+        help='predict noise, or the velocity of a flow that is sampled by Euler steps',
+    )
+    parser.add_argument(
         '--bfloat16',
         action='store_true',
         help='products in bfloat16: faster where the processor has instructions for it',
@@ -288,7 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
         args.seed,
         bfloat16=args.bfloat16,
     )
-    network = NetworkSpec(width=args.width, layers=args.layers)
+    dit = DiTOptions() if args.denoiser == 'dit' else None
+    network = NetworkSpec(width=args.width, layers=args.layers, dit=dit, objective=args.objective)
     if initial is not None:
         network = initial.spec
     trainer = PolicyTrainer(contract, network, spec, windows, initial)
@@ -303,7 +333,8 @@ def main(arguments: list[str] | None = None) -> int:
         trainer.save(args.out)
         print(f'interrupted at step {trainer.step}; run the same command again to go on')
         return 130
-    save_bundle(args.out / 'bundle', args.name, trainer.averaged_network, PANDA_SAMPLERS)
+    samplers = FLOW_SAMPLERS if network.objective == FLOW else PANDA_SAMPLERS
+    save_bundle(args.out / 'bundle', args.name, trainer.averaged_network, samplers)
     return 0
 
 

@@ -186,7 +186,7 @@ def start_robot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     robots: list[Robot] = []
 
     def start(**parameters: object) -> Robot:
-        robot = Robot(tmp_path_factory.mktemp('robot'), **parameters)
+        robot = Robot(tmp_path_factory.mktemp('robot'), **{'listeners': 1, **parameters})
         robots.append(robot)
         robot.ready()
         return robot

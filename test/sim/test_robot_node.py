@@ -13,6 +13,8 @@ import pytest
 pytest.importorskip('rclpy', reason='rclpy is not installed')
 pytest.importorskip('robosuite', reason='robosuite is not installed')
 
+from sensor_msgs.msg import Image, JointState
+
 from tts_policy.sim.panda import COMMAND_JOINTS, HOME_RAD, STATE_JOINTS
 
 MS = 1_000_000
@@ -77,6 +79,20 @@ def test_the_clock_is_held_at_the_tick_until_it_gets_what_it_is_owed(lockstep):
     clocks = [c.clock.sec * 10**9 + c.clock.nanosec for c in lockstep.clocks]
     assert clocks == sorted(clocks)
     assert clocks[-1] == tick + 400 * MS
+
+
+def test_an_episode_waits_for_those_who_are_to_hear_all_of_it(lockstep):
+    lockstep.set_parameter('listeners', 2)
+    lockstep.reset()
+    assert not lockstep.wait(lambda: bool(lockstep.images or lockstep.states), 0.7)
+    late = [
+        lockstep.node.create_subscription(kind, topic, lambda message: None, 10)
+        for kind, topic in ((Image, 'camera/image'), (JointState, 'joint_states'))
+    ]
+    assert lockstep.wait(lambda: len(lockstep.images) == 2 and len(lockstep.states) == 6)
+    for subscription in late:
+        lockstep.node.destroy_subscription(subscription)
+    lockstep.set_parameter('listeners', 1)
 
 
 def test_messages_have_the_shape_of_the_demonstrations(lockstep):

@@ -81,6 +81,8 @@ class Demo:
             'task': self._options.task,
             'action_period_s': self._bundle.deadline_s,
             'owed_timeout_s': OWED_LIMIT_S,
+            # The policy and the one that watches it.
+            'listeners': 2,
         }
         if self._options.episode_s is not None:
             parameters['episode_s'] = float(self._options.episode_s)

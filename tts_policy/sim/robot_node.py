@@ -90,12 +90,17 @@ class RobotNode(Node):
         return task_named(str(self.declare_parameter('task', 'lift', description).value))
 
     def _declare(self, episode_s: float) -> None:
-        seed_range = IntegerRange(from_value=0, to_value=2**31 - 1, step=1)
-        seed = ParameterDescriptor(
-            description='seed of the next episode; every reset adds one, setting it starts anew',
-            integer_range=[seed_range],
-        )
-        self.declare_parameter('seed', 0, seed)
+        for name, description, most in (
+            (
+                'seed',
+                'of the next episode; every reset adds one, setting it starts anew',
+                2**31 - 1,
+            ),
+            ('listeners', 'lockstep: subscriptions to its sensors an episode waits for', 100),
+        ):
+            whole = IntegerRange(from_value=0, to_value=most, step=1)
+            descriptor = ParameterDescriptor(description=description, integer_range=[whole])
+            self.declare_parameter(name, 0, descriptor)
         clock = ParameterDescriptor(
             description=f'{REALTIME} or {LOCKSTEP}',
             additional_constraints=f'one of {REALTIME}, {LOCKSTEP}',
@@ -200,6 +205,8 @@ class RobotNode(Node):
 
     def _advance_lockstep(self, episode: Episode) -> float:
         if self._published_ns != episode.now_ns:
+            if episode.elapsed_ns == 0 and not self._heard():
+                return IDLE_WAIT_S
             self._publish(episode, picture=episode.frame_due)
             if episode.tick_due:
                 self._owed_ns = episode.now_ns
@@ -215,6 +222,16 @@ class RobotNode(Node):
             return IDLE_WAIT_S
         self._step(episode)
         return 0.0
+
+    def _heard(self) -> bool:
+        """Whether as many as are waited for will get what is published.
+
+        Time stands still until they answer, so a frame that was published before a subscription
+        was found would never come.
+        """
+        expected = self.get_parameter('listeners').value
+        publishers = (self._image_pub, self._state_pub)
+        return all(publisher.get_subscription_count() >= expected for publisher in publishers)
 
     def _advance_realtime(self, episode: Episode) -> float:
         due_ns = self._start_monotonic_ns + episode.elapsed_ns

@@ -100,6 +100,8 @@ class Demo:
             'sparsity': float(arm.sparsity),
             'enable_output': True,
             'use_sim_time': not self._options.realtime,
+            # In lockstep nothing is published again, so nothing may be lost.
+            'reliable_sensors': not self._options.realtime,
             # A sampler that is too slow for the real clock is to be seen missing its deadlines.
             'check_latency': False,
         }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,16 @@ pytest.importorskip('robosuite', reason='robosuite is not installed')
 
 from rosbags.highlevel import AnyReader
 
+from tts_policy.core.bundle import load_bundle
+from tts_policy.core.policy import TestTimeSparsePolicy
 from tts_policy.sim.demonstration import FRAMES_AFTER_SUCCESS, demonstrate
+from tts_policy.sim.lead import PolicyLead
 from tts_policy.sim.lift import LiftExpert
 from tts_policy.sim.panda import COMMAND_JOINTS, HOME_RAD, STATE_JOINTS
 from tts_policy.train import collect
 
 MS = 1_000_000
+BUNDLE = Path(__file__).parents[2] / 'models' / 'panda_lift'
 
 
 @pytest.fixture(scope='module')
@@ -67,6 +72,47 @@ def test_the_recorded_command_is_free_of_the_disturbance(world, expert):
 def test_noise_beyond_recovery_is_refused(world, expert):
     with pytest.raises(ValueError, match=r'noise_rad must be in \[0, 0.1\] rad, got 1.0'):
         demonstrate(world, expert, 0, 1.0)
+
+
+def lead(frames: int) -> PolicyLead:
+    return PolicyLead(TestTimeSparsePolicy(load_bundle(BUNDLE), 'ddim10'), 0.8, frames)
+
+
+def test_the_expert_takes_over_where_a_policy_has_led_the_arm(world, expert):
+    seed, leader = 14, lead(24)
+    led = demonstrate(world, expert, seed, lead=leader)
+    assert not leader(world, seed)
+    joints = world.joint_positions()
+    assert led.success
+    assert led.states[0] == pytest.approx([joints[name] for name in STATE_JOINTS], abs=0.0)
+    assert np.array_equal(led.images[0], world.render())
+    assert np.abs(led.states[0, :7] - HOME_RAD).max() > 0.05
+    expert.reset()
+    set_points = expert.set_points()
+    assert led.commands[0] == pytest.approx([set_points[name] for name in COMMAND_JOINTS])
+
+
+def test_how_long_a_policy_leads_depends_on_the_seed_alone():
+    lengths = [lead(24).frames(seed) for seed in range(64)]
+    assert lengths == [lead(24).frames(seed) for seed in range(64)]
+    assert {min(lengths), max(lengths)} == {8, 24}
+
+
+def test_a_policy_that_was_done_before_leaves_nothing_to_show(world, expert):
+    def done(*_) -> bool:
+        return True
+
+    shown = demonstrate(world, expert, 14, lead=done)
+    assert not shown.success
+    assert len(shown) == len(shown.commands) == 0
+
+
+def test_a_lead_that_is_no_bundle_is_refused(tmp_path, capsys):
+    out = str(tmp_path / 'out')
+    assert collect.main(['--lead', str(tmp_path), '--episodes', '1', '--out', out]) == 1
+    error = capsys.readouterr().err
+    assert 'model.yaml' in error
+    assert error.count('\n') == 1
 
 
 @pytest.fixture(scope='module')

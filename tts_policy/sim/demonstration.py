@@ -5,10 +5,13 @@ Frame f has the stamp f * FRAME_S. Frames 0 and 1 are at rest; the first moving 
 at frame 1. The command of a frame is the set-point to be reached one frame later, the arm moves
 linearly towards it. With `noise` the executed command is disturbed for a few frames at a time and
 the arm starts near its home pose, but the recorded command is always the expert's own correction.
+
+With a `lead` (see `lead.py`) a policy has moved the arm before, and the expert acts from frame 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +51,17 @@ class Demonstration:
     def __len__(self) -> int:
         return len(self.images)
 
+    @staticmethod
+    def nothing(seed: int) -> Demonstration:
+        """What there is to see where there was nothing left to do."""
+        return Demonstration(
+            seed,
+            False,
+            np.zeros((0, 0, 0, 3), np.uint8),
+            np.zeros((0, len(STATE_JOINTS))),
+            np.zeros((0, len(COMMAND_JOINTS))),
+        )
+
 
 class _Disturbance:
     """Offsets of the executed arm command, held for DISTURBANCE_FRAMES, half of the time zero."""
@@ -77,17 +91,23 @@ def demonstrate(
     noise_rad: float = 0.0,
     pictures: bool = True,
     frame_limit: int = FRAME_LIMIT,
+    lead: Callable[[World, int], bool] | None = None,
 ) -> Demonstration:
     """Run one episode; it ends FRAMES_AFTER_SUCCESS after success or at frame_limit.
 
     noise_rad is the standard deviation of the disturbance of each arm joint. Without pictures
-    the images are empty and the episode costs only its physics.
+    the images are empty and the episode costs only its physics. After a lead that did the task by
+    itself there is nothing to show: the demonstration is empty and no success.
     """
     if not 0.0 <= noise_rad <= 0.1:
         raise ValueError(f'noise_rad must be in [0, 0.1] rad, got {noise_rad}')
     disturbance = _Disturbance(seed, noise_rad)
-    world.reset(seed, disturbance.start_jitter_rad)
+    if lead is None:
+        world.reset(seed, disturbance.start_jitter_rad)
+    elif lead(world, seed):
+        return Demonstration.nothing(seed)
     expert.reset()
+    acts_from = 1 if lead is None else 0
     joints = world.joint_positions()
     executed = np.array([joints[name] for name in COMMAND_JOINTS])
     images, commands, states = [], [], [_state(world)]
@@ -96,7 +116,7 @@ def demonstrate(
         if pictures:
             images.append(world.render())
         wanted = executed.copy()
-        if frame >= 1:
+        if frame >= acts_from:
             set_points = expert.set_points()
             wanted = np.array([set_points[name] for name in COMMAND_JOINTS])
         commands.append(wanted)

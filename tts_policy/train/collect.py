@@ -4,6 +4,9 @@
 One mcap bag per successful episode, `episode_SEED`, with the topics of the simulated robot and
 header stamps in simulated time. A bag appears under its name only when it is complete, so an
 interrupted run is continued by the same command. Needs no ROS installation.
+
+With --lead a policy moves the arm first, and the expert is recorded from where that has led; an
+episode in which the policy was done before is left out.
 """
 
 from __future__ import annotations
@@ -15,17 +18,20 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 from tqdm import tqdm
 
+from tts_policy.core.policy import TestTimeSparsePolicy
 from tts_policy.sim.demonstration import STATES_PER_FRAME, Demonstration, demonstrate
 from tts_policy.sim.expert import Expert
+from tts_policy.sim.lead import PolicyLead
 from tts_policy.sim.panda import COMMAND_JOINTS, CONTROL_PERIOD_S, FRAME_S, STATE_JOINTS
 from tts_policy.sim.tasks import TASKS, Task, task_named
 from tts_policy.sim.world import World
@@ -42,8 +48,22 @@ DEFAULT_NOISE_RAD = 0.01
 
 
 @dataclass(frozen=True)
+class LeadChoice:
+    """The policy that moves the arm before the expert does, and how it is run."""
+
+    bundle: Path
+    sampler: str | None = None
+    sparsity: float = 0.0
+
+    def load(self, frame_limit: int) -> PolicyLead:
+        """Load the bundle; the policy leads for at most half of an episode's frames."""
+        policy = TestTimeSparsePolicy.from_bundle(self.bundle, self.sampler)
+        return PolicyLead(policy, self.sparsity, frame_limit // 2)
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What became of one seed: frames is 0 where the expert failed and nothing was written."""
+    """What became of one seed: frames is 0 where there was no success of the expert to write."""
 
     seed: int
     frames: int
@@ -150,19 +170,27 @@ class _Worker:
     world: World
     expert: Expert
     writer: _BagWriter
+    lead: PolicyLead | None
 
     @classmethod
-    def start(cls, task: str) -> None:
+    def start(cls, task: str, lead: LeadChoice | None) -> None:
+        torch.set_num_threads(1)
         cls.task = task_named(task)
         cls.world = cls.task.world()
         cls.expert = cls.task.expert(cls.world)
         cls.writer = _BagWriter()
+        cls.lead = lead.load(cls.task.frame_limit) if lead else None
 
     @classmethod
     def record(cls, job: tuple[int, float, str]) -> Outcome:
         seed, noise_rad, out = job
         demonstration = demonstrate(
-            cls.world, cls.expert, seed, noise_rad, frame_limit=cls.task.frame_limit
+            cls.world,
+            cls.expert,
+            seed,
+            noise_rad,
+            frame_limit=cls.task.frame_limit,
+            lead=cls.lead,
         )
         if not demonstration.success:
             return Outcome(seed, 0)
@@ -180,11 +208,17 @@ class _Worker:
 
 
 def _outcomes(
-    task: str, seeds: Iterator[int], episodes: int, noise_rad: float, out: Path, workers: int
+    task: str,
+    seeds: Iterator[int],
+    episodes: int,
+    noise_rad: float,
+    out: Path,
+    workers: int,
+    lead: LeadChoice | None,
 ) -> Iterator[Outcome]:
     """Outcomes in the order of seeds, for as many seeds as are asked for."""
     context = multiprocessing.get_context('spawn')
-    with context.Pool(workers, initializer=_Worker.start, initargs=(task,)) as pool:
+    with context.Pool(workers, initializer=_Worker.start, initargs=(task, lead)) as pool:
         pending: list[Any] = []
         done = 0
         while done < episodes:
@@ -217,13 +251,16 @@ def collect(
     noise_rad: float = DEFAULT_NOISE_RAD,
     workers: int = 2,
     task: str = 'lift',
+    lead: LeadChoice | None = None,
 ) -> dict[str, Any]:
     """Record `episodes` successes of consecutive seeds from `seed` on; returns the summary.
 
     The summary is written to out/summary.json as well. Seeds from EVALUATION_SEEDS_FROM on are
     refused with a ValueError: they are kept for evaluation.
     """
-    task_named(task)
+    named = task_named(task)
+    if lead is not None:
+        lead.load(named.frame_limit)  # refused here, not in a process of the pool
     if episodes < 1 or workers < 1:
         raise ValueError(f'episodes and workers must be at least 1, got {episodes} and {workers}')
     if not 0 <= seed <= EVALUATION_SEEDS_FROM - 2 * episodes:
@@ -238,7 +275,7 @@ def collect(
     failed: list[int] = []
     seeds = iter(range(seed, EVALUATION_SEEDS_FROM))
     with tqdm(total=episodes, desc='demonstrations', unit='bag') as bar:
-        for outcome in _outcomes(task, seeds, episodes, noise_rad, out, workers):
+        for outcome in _outcomes(task, seeds, episodes, noise_rad, out, workers, lead):
             if outcome.frames:
                 recorded.append(outcome)
                 bar.update()
@@ -253,6 +290,7 @@ def collect(
         'first_seed': seed,
         'last_seed': recorded[-1].seed,
         'noise_rad': noise_rad,
+        'lead': None if lead is None else {**asdict(lead), 'bundle': lead.bundle.name},
         'frames': {'total': sum(frames), 'mean': float(np.mean(frames)), 'max': max(frames)},
         'skipped': sum(outcome.skipped for outcome in recorded),
         'wall_s': round(time.monotonic() - started, 1),
@@ -275,8 +313,19 @@ def main(arguments: list[str] | None = None) -> int:
         metavar='RAD',
         help='disturbance of the executed commands (default %(default)s rad; 0 for none)',
     )
+    parser.add_argument(
+        '--lead',
+        type=Path,
+        metavar='BUNDLE',
+        help='a policy that leads into situations of its own',
+    )
+    parser.add_argument('--lead-sampler', metavar='NAME', help="default the bundle's default")
+    parser.add_argument('--lead-sparsity', type=float, default=0.0, metavar='S')
     parser.add_argument('--workers', type=int, default=2, help='processes')
     options = parser.parse_args(arguments)
+    lead = None
+    if options.lead is not None:
+        lead = LeadChoice(options.lead, options.lead_sampler, options.lead_sparsity)
     try:
         summary = collect(
             options.episodes,
@@ -285,6 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.noise,
             options.workers,
             options.task,
+            lead,
         )
     except (ValueError, OSError, ImportError) as error:
         print(f'collect_demos: {error}', file=sys.stderr)

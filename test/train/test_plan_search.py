@@ -16,6 +16,7 @@ from tts_policy.core.plan import Reuse, make_plan, realised_sparsity, static_pla
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import SchedulerSpec
 from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
+from tts_policy.train.lesson_choice import LessonChoice
 from tts_policy.train.lessons import (
     ActionError,
     Lesson,
@@ -212,3 +213,31 @@ def test_a_flip_that_takes_away_a_source_leaves_a_plan_that_can_be_executed() ->
     without = flipped(plan, KINDS, Flip(0, 2, Reuse.ROLLOUT, 0.0))
     assert (without[:, 2] == Reuse.ROLLOUT).all()
     assert (np.delete(without, 2, axis=1) == np.delete(plan, 2, axis=1)).all()
+
+
+def test_lessons_in_which_reuse_errs_most_are_drawn_more_often() -> None:
+    teacher = _teacher(DDIM)
+    lessons, loop = _lessons(teacher, 8), SharedPlanLoop(teacher)
+    choice = LessonChoice(teacher, lessons, preference=0.5)
+    plan = _random_plan(1, DDIM.steps, 0.8)
+    choice.judge(loop, plan, MEASURE, size=3)
+    alone = [loop.error(LessonBatch(teacher, [lesson]), plan, MEASURE) for lesson in lessons]
+    assert choice.errors.tolist() == pytest.approx(alone, rel=1e-3)
+    random = np.random.default_rng(0)
+    counts = np.zeros(8)
+    for _ in range(4000):
+        (drawn,) = choice.draw(random, 1)
+        counts[next(n for n, lesson in enumerate(lessons) if lesson is drawn)] += 1
+    expected = 0.5 / 8 + 0.5 * np.array(alone) / sum(alone)
+    assert expected.max() > 1.2 * expected.min()
+    assert counts / 4000 == pytest.approx(expected, abs=0.03)
+
+
+def test_without_preference_all_lessons_are_alike() -> None:
+    teacher = _teacher(DDIM)
+    choice = LessonChoice(teacher, _lessons(teacher, 4), preference=0.0)
+    choice.judge(SharedPlanLoop(teacher), _random_plan(1, 5, 0.8), MEASURE, size=2)
+    assert choice.errors is None
+    assert len(choice.draw(np.random.default_rng(0), 9)) == 4
+    with pytest.raises(ValueError, match=r'preference must be in \[0, 1\], got 2'):
+        LessonChoice(teacher, _lessons(teacher, 2), preference=2)

@@ -65,22 +65,28 @@ class LessonBatch:
         return self.step_noise[step] if len(self.step_noise) else None
 
 
+PEAK_WEIGHT = 0.2
+
+
 @dataclass(frozen=True)
 class ActionError:
     """L1 error of chunks in normalised action units, over the part that is executed.
 
     Half the weight of the absolute error, and all of the error of the mean over time: the arm
     filters what changes from one set-point to the next, but not an offset of the whole chunk,
-    and offsets are what a gripper misses its object by.
+    and offsets are what a gripper misses its object by. The largest error of each joint has a
+    share too: a plan may otherwise be right on average and jump at one set-point.
     """
 
     first: int
     execute: int
 
     def __call__(self, actions: Tensor, target: Tensor) -> Tensor:
-        """Scalar error of actions [B, T, A]."""
+        """Errors [B] of actions [B, T, A]."""
         error = (actions - target)[:, self.first : self.first + self.execute]
-        return error.mean(dim=1).abs().mean() + 0.5 * error.abs().mean()
+        size = error.abs()
+        offset, peak = error.mean(dim=1).abs(), size.amax(dim=1)
+        return (offset + 0.5 * size.mean(dim=1) + PEAK_WEIGHT * peak).mean(dim=-1)
 
 
 class SharedPlanLoop:
@@ -120,14 +126,18 @@ class SharedPlanLoop:
             x = self.scheduler.step(step, x, self.denoiser.predict(tokens), batch.noise(step))
         return x
 
-    def error(self, batch: LessonBatch, plan: Plan, measure: ActionError) -> float:
-        """Mean error of a plan over the ticks after the dense first one."""
+    def errors(self, batch: LessonBatch, plan: Plan, measure: ActionError) -> Tensor:
+        """Error [B] of a plan in every lesson, over the ticks after the dense first one."""
         store = batch.first_tick.clone()
         errors = [
-            float(measure(self.tick(batch, tick, plan, store), batch.targets[tick]))
+            measure(self.tick(batch, tick, plan, store), batch.targets[tick])
             for tick in range(1, batch.ticks)
         ]
-        return float(np.mean(errors))
+        return torch.stack(errors).mean(dim=0)
+
+    def error(self, batch: LessonBatch, plan: Plan, measure: ActionError) -> float:
+        """Mean error of a plan over lessons and ticks."""
+        return float(self.errors(batch, plan, measure).mean())
 
 
 def forced_cells(shape: tuple[int, ...], force_first_step: bool) -> NDArray[np.bool_]:

@@ -4,7 +4,8 @@
 The sparsest plan starts from a static schedule, or grows from one of half its cost, or is another
 bundle's, whichever is best; every other grows from the next sparser one. Each is searched for a
 number of steps (see `plan_search`) within a budget of cells and of their cost (see `plan_budget`),
-and the plan that did best on lessons kept back becomes the table of its sparsity.
+and the plan that did best on lessons kept back becomes the table of its sparsity. The lessons of a
+step are drawn with a preference for those in which reuse errs most.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tts_policy.core.flops import pruner_flops
 from tts_policy.core.plan import Plan, Reuse, make_plan, static_plan
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
+from tts_policy.train.lesson_choice import LessonChoice
 from tts_policy.train.lessons import (
     ActionError,
     Lesson,
@@ -41,12 +43,16 @@ TOO_DEAR = 0.15
 
 @dataclass(frozen=True)
 class PrunerTrainingSpec:
-    """Settings: search steps per sparsity, lessons a step and of them in a gradient, seed."""
+    """Settings: search steps per sparsity, lessons a step and of them in a gradient, seed.
+
+    preference: share of the draws that go by the error of a lesson, the others are uniform.
+    """
 
     steps: int
     batch: int
     sample: int
     seed: int
+    preference: float = 0.5
     search: SearchSpec = field(default_factory=SearchSpec)
 
 
@@ -70,7 +76,8 @@ class PrunerTrainer:
             LessonBatch(teacher, lessons[first : min(first + spec.batch, kept)])
             for first in range(0, kept, spec.batch)
         ]
-        self._teacher, self.lessons = teacher, lessons[kept:]
+        self._teacher = teacher
+        self.choice = LessonChoice(teacher, lessons[kept:], spec.preference)
         shape = (sampler.scheduler.steps, teacher.denoiser.spec.blocks)
         self._forced = forced_cells(shape, sampler.force_first_step)
         self.tables: dict[float, Tensor] = {}
@@ -135,9 +142,11 @@ class PrunerTrainer:
         """Random numbers of the step in work; they depend on seed and step alone."""
         return np.random.default_rng([self.spec.seed, self.step])
 
+    def _judge_lessons(self, plan: Plan) -> None:
+        self.choice.judge(self._loop, plan, self._measure, self.spec.batch)
+
     def _batch(self, random: np.random.Generator, size: int) -> tuple[LessonBatch, LessonBatch]:
-        chosen = random.choice(len(self.lessons), min(size, len(self.lessons)), replace=False)
-        lessons = [self.lessons[index] for index in chosen]
+        lessons = self.choice.draw(random, size)
         part = lessons[: self.spec.sample]
         return LessonBatch(self._teacher, lessons), LessonBatch(self._teacher, part)
 
@@ -147,11 +156,13 @@ class PrunerTrainer:
         if self._search is None:
             self._search = self._started(random)
             self.best = self._search.plan
+            self._judge_lessons(self.best)
         errors = self._search.step(*self._batch(random, self.spec.batch), random)
         self.step += 1
         done = self.step % self.spec.steps == 0
         if done or self.step % VALIDATE_EVERY == 0:
             self._validate(self._search.plan)
+            self._judge_lessons(self._search.plan)
         if done:
             self._finish(self._search)
         return errors
@@ -201,11 +212,13 @@ class PrunerTrainer:
             'best': torch.from_numpy(self.best),
             'best_error': self.best_error,
             'search': None if self._search is None else self._search.state(),
+            'lesson_errors': self.choice.errors,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state`."""
         self.step, self.tables = state['step'], state['tables']
+        self.choice.errors = state['lesson_errors']
         if len(self.tables) < len(self.sparsities):
             self._begin([state['best'].numpy()])
             self.best_error = state['best_error']

@@ -164,8 +164,8 @@ def reuse_gradient(
     store = batch.first_tick.clone()
     for number in range(1, batch.ticks):
         tick = _GradientTick(loop, plan, store)
-        error = measure(tick.run(batch, number), batch.targets[number]) / (batch.ticks - 1)
-        error.backward()
+        errors = measure(tick.run(batch, number), batch.targets[number])
+        (errors.mean() / (batch.ticks - 1)).backward()
         gradients = [tokens.grad for tokens in tick.stream]
         assert all(gradient is not None for gradient in gradients)
         gradient = torch.stack(gradients).view(steps, blocks, -1)  # type: ignore[arg-type]

@@ -97,6 +97,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--batch', type=int, default=16, help='lessons that decide a step')
     parser.add_argument('--sample', type=int, default=8, help='of them, in the gradient')
     parser.add_argument('--trials', type=int, default=12, help='flips tried of every sort')
+    parser.add_argument(
+        '--preference',
+        type=float,
+        default=0.5,
+        metavar='SHARE',
+        help='share of the lessons drawn by their error; 0: all uniformly (default %(default)s)',
+    )
     parser.add_argument('--episodes', type=int, default=96, help='sequences to train on')
     parser.add_argument('--ticks', type=int, default=5, help='ticks of a sequence')
     parser.add_argument('--seed', type=int, default=0)
@@ -134,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
         sampler, _ = bundle.sampler(args.sampler)
         sparsities = args.sparsities or [sampler.recommended_sparsity]
         _check_sparsities(sparsities, sampler)
+        if not 0.0 <= args.preference <= 1.0:
+            raise ValueError(f'--preference must be in [0, 1], got {args.preference}')
         prior = None if args.prior is None else _prior(args.prior, args.sampler, bundle)
         network = bundle.network.eval().requires_grad_(False)
         kept, others = split_demonstrations(args, network.contract)
@@ -146,7 +155,12 @@ def main(arguments: list[str] | None = None) -> int:
     teacher = DenseTeacher(network, sampler)
     sequences = tick_sequences(network, windows, args.episodes, args.ticks, generator)
     spec = PrunerTrainingSpec(
-        args.steps, args.batch, args.sample, args.seed, SearchSpec(trials=args.trials)
+        args.steps,
+        args.batch,
+        args.sample,
+        args.seed,
+        args.preference,
+        SearchSpec(trials=args.trials),
     )
     contract = network.contract
     measure = ActionError(contract.newest_action, contract.action.execute)
@@ -167,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     pruner = trainer.pruner()
     save_pruner(args.bundle, args.sampler, pruner)
     tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
-    trained = [lesson.sequence for lesson in trainer.lessons]
+    trained = [lesson.sequence for lesson in trainer.choice.lessons]
     report = [
         compare_plans(teacher, sampler, pruner.eval(), trained, tests, sparsity)
         for sparsity in trainer.sparsities

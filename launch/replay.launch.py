@@ -3,15 +3,16 @@
 
     ros2 launch tts_policy replay.launch.py bag:=/path/to/bag
 
-In lockstep the recording waits for every chunk, and the ticks are those of evaluate_bag. With
-player:=ros2 the recording is played by `ros2 bag play`, at its own pace. What was recorded of the
-policy's command topics is played below /recorded, where no controller listens. A recording of a
-robot that was commanded on other topics must not be played whole: name what is to be played with
-topics:=.
+In lockstep the recording waits for every chunk, and the ticks are those of evaluate_bag. A paced
+player starts when the policy is active; with player:=ros2 it is `ros2 bag play`. What was recorded
+of the policy's command topics is played below /recorded, where no controller listens. A recording
+of a robot that was commanded on other topics must not be played whole: name what is to be played
+with topics:=.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from ament_index_python.packages import get_package_share_directory
@@ -21,16 +22,20 @@ from launch.actions import (
     ExecuteProcess,
     IncludeLaunchDescription,
     OpaqueFunction,
+    RegisterEventHandler,
     Shutdown,
 )
 from launch.events.process import ProcessExited
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
+from launch_ros.event_handlers import OnStateTransition
 
 SHARE = Path(get_package_share_directory('tts_policy'))
 # A recorded command must not move an arm.
 COMMANDS = ('joint_trajectory', 'gripper/joint_trajectory', 'gripper/commands')
+# `ros2 bag play` does not wait for its listeners; this is what finding them takes at most.
+DISCOVERY_S = '2'
 # Passed on as they are; policy.launch.py says what they mean and what an empty one does.
 FORWARDED = {
     'params_file': (str(SHARE / 'config' / 'panda_lift.yaml'), 'Parameter file of the policy.'),
@@ -47,35 +52,40 @@ def _end(event: ProcessExited, context: LaunchContext) -> list[Shutdown]:
     return [] if context.is_shutdown else [Shutdown(reason='the recording has ended')]
 
 
-def _player(context: LaunchContext) -> list[Node | ExecuteProcess]:
-    """Create the player that was asked for."""
+def _paced(player: Node | ExecuteProcess) -> list[RegisterEventHandler]:
+    """Start a player that waits for nobody when the policy is active."""
+    handler = OnStateTransition(goal_state='active', entities=[player], handle_once=True)
+    return [RegisterEventHandler(handler)]
+
+
+def _player(context: LaunchContext) -> list[Node | RegisterEventHandler]:
+    """Create the player that was asked for; RuntimeError if it is not installed."""
     bag = LaunchConfiguration('bag').perform(context)
     rate = LaunchConfiguration('rate').perform(context)
+    player = LaunchConfiguration('player').perform(context)
     topics = LaunchConfiguration('topics').perform(context).split()
     namespace = LaunchConfiguration('namespace').perform(context).strip('/')
     root = f'/{namespace}' if namespace else ''
-    apart = [f'{root}/{topic}:=/recorded{root}/{topic}' for topic in COMMANDS]
-    if LaunchConfiguration('player').perform(context) == 'ros2':
-        command = ['ros2', 'bag', 'play', bag, '--clock', '100', '--rate', rate]
-        command += ['--remap', *apart]
-        if topics:
-            command += ['--topics', *topics]
-        return [ExecuteProcess(cmd=command, output='screen', on_exit=_end)]
-    arguments = [bag, '--rate', rate, '--remap', *apart]
+    arguments = [bag, '--rate', rate]
+    arguments += ['--remap', *(f'{root}/{topic}:=/recorded{root}/{topic}' for topic in COMMANDS)]
     if topics:
         arguments += ['--topics', *topics]
-    if LaunchConfiguration('player').perform(context) == 'lockstep':
+    if player == 'ros2':
+        if shutil.which('ros2') is None:
+            raise RuntimeError('player:=ros2: the command ros2 expected on PATH, found none')
+        command = ['ros2', 'bag', 'play', *arguments, '--clock', '100', '--delay', DISCOVERY_S]
+        return _paced(ExecuteProcess(cmd=command, output='screen', on_exit=_end))
+    if player == 'lockstep':
         arguments += ['--lockstep', f'{root}/tts_policy']
-    return [
-        Node(
-            package='tts_policy',
-            executable='play_bag',
-            arguments=arguments,
-            output='screen',
-            emulate_tty=True,
-            on_exit=_end,
-        )
-    ]
+    play_bag = Node(
+        package='tts_policy',
+        executable='play_bag',
+        arguments=arguments,
+        output='screen',
+        emulate_tty=True,
+        on_exit=_end,
+    )
+    return [play_bag] if player == 'lockstep' else _paced(play_bag)
 
 
 def generate_launch_description() -> LaunchDescription:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ pytest.importorskip('torch', reason='torch is not installed')
 
 import cv2
 from feeder import JOINTS, RELIABLE, Feeder, joint_message
-from processes import RosProcess, wait_until
+from processes import BUSY_FACTOR, RosProcess, child_environment, wait_until
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
@@ -321,3 +323,34 @@ def test_a_hundred_transitions_in_any_order_leak_nothing(
         assert threads < 40
     finally:
         assert process.stop() == 0
+
+
+AUTOSTART = """
+import rclpy, sys
+from rclpy.executors import SingleThreadedExecutor
+from tts_policy.ros.policy_node import PolicyNode
+rclpy.init(args=sys.argv)
+node, executor = PolicyNode(), SingleThreadedExecutor()
+executor.add_node(node)
+states = []
+while not states or states[-1] != 'active':
+    executor.spin_once(timeout_sec=1.0)
+    label = node._state_machine.current_state[1]
+    states += [label] if states[-1:] != [label] else []
+print('states:', *states)
+node.trigger_shutdown()
+"""
+
+
+def test_a_stop_while_the_node_loads_is_heard_before_it_activates(small_bundle: Path) -> None:
+    """Signals are looked at between two callbacks, so autostart takes two of them."""
+    ran = subprocess.run(
+        [sys.executable, '-c', AUTOSTART, '--ros-args', '-r', '__ns:=/autostart']
+        + ['-p', f'bundle:={small_bundle}', '-p', 'autostart:=true'],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=BUSY_FACTOR * 20.0,
+        check=False,
+    )
+    assert 'states: inactive active' in ran.stdout, ran.stdout + ran.stderr

@@ -29,6 +29,8 @@ NAP_S = 0.02
 # Messages of a topic that may be on their way, and how long its end waits for the last of them.
 QUEUE = 100
 DELIVERY_S = 2.0
+# How long a paced playback waits for somebody who listens; a player that starts finds them late.
+DISCOVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,10 @@ class PacedPlayback:
 
     def play(self, stopped: Callable[[], bool]) -> None:
         """Publish every message; BagError where the recording is damaged."""
+        publishers = self._player.topic_publishers.values()
+        self._player.serve_until(
+            lambda: stopped() or all(p.get_subscription_count() for p in publishers), DISCOVERY_S
+        )
         begin_ns: int | None = None
         began_s = tick_s = time.monotonic()
         for message in self._player.messages():

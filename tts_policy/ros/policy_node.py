@@ -209,8 +209,11 @@ class PolicyNode(LifecycleNode):
         self._entities.clear()
 
     def _autostart(self) -> None:
+        """Do one transition a call: who stops the node while it loads wants no active one."""
+        if self._state == 'unconfigured' and self.trigger_configure() == SUCCESS:
+            return
         self.destroy_timer(self._autostart_timer)
-        if self.trigger_configure() == SUCCESS:
+        if self._state == 'inactive':
             self.trigger_activate()
 
     def _connect(self, worker: InferenceWorker, policy: TestTimeSparsePolicy) -> None:

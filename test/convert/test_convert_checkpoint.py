@@ -56,13 +56,12 @@ def _betas(schedule: str, steps: int) -> Tensor:
 def _ddpm(
     model: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """Ho et al. 2020, algorithm 2, with the clean sample clipped."""
-    betas = _betas(options['beta_schedule'], len(noise)).double()
-    bars = torch.cumprod(1 - betas, 0)
+    """Ho et al. 2020, algorithm 2, with the clean sample clipped; in single precision."""
+    bars = torch.cumprod(1 - _betas(options['beta_schedule'], len(noise)), 0)
     for i, t in enumerate(range(len(noise) - 1, -1, -1)):
         prediction = model(x, torch.tensor([t]))
-        bar, beta = bars[t], betas[t]
-        before = bars[t - 1] if t else torch.tensor(1.0)
+        bar, before = bars[t], bars[t - 1] if t else torch.tensor(1.0)
+        beta = 1 - bar / before
         x0 = prediction
         if options['prediction_type'] == 'epsilon':
             x0 = (x - (1 - bar).sqrt() * prediction) / bar.sqrt()

@@ -122,16 +122,21 @@ class SchedulerSpec:
         return [i * stride + self.steps_offset for i in range(self.steps)][::-1]
 
     def alphas_cumprod(self) -> Tensor:
-        """Cumulative product of alphas of the training schedule, float64 [train_steps]."""
+        """Cumulative product of alphas of the training schedule, [train_steps].
+
+        Float64 for the squared cosine. The others are in single precision, as diffusers has them,
+        and so are the coefficients made of them: where a step adds little noise that rounding is
+        not small, and networks that come with these schedules were sampled with it.
+        """
         if self.beta_schedule == 'squaredcos_cap_v2':
             return squared_cosine_alphas_cumprod(self.train_steps)
         low, high, steps = self.beta_start, self.beta_end, self.train_steps
         if self.beta_schedule == 'linear':
-            betas = torch.linspace(low, high, steps, dtype=torch.float64)
+            betas = torch.linspace(low, high, steps, dtype=torch.float32)
         elif self.beta_schedule == 'scaled_linear':
-            betas = torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float64) ** 2
+            betas = torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float32) ** 2
         else:
-            ramp = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64))
+            ramp = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float32))
             betas = ramp * (high - low) + low
         return torch.cumprod(1.0 - betas, dim=0)
 
@@ -145,8 +150,9 @@ class NoiseScheduler:
         if spec.is_flow:
             self._rows = [self._euler(t, 1 / spec.steps) for t in spec.timesteps()]
             return
-        alphas_cumprod = spec.alphas_cumprod().tolist()
-        self._rows = [self._coefficients(spec, alphas_cumprod, int(t)) for t in spec.timesteps()]
+        alphas_cumprod = spec.alphas_cumprod()
+        rows = [self._coefficients(spec, alphas_cumprod, int(t)) for t in spec.timesteps()]
+        self._rows = [tuple(float(value) for value in row) for row in rows]
 
     @staticmethod
     def _euler(t: float, step: float) -> tuple[float, ...]:
@@ -156,15 +162,18 @@ class NoiseScheduler:
 
     @staticmethod
     def _coefficients(
-        spec: SchedulerSpec, alphas_cumprod: list[float], t: int
-    ) -> tuple[float, ...]:
-        """to_x0_x, to_x0_eps, next_x0, next_x, next_eps, next_noise of training timestep t."""
+        spec: SchedulerSpec, alphas_cumprod: Tensor, t: int
+    ) -> tuple[Tensor | float, ...]:
+        """to_x0_x, to_x0_eps, next_x0, next_x, next_eps, next_noise of training timestep t.
+
+        In the precision of the table.
+        """
         stride = spec.train_steps // spec.steps
         now = alphas_cumprod[t]
         is_epsilon = spec.prediction == 'epsilon'
         to_x0 = (now**-0.5, -((1 - now) ** 0.5) / now**0.5) if is_epsilon else (0.0, 1.0)
         if spec.kind == 'ddim':
-            final = 1.0 if spec.set_alpha_to_one else alphas_cumprod[0]
+            final = alphas_cumprod.new_ones(()) if spec.set_alpha_to_one else alphas_cumprod[0]
             before = alphas_cumprod[t - stride] if t >= stride else final
             noise = (1 - before) ** 0.5
             if is_epsilon:
@@ -172,9 +181,9 @@ class NoiseScheduler:
             # eps = (x - sqrt(now) * prediction) / sqrt(1 - now)
             scale = noise / (1 - now) ** 0.5
             return (*to_x0, before**0.5, scale, -scale * now**0.5, 0.0)
-        before = alphas_cumprod[t - stride] if t >= stride else 1.0
+        before = alphas_cumprod[t - stride] if t >= stride else alphas_cumprod.new_ones(())
         alpha = now / before
-        small = max((1 - before) / (1 - now) * (1 - alpha), 1e-20)
+        small = ((1 - before) / (1 - now) * (1 - alpha)).clamp(min=1e-20)
         variance = 1 - alpha if spec.variance == 'fixed_large' else small
         x0 = before**0.5 * (1 - alpha) / (1 - now)
         x = alpha**0.5 * (1 - before) / (1 - now)

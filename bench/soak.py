@@ -4,14 +4,18 @@
     python bench/soak.py models/panda_lift --minutes 30 --n-execute 1 --out out/soak.json
 
 The node runs as a process of its own; camera frames come at the policy's period and joint states
-five times as often, over real topics. Reported: missed ticks, age of the newest observation at
-publishing, oldest cached feature, and the node's memory after warm-up. Exit status 1 if ticks were
-missed, memory grew by more than a megabyte a minute, or a feature outlived its limit.
+five times as often, over real topics. Reported: missed ticks and what came before each, age of the
+newest observation at publishing, oldest cached feature, and the node's memory after warm-up.
+On a computer that has other work, --realtime-priority puts node and robot under SCHED_FIFO, as
+policy.launch.py does with `realtime_priority`. Exit status 1 if ticks were missed, memory grew by
+more than a megabyte a minute, or a feature outlived its limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import os
 import platform
@@ -41,6 +45,8 @@ STATES_PER_FRAME = 5
 WARM_UP_S = 30.0
 PICTURES = 32
 GROWTH_MB_A_MINUTE = 1.0
+# The robot itself came too late: what follows from it is not the node's doing.
+LATE_FRAME_S = 0.02
 
 
 class ScriptedRobot(Node):
@@ -49,6 +55,7 @@ class ScriptedRobot(Node):
     def __init__(self, contract: PolicyContract) -> None:
         super().__init__('soak')
         self.ticks: list[dict[str, Any]] = []
+        self.late_frames: list[tuple[int, float]] = []
         self.frames = 0
         observation = contract.observation
         self._joints = list(dict.fromkeys((*observation.joints, *contract.action.joints)))
@@ -72,9 +79,12 @@ class ScriptedRobot(Node):
         del tick['plan']
         self.ticks.append(tick)
 
-    def publish(self, count: int) -> None:
-        """One joint state, and a frame of every camera every so many."""
-        stamp = ns_to_time(time.time_ns())
+    def publish(self, count: int, late_s: float) -> None:
+        """One joint state, and a frame of every camera every so many; `late_s` after its time."""
+        stamp_ns = time.time_ns()
+        stamp = ns_to_time(stamp_ns)
+        if late_s > LATE_FRAME_S:
+            self.late_frames.append((stamp_ns, late_s))
         state = JointState(
             name=self._joints, position=[0.1 * np.sin(count / 500)] * len(self._joints)
         )
@@ -121,7 +131,7 @@ def run(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
             while (now_s := time.monotonic()) < end_s:
                 if node.poll() is not None:
                     raise RuntimeError(f'policy_node ended with status {node.returncode}')
-                robot.publish(count)
+                robot.publish(count, now_s - due_s)
                 count += 1
                 if now_s >= report_s:
                     memory.append((now_s - began_s, memory_mb(node.pid)))
@@ -140,7 +150,7 @@ def run(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         thread.join()
         robot.destroy_node()
     warm = [sample for sample in memory if sample[0] >= WARM_UP_S]
-    return summary(args, bundle, robot.ticks[first_tick:], warm)
+    return summary(args, bundle, robot, first_tick, warm)
 
 
 def start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -153,6 +163,8 @@ def start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
         'autostart': 'true',
     }
     command = [sys.executable, '-m', 'tts_policy.ros.policy_node', '--ros-args']
+    if args.realtime_priority:
+        command = ['chrt', '--fifo', str(args.realtime_priority), *command]
     for name, value in values.items():
         command += ['-p', f'{name}:={value}']
     environment = dict(os.environ)
@@ -165,10 +177,12 @@ def start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
 def summary(
     args: argparse.Namespace,
     bundle: Bundle,
-    ticks: list[dict[str, Any]],
+    robot: ScriptedRobot,
+    first_tick: int,
     memory: list[tuple[float, float]],
 ) -> dict[str, Any]:
     """Numbers of a soak, after warm-up."""
+    ticks = robot.ticks[first_tick:]
     if len(ticks) < 2 or len(memory) < 2:
         raise RuntimeError(f'soak: expected ticks after {WARM_UP_S:g} s of warm-up, got too few')
     times_s, megabytes = np.array(memory).T
@@ -185,6 +199,7 @@ def summary(
         'minutes': round((times_s[-1] - times_s[0]) / 60, 2),
         'ticks': len(ticks),
         'skipped_ticks': sum(tick['skipped_ticks'] for tick in ticks),
+        'skips': skips(ticks, robot.late_frames),
         'deadline_misses': sum(tick['deadline_miss'] for tick in ticks),
         'refused': sum(tick['refused'] is not None for tick in ticks),
         'resets': sum(tick['reset'] is not None for tick in ticks),
@@ -195,6 +210,30 @@ def summary(
         'memory_mb': {'first': round(megabytes[0], 1), 'last': round(megabytes[-1], 1)},
         'growth_mb_a_minute': round(float(np.polyfit(times_s / 60, megabytes, 1)[0]), 3),
     }
+
+
+def skips(
+    ticks: list[dict[str, Any]], late_frames: list[tuple[int, float]]
+) -> list[dict[str, float]]:
+    """For every gap between ticks: its size, the tick before it, and how late the robot was."""
+    found = []
+    for before, tick in itertools.pairwise(ticks):
+        if tick['skipped_ticks']:
+            late_s = [
+                late_s
+                for stamp_ns, late_s in late_frames
+                if before['stamp_ns'] < stamp_ns <= tick['stamp_ns']
+            ]
+            found.append(
+                {
+                    'minute': round((tick['stamp_ns'] - ticks[0]['stamp_ns']) / 6e10, 2),
+                    'skipped': tick['skipped_ticks'],
+                    'latency_before_ms': round(before['latency_s'] * 1e3, 1),
+                    'age_before_ms': round(before['observation_age_s'] * 1e3, 1),
+                    'robot_late_ms': round(max(late_s, default=0.0) * 1e3, 1),
+                }
+            )
+    return found
 
 
 def cpu_name() -> str:
@@ -213,6 +252,9 @@ def main() -> int:
     parser.add_argument('--sampler', default='ddim10')
     parser.add_argument('--sparsity', type=float, default=0.8)
     parser.add_argument('--n-execute', type=int, default=1, help='periods between two ticks')
+    parser.add_argument(
+        '--realtime-priority', type=int, default=0, help='1 to 99: node and robot under SCHED_FIFO'
+    )
     parser.add_argument('--out', type=Path, help='JSON of the table')
     args = parser.parse_args()
     try:
@@ -224,8 +266,13 @@ def main() -> int:
     # Ctrl-C ends the soak early, with its numbers; rclpy's own handler would end the robot first.
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     try:
+        if args.realtime_priority:
+            priority = os.sched_param(args.realtime_priority)
+            os.sched_setscheduler(0, os.SCHED_FIFO, priority)
+        gc.collect()
+        gc.freeze()
         result = run(args, bundle)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         print(f'soak: {error}', file=sys.stderr)
         return 1
     finally:

@@ -76,6 +76,11 @@ ARGUMENTS = [
         description='Topics under other names, separated by spaces: camera/image:=/front/image.',
     ),
     DeclareLaunchArgument(
+        'realtime_priority',
+        default_value='0',
+        description='Priority 1 to 99 of the node under SCHED_FIFO (chrt); 0: as everything else.',
+    ),
+    DeclareLaunchArgument(
         'log_level', default_value='info', description='Level of the node: debug to fatal.'
     ),
 ]
@@ -97,6 +102,9 @@ def _policy_node(context: LaunchContext) -> list[LifecycleNode]:
         if LaunchConfiguration(name).perform(context):
             overrides[name] = ParameterValue(LaunchConfiguration(name), value_type=kind)
     remap = LaunchConfiguration('remap').perform(context).split()
+    priority = LaunchConfiguration('realtime_priority').perform(context)
+    if not priority.isdecimal() or int(priority) > 99:
+        raise RuntimeError(f'realtime_priority: expected 0 to 99, got {priority!r}')
     return [
         LifecycleNode(
             package='tts_policy',
@@ -106,6 +114,8 @@ def _policy_node(context: LaunchContext) -> list[LifecycleNode]:
             parameters=[LaunchConfiguration('params_file'), overrides],
             remappings=[tuple(pair.split(':=', 1)) for pair in remap],
             ros_arguments=['--log-level', ['tts_policy:=', LaunchConfiguration('log_level')]],
+            # The command replaces itself by the node, which keeps its process id and its signals.
+            prefix=f'chrt --fifo {int(priority)}' if int(priority) else None,
             output='screen',
             emulate_tty=True,
         )

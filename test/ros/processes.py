@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+# Limits are those of a quiet machine; beside other work everything may take this much longer.
+BUSY_FACTOR = 6
+# Everything that is told to end does so within this time.
+END_LIMIT_S = 2.0
 
 
 def child_environment(**extra: str) -> dict[str, str]:
@@ -80,7 +84,7 @@ class RosProcess:
         self._reader.join(timeout_s)
         return status
 
-    def stop(self, timeout_s: float = 10.0) -> int:
+    def stop(self, timeout_s: float = BUSY_FACTOR * 10.0) -> int:
         """End it with SIGINT, and with SIGKILL if that does not help."""
         if self.running:
             self.send(signal.SIGINT)
@@ -89,12 +93,6 @@ class RosProcess:
         except subprocess.TimeoutExpired:
             self.send(signal.SIGKILL)
             return self.wait(timeout_s)
-
-
-# Limits are those of a quiet machine; beside other work everything may take this much longer.
-BUSY_FACTOR = 6
-# Everything that is told to end does so within this time.
-END_LIMIT_S = 2.0
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:

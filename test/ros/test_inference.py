@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from processes import wait_until
+from processes import BUSY_FACTOR, wait_until
 
 from tts_policy.ros.inference import Delivery, InferenceFailed, InferenceWorker
 from tts_policy.ros.observation import ObservationWindow, WindowSpec
@@ -52,7 +52,7 @@ class ScriptedPolicy:
         self, observation: dict[str, np.ndarray], sparsity: float, committed: Any = None
     ) -> Any:
         self.calls.append('act')
-        assert self.go.wait(5.0)
+        assert self.go.wait(BUSY_FACTOR * 5.0)
         if self.error is not None:
             raise self.error
         return SimpleNamespace(last=int(observation['camera'][-1]), sparsity=sparsity)

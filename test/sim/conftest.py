@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import BUSY_FACTOR
 
 import tts_policy.sim  # noqa: F401  (chooses MuJoCo's renderer before anything imports it)
 
@@ -100,7 +101,7 @@ class Robot:
         self._reset = self.node.create_client(Trigger, 'robot/reset')
         self._parameters = AsyncParameterClient(self.node, 'robot')
 
-    def wait(self, condition: Callable[[], bool], limit_s: float = 20.0) -> bool:
+    def wait(self, condition: Callable[[], bool], limit_s: float = BUSY_FACTOR * 20.0) -> bool:
         """Serve messages until the condition holds; False after limit_s."""
         end = time.monotonic() + limit_s
         while not condition():
@@ -168,7 +169,7 @@ class Robot:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGINT)
         try:
-            status = self.process.wait(timeout=20)
+            status = self.process.wait(timeout=BUSY_FACTOR * 20.0)
         except subprocess.TimeoutExpired:
             self.process.kill()
             status = self.process.wait()

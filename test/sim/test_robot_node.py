@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip('rclpy', reason='rclpy is not installed')
 pytest.importorskip('robosuite', reason='robosuite is not installed')
 
+from processes import BUSY_FACTOR
 from sensor_msgs.msg import Image, JointState
 
 from tts_policy.sim.panda import COMMAND_JOINTS, HOME_RAD, STATE_JOINTS
@@ -118,7 +119,7 @@ def test_a_bad_trajectory_is_refused_and_moves_nothing(lockstep, reason):
     assert lockstep.wait(lambda: len(lockstep.images) == 2)
     tick = ns(lockstep.images[1])
     lockstep.command(tick, BAD[reason])
-    assert lockstep.wait(lambda: reason in lockstep.log(), 5.0), lockstep.log()
+    assert lockstep.wait(lambda: reason in lockstep.log()), lockstep.log()
     lockstep.command(tick, MOVED, (0.05, 0.04))
     assert not lockstep.wait(lambda: len(lockstep.states) > 6, 0.4)
     lockstep.command(tick, HOME)
@@ -160,7 +161,7 @@ def test_the_world_is_held_after_the_end_and_every_reset_leaves_a_gap(lockstep):
 def test_an_action_that_never_comes_ends_the_episode_as_failed(lockstep):
     lockstep.set_parameter('owed_timeout_s', 0.5)
     lockstep.reset()
-    assert lockstep.wait(lambda: bool(lockstep.reports), 10.0)
+    assert lockstep.wait(lambda: bool(lockstep.reports))
     assert not lockstep.reports[-1]['success']
     assert 'no trajectory for stamp' in lockstep.reports[-1]['reason']
 
@@ -172,9 +173,9 @@ def test_real_time_is_followed_and_nothing_waits_for_an_action(start_robot):
     assert robot.wait(lambda: len(robot.images) > 3)
     assert ns(robot.images[0]) - before_ns >= 500 * MS
     robot.command(ns(robot.images[-1]), MOVED, (0.3,))
-    assert robot.wait(lambda: bool(robot.reports), 30.0), robot.log()
+    assert robot.wait(lambda: bool(robot.reports)), robot.log()
     took_ns = time.time_ns() - ns(robot.states[0])
-    assert 1.9e9 < took_ns < 4e9
+    assert 1.9e9 < took_ns < BUSY_FACTOR * 4e9
     report = robot.reports[-1]
     assert (report['reason'], report['trajectories']) == ('time limit', 1)
     assert report['frames'] + report['dropped_frames'] == 40

@@ -12,6 +12,7 @@ one hold-position point follows and nothing after it. Callbacks only convert and
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from functools import partial, wraps
@@ -28,10 +29,11 @@ from tts_policy.ros.chunk_delivery import ChunkDelivery
 from tts_policy.ros.command_topics import CommandTopics
 from tts_policy.ros.gate import OutputGate
 from tts_policy.ros.inference import InferenceFailed, InferenceWorker, load_policy
+from tts_policy.ros.intake import Intake
 from tts_policy.ros.interface import RESET
 from tts_policy.ros.limit_source import LimitSource
 from tts_policy.ros.monitor import Monitor
-from tts_policy.ros.observation import Arrival, ObservationWindow
+from tts_policy.ros.observation import ObservationWindow
 from tts_policy.ros.process import run_node
 from tts_policy.ros.safety import SafetyInputs
 from tts_policy.ros.sensors import Sensors
@@ -39,14 +41,12 @@ from tts_policy.ros.sensors import Sensors
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     from rclpy.lifecycle import LifecycleState
     from rclpy.parameter import Parameter
     from std_srvs.srv import Trigger
 
     from tts_policy.core.inpainting import CommittedActions
     from tts_policy.core.policy import TestTimeSparsePolicy
-    from tts_policy.ros.conversions import ConversionError
     from tts_policy.ros.ticks import ScheduledTick
 
     Transition = Callable[['PolicyNode', LifecycleState], TransitionCallbackReturn]
@@ -137,6 +137,9 @@ class PolicyNode(LifecycleNode):
             self._monitor.fail(f'configure failed: {error}')
             self._publish_report()
             return FAILURE
+        # A full collection over what torch and rclpy bring along lasts two ticks.
+        gc.collect()
+        gc.freeze()
         self._state = 'inactive'
         self.get_logger().info(
             f'configured {settings["bundle"]}: {settings["sampler"]} on {settings["device"]}, '
@@ -207,6 +210,7 @@ class PolicyNode(LifecycleNode):
         for destroy in self._entities:
             destroy()
         self._entities.clear()
+        gc.unfreeze()
 
     def _autostart(self) -> None:
         """Do one transition a call: who stops the node while it loads wants no active one."""
@@ -233,7 +237,14 @@ class PolicyNode(LifecycleNode):
             policy, settings, limits, topics, self._gate, self._monitor, self._choose_sparsity
         )
         worker.window = ObservationWindow(parameters.window_spec(settings, contract))
-        sensors = Sensors(self, contract, parameters.sensor_options(settings), self)
+        intake = Intake(
+            worker,
+            self._delivery.output,
+            self._monitor,
+            self._now_ns,
+            lambda: self._state == 'active',
+        )
+        sensors = Sensors(self, contract, parameters.sensor_options(settings), intake)
         self._entities.append(sensors.destroy)
         self._apply_tick_settings()
         self._safety.listen(settings['limits.urdf'], self._on_robot_description)
@@ -243,27 +254,7 @@ class PolicyNode(LifecycleNode):
             timer = self.create_timer(period_s, partial(self._stream, topics.stream.stream))
             self._entities.append(partial(self.destroy_timer, timer))
 
-    # Messages in
-
-    def on_sample(self, key: str, topic: str, stamp_ns: int, value: np.ndarray) -> None:
-        """Store one sample; see `SensorReceiver`."""
-        assert self._worker is not None
-        arrival = self._worker.store(key, stamp_ns, value)
-        if arrival in (Arrival.LATE, Arrival.FUTURE):
-            ahead_s = (stamp_ns - self._now_ns()) * 1e-9
-            text = f'{topic}: message is {arrival.value}, stamped {ahead_s:+.3f} s from now'
-            self._monitor.warn(topic, text)
-
-    def on_measured(self, stamp_ns: int, positions: np.ndarray) -> None:
-        """Remember the measured state; see `SensorReceiver`."""
-        assert self._delivery is not None
-        self._delivery.output.measured(stamp_ns, positions)
-
-    def on_refused(self, topic: str, error: ConversionError) -> None:
-        """Report a message that does not fit; see `SensorReceiver`."""
-        if self._state == 'active':
-            self._monitor.statistics.refused_messages[topic] += 1
-            self._monitor.error(topic, f'message refused: {error}')
+    # Events
 
     def _on_robot_description(self, text: str) -> None:
         assert self._worker is not None and self._delivery is not None

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of cameras and joint states: what the node commands, reports, and how it recovers.
+
+Every test starts from an arm in motion, and ends with an arm in motion again. A witness judges
+each command that left the node, whatever else the test looks at. One node survives them all.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip('rclpy', reason='rclpy is not installed')
+pytest.importorskip('torch', reason='torch is not installed')
+
+from cell import moving, reported
+from feeder import HEIGHT, JOINT_PERIOD_S, Feeder
+from spoilers import cut, delay, every, freeze, set_field, shift_stamp, shrink, swap, without_elbow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sensor_msgs.msg import Image, JointState
+
+pytestmark = pytest.mark.fault
+
+NAMESPACE = '/sensor_faults'
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'reason'),
+    [
+        (lambda message: None, 'camera: nothing for'),
+        (freeze(), 'camera: nothing for'),
+        (shift_stamp(3600), 'camera/image: message is future'),
+        (shift_stamp(-10), 'camera: nothing for 10'),
+        (delay(8), 'camera: nothing for'),
+        (shrink, f'camera/image: expected an image of {HEIGHT} x 32'),
+        (set_field(encoding='16UC1'), 'camera/image: expected encoding rgb8, bgr8, rgba8, bgra8'),
+        (cut, 'camera/image: expected 2304 bytes'),
+    ],
+    ids=['stops', 'freezes', 'ahead', 'behind', 'late', 'size', '16 bit', 'truncated'],
+)
+def test_a_bad_camera_stops_the_arm_and_is_named(
+    arm: Feeder, spoil: Callable[[Image], Any], reason: str
+) -> None:
+    arm.spoil_image = spoil
+    reported(arm, reason)
+    arm.silent()
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'reason'),
+    [
+        (lambda message: None, 'joints: nothing for'),
+        (without_elbow, "missing ['elbow']"),
+        (set_field(position=[0.1, 9.0, np.nan, 0.3]), "expected finite positions, got {'elbow'"),
+        (set_field(position=[0.1, 9.0, 0.3]), 'got 4 names and 3 positions'),
+        (set_field(name=['finger', 'elbow', 'elbow', 'shoulder']), 'expected each joint once'),
+        (shift_stamp(-10), 'joints: nothing for 10'),
+        (shift_stamp(60), 'joint_states: message is future'),
+    ],
+    ids=['stop', 'missing one', 'NaN', 'too short', 'repeated', 'behind', 'ahead'],
+)
+def test_bad_joint_states_stop_the_arm_and_are_named(
+    arm: Feeder, spoil: Callable[[JointState], Any], reason: str
+) -> None:
+    arm.spoil_joints = spoil
+    reported(arm, reason)
+    arm.silent()
+
+
+@pytest.mark.parametrize(
+    ('image', 'joints'),
+    [
+        (swap(), lambda message: message),
+        (lambda message: [message, message], lambda message: [message, message]),
+        (
+            lambda message: message,
+            set_field(
+                name=['elbow', 'shoulder', 'finger', 'spare'], position=[0.2, 0.3, 0.1, 7.0]
+            ),
+        ),
+        (lambda message: message, swap()),
+    ],
+    ids=['frames swapped', 'all twice', 'joints in another order', 'states swapped'],
+)
+def test_what_can_be_put_right_does_not_stop_the_arm(
+    arm: Feeder, image: Callable[[Any], Any], joints: Callable[[Any], Any]
+) -> None:
+    arm.spoil_image, arm.spoil_joints = image, joints
+    time.sleep(0.3)
+    moving(arm)
+    assert not any(tick['reset'] for tick in arm.ticks)
+
+
+def test_joints_too_far_from_the_frame_are_not_used(arm: Feeder) -> None:
+    arm.spoil_joints = every(12)
+    reported(arm, 'joints: expected a sample within')
+    arm.commands.clear()
+
+
+def test_publishers_at_ten_times_their_rate_do_no_harm(arm: Feeder) -> None:
+    arm.period_s = JOINT_PERIOD_S / 10
+    time.sleep(1.0)
+    moving(arm)

@@ -304,21 +304,8 @@ def test_an_existing_bundle_is_left_alone(
     assert (out / 'policy.safetensors').read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ('config', 'reason'),
-    [
-        (None, 'got a folder'),
-        ('{"type": "diffusion"}', 'its U-Net has no residual blocks'),
-        ('{"type": "multi_task_dit"}', 'CLIP encoders'),
-        ('{"type": "act"}', "type 'act' is not converted"),
-        ('[' * 100_000, 'not JSON'),
-        ('[1]', "type 'none'"),
-    ],
-)
-def test_a_folder_of_lerobot_is_refused_with_the_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str | None, reason: str
+def test_a_folder_that_holds_no_policy_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if config is not None:
-        (tmp_path / 'config.json').write_text(config)
     assert main([str(tmp_path), str(tmp_path / 'out')]) == 2
-    assert reason in capsys.readouterr().err
+    assert 'got a folder' in capsys.readouterr().err

@@ -40,6 +40,11 @@ class Configuration:
         """Mapping of a key."""
         return Configuration(f'{self._path}.{key}', self._data.get(key))
 
+    def sections(self, key: str) -> list[Configuration]:
+        """Mappings of a list."""
+        values = self._typed(key, list, _REQUIRED)
+        return [Configuration(f'{self._path}.{key}[{n}]', v) for n, v in enumerate(values)]
+
     def integer(self, key: str, default: int = _REQUIRED) -> int:
         """Integer of a key."""
         return self._typed(key, int, default)

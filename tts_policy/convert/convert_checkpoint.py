@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a checkpoint of Diffusion Policy into a model bundle and a draft parameter file.
+"""Turn a checkpoint of Diffusion Policy or LeRobot into a model bundle and draft parameters.
 
 Nothing in the checkpoint is executed. Until `train_pruner` has made a pruner for the policy, or
 the paper's code has and --pruner names its file, the samplers follow the static schedule.
@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from tts_policy.convert.checkpoint import Checkpoint
-from tts_policy.convert.diffusion_policy import ConvertedPolicy, Naming, read_diffusion_policy
-from tts_policy.convert.lerobot import refuse_lerobot
+from tts_policy.convert.converted_policy import ConvertedPolicy, Naming
+from tts_policy.convert.diffusion_policy import read_diffusion_policy
+from tts_policy.convert.lerobot import read_lerobot
 from tts_policy.convert.parameter_file import parameter_file
 from tts_policy.convert.published_pruner import read_pruner
 from tts_policy.convert.restricted_pickle import CheckpointError
@@ -43,7 +44,10 @@ def make_pruners(converted: ConvertedPolicy, file: Path | None) -> dict[str, Any
         own = next(iter(converted.samplers))
         steps = converted.samplers[own].scheduler.steps
         denoiser = converted.network.denoiser
-        assert isinstance(denoiser, TransformerDenoiser)
+        if not isinstance(denoiser, TransformerDenoiser):
+            raise CheckpointError(
+                f"{file}: the paper's pruners are for transformers, not for a DiT"
+            )
         with Checkpoint(file) as checkpoint:
             try:
                 pruners[own] = read_pruner(checkpoint, denoiser.spec, steps)
@@ -58,11 +62,11 @@ def summary(converted: ConvertedPolicy, pruners: Mapping[str, AnyPruner]) -> str
     obs, act = contract.observation, contract.action
     cameras = ', '.join(f'{c.key} {c.height} x {c.width}' for c in obs.cameras) or 'none'
     attention = 'causal' if spec.causal else 'not causal'
+    kind = f'{attention}, {spec.cond_layers} condition layers' if spec.dit is None else 'modulated'
     parameters = sum(p.numel() for p in converted.network.parameters())
     lines = [
         f'{converted.name}: {parameters / 1e6:.1f} M parameters',
-        f'  denoiser   {spec.layers} layers, width {spec.width}, {spec.heads} heads, {attention}, '
-        f'{spec.cond_layers} condition layers',
+        f'  denoiser   {spec.layers} layers, width {spec.width}, {spec.heads} heads, {kind}',
         f'  observes   {obs.steps} samples, {obs.period_s:g} s apart; cameras: {cameras}',
         f'             joints: {", ".join(obs.joints)}',
         f'  commands   {act.horizon} actions, {act.execute} executed: {", ".join(act.joints)}',
@@ -79,7 +83,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='convert_checkpoint', description=__doc__.split('\n')[0] if __doc__ else None
     )
-    parser.add_argument('checkpoint', type=Path, help='.ckpt file of Diffusion Policy')
+    parser.add_argument(
+        'checkpoint',
+        type=Path,
+        help='.ckpt file of Diffusion Policy, or folder of a LeRobot policy',
+    )
     parser.add_argument('out', type=Path, help='folder of the bundle')
     parser.add_argument(
         '--weights', choices=('ema', 'model'), default='ema', help='averaged or last weights'
@@ -88,9 +96,30 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--rate', type=float, default=10.0, help='control rate in Hz, which no checkpoint holds'
     )
+    parser.add_argument(
+        '--instruction-tokens',
+        nargs='+',
+        type=int,
+        default=(),
+        metavar='TOKEN',
+        help="what a LeRobot policy is told to do, as CLIP's tokenizer gives it",
+    )
     parser.add_argument('--observation-joints', nargs='+', default=(), metavar='NAME')
     parser.add_argument('--action-joints', nargs='+', default=(), metavar='NAME')
     return parser.parse_args(arguments)
+
+
+def read_policy(args: argparse.Namespace) -> ConvertedPolicy:
+    """Policy of the command line's checkpoint; raises CheckpointError naming the file."""
+    naming = Naming(1.0 / args.rate, tuple(args.observation_joints), tuple(args.action_joints))
+    try:
+        if args.checkpoint.is_dir():
+            return read_lerobot(args.checkpoint, naming, args.instruction_tokens)
+        with Checkpoint(args.checkpoint) as checkpoint:
+            return read_diffusion_policy(checkpoint, args.weights, naming)
+    except ValueError as error:
+        named = str(error).startswith(str(args.checkpoint))
+        raise CheckpointError(str(error) if named else f'{args.checkpoint}: {error}') from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,14 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise CheckpointError(f'--rate must be in [0.1, 1000] Hz, got {args.rate}')
         if (args.out / MODEL_FILE).exists():
             raise CheckpointError(f'{args.out}: folder without a bundle expected, got one')
-        if args.checkpoint.is_dir():
-            refuse_lerobot(args.checkpoint)
-        naming = Naming(1.0 / args.rate, tuple(args.observation_joints), tuple(args.action_joints))
-        with Checkpoint(args.checkpoint) as checkpoint:
-            try:
-                converted = read_diffusion_policy(checkpoint, args.weights, naming)
-            except ValueError as error:
-                raise CheckpointError(f'{args.checkpoint}: {error}') from error
+        converted = read_policy(args)
         pruners = make_pruners(converted, args.pruner)
     except CheckpointError as error:
         print(f'convert_checkpoint: {error}', file=sys.stderr)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tts_policy.convert.checkpoint import Checkpoint
 from tts_policy.convert.configuration import Configuration
+from tts_policy.convert.converted_policy import ConvertedPolicy, Naming
 from tts_policy.convert.noise_schedule import read_samplers
 from tts_policy.convert.restricted_pickle import CheckpointError, StoredTensor, plain
 from tts_policy.convert.robomimic_encoder import resnet_spec, resnet_state
@@ -25,31 +26,11 @@ from tts_policy.convert.weights import WeightSource, load_state
 from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 from tts_policy.core.network import NetworkSpec, PolicyNetwork
 from tts_policy.core.resnet import ResNetSpec
-from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.transformer import TransformerSpec
 
 Source = WeightSource[StoredTensor]
 HYBRID = 'DiffusionTransformerHybridImagePolicy'
 LOWDIM = 'DiffusionTransformerLowdimPolicy'
-
-
-@dataclass(frozen=True)
-class Naming:
-    """What a checkpoint does not say: the control period, and names where they are given."""
-
-    period_s: float
-    observation_joints: tuple[str, ...] = ()
-    action_joints: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ConvertedPolicy:
-    """A policy of another project: its name, network, samplers, and remarks for the user."""
-
-    name: str
-    network: PolicyNetwork
-    samplers: dict[str, SamplerSpec]
-    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -111,22 +92,13 @@ def _contract(
     action_dim: int,
     naming: Naming,
 ) -> PolicyContract:
-    names = tuple(f'{v.key}_{n}' for v in observed for n in range(v.length))
-    acted = tuple(f'action_{n}' for n in range(action_dim))
-    for what, given, default in (
-        ('observation', naming.observation_joints, names),
-        ('action', naming.action_joints, acted),
-    ):
-        if given and len(given) != len(default):
-            raise CheckpointError(f'{len(default)} {what} joints expected, got {len(given)}')
+    names, acted = naming.joints([(v.key, v.length) for v in observed], action_dim)
     steps, execute = policy.integer('n_obs_steps'), policy.integer('n_action_steps')
     newest = policy.flag('pred_action_steps_only', False)
     return PolicyContract(
-        ObservationSpec(
-            tuple(cameras), naming.observation_joints or names, steps, naming.period_s
-        ),
+        ObservationSpec(tuple(cameras), names, steps, naming.period_s),
         ActionSpec(
-            naming.action_joints or acted,
+            acted,
             horizon=execute if newest else policy.integer('horizon'),
             execute=execute,
             offset_steps=0,

@@ -8,11 +8,11 @@ from dataclasses import replace
 from tts_policy.convert.configuration import Configuration
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import SchedulerSpec
+from tts_policy.core.scheduler import FLOW, SchedulerSpec
 
 FEW_STEPS = 10
 # Shares of the plan that the static schedule reuses until a pruner is trained.
-RECOMMENDED_DDPM, RECOMMENDED_DDIM = 0.8, 0.5
+RECOMMENDED_DDPM, RECOMMENDED_OTHERS = 0.8, 0.5
 
 
 def read_scheduler(settings: Configuration, steps: int) -> SchedulerSpec:
@@ -65,6 +65,15 @@ def read_samplers(policy: Configuration) -> tuple[dict[str, SamplerSpec], int]:
     return samplers, train_steps
 
 
+def flow_samplers(steps: int) -> dict[str, SamplerSpec]:
+    """Euler samplers of a flow-matching policy by name: of so many steps, and of few."""
+    counts = dict.fromkeys((steps, min(steps, FEW_STEPS)))
+    return {
+        f'{FLOW}{count}': _sampler(SchedulerSpec(FLOW, count, prediction='velocity', clip=0.0))
+        for count in counts
+    }
+
+
 def _sampler(scheduler: SchedulerSpec) -> SamplerSpec:
-    wanted = RECOMMENDED_DDPM if scheduler.kind == 'ddpm' else RECOMMENDED_DDIM
+    wanted = RECOMMENDED_DDPM if scheduler.kind == 'ddpm' else RECOMMENDED_OTHERS
     return SamplerSpec(scheduler, recommended_sparsity=min(wanted, 1.0 - 1.0 / scheduler.steps))

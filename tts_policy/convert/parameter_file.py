@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from tts_policy.convert.diffusion_policy import ConvertedPolicy
+from tts_policy.convert.converted_policy import ConvertedPolicy
 
 _HEAD = """\
 # Draft of the parameters of `policy_node` for {name}. Complete what is marked TODO, then:

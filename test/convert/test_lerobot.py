@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LeRobot's multi-task DiT policies become bundles that compute the same, or are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lerobot_layout import TEXT, LeRobotPolicy, LeRobotSizes
+
+from tts_policy.convert.convert_checkpoint import main
+from tts_policy.core.bundle import load_bundle
+from tts_policy.core.policy import TestTimeSparsePolicy
+
+TOLD = ['--instruction-tokens', *map(str, TEXT)]
+
+
+def converted(policy: LeRobotPolicy, tmp_path: Path, **changes: Any) -> Path:
+    folder = policy.save(tmp_path / 'policy', **changes)
+    assert main([str(folder), str(tmp_path / 'bundle'), *TOLD]) == 0
+    return tmp_path / 'bundle'
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'changes', 'timesteps'),
+    [
+        (LeRobotSizes(), {}, [0.0, 41.0, 99.0]),
+        (LeRobotSizes(layers=1, position=False, mode='MEAN_STD'), {}, [0.0, 41.0, 99.0]),
+        (LeRobotSizes(obs_steps=1), {'objective': 'flow_matching'}, [0.0, 0.3, 0.97]),
+    ],
+)
+def test_a_policy_computes_what_its_layers_compute(
+    sizes: LeRobotSizes, changes: dict[str, Any], timesteps: list[float], tmp_path: Path
+) -> None:
+    policy = LeRobotPolicy(sizes).eval()
+    network = load_bundle(converted(policy, tmp_path, **changes)).network.eval()
+    states = torch.randn(3, sizes.obs_steps, sizes.state_dim)
+    noisy, t = torch.randn(3, sizes.horizon, sizes.action_dim), torch.tensor(timesteps)
+    # What a tokenizer puts behind the end of a text has no effect.
+    text = policy.text([*TEXT, *[TEXT[-1]] * 9])
+    with torch.no_grad():
+        expected = policy(noisy, t, policy.normalize('observation.state', states), text)
+        got = network.denoiser(noisy, t, network.features({}, states))
+        actions = network.action_normalizer.normalize(noisy)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actions, policy.normalize('action', noisy), rtol=0, atol=1e-5)
+    assert expected.std() > 0.1
+
+
+def test_the_instruction_matters(tmp_path: Path) -> None:
+    folder = LeRobotPolicy(LeRobotSizes()).save(tmp_path / 'policy')
+    weights = []
+    for word in (320, 2368):
+        out = tmp_path / f'bundle{word}'
+        tokens = map(str, (TEXT[0], word, TEXT[-1]))
+        assert main([str(folder), str(out), '--instruction-tokens', *tokens]) == 0
+        weights.append(load_bundle(out).network.state_dict()['denoiser.blocks.0.modulation.bias'])
+    assert (weights[0] - weights[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ('changes', 'samplers'),
+    [
+        ({}, ['ddpm100', 'ddim10']),
+        ({'noise_scheduler_type': 'DDIM', 'num_inference_steps': 16}, ['ddim16']),
+        ({'objective': 'flow_matching', 'num_integration_steps': 30}, ['flow30', 'flow10']),
+        ({'objective': 'flow_matching', 'num_integration_steps': 8}, ['flow8']),
+    ],
+)
+def test_a_bundle_runs_sparse_with_the_samplers_of_its_policy(
+    changes: dict[str, Any], samplers: list[str], tmp_path: Path
+) -> None:
+    bundle = converted(LeRobotPolicy(LeRobotSizes()), tmp_path, **changes)
+    assert list(load_bundle(bundle).samplers) == samplers
+    policy = TestTimeSparsePolicy.from_bundle(bundle)
+    window = {'joints': np.zeros((2, 5))}
+    policy.act(window, 0.5)
+    chunk = policy.act(window, 0.5)
+    assert chunk.stats.sparsity == pytest.approx(0.5)
+    assert chunk.actions.shape == (7, 3) and np.isfinite(chunk.actions).all()
+
+
+def test_the_draft_of_parameters_has_the_range_of_actions(tmp_path: Path) -> None:
+    policy = LeRobotPolicy(LeRobotSizes())
+    text = (converted(policy, tmp_path) / 'parameters.yaml').read_text()
+    limits = yaml.safe_load(text)['/**/tts_policy']['ros__parameters']['limits']
+    assert limits['lower'] == pytest.approx(policy.low['action'].tolist(), abs=1e-3)
+    high = policy.low['action'] + policy.spread['action']
+    assert limits['upper'] == pytest.approx(high.tolist(), abs=1e-3)
+
+
+def test_an_action_that_never_moved_stays_where_it_was(tmp_path: Path) -> None:
+    policy = LeRobotPolicy(LeRobotSizes())
+    policy.spread['action'][1] = 0.0
+    normalizer = load_bundle(converted(policy, tmp_path)).network.action_normalizer
+    actions = normalizer.unnormalize(torch.tensor([[-1.0] * 3, [1.0] * 3]))
+    assert actions[:, 1].tolist() == pytest.approx([float(policy.low['action'][1])] * 2)
+
+
+CAMERA = {'observation.state': {'type': 'STATE', 'shape': [5]}}
+CAMERA |= {'observation.images.top': {'type': 'VISUAL', 'shape': [3, 96, 96]}}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'reason'),
+    [
+        ({'input_features': CAMERA}, 'observation.images.top: cameras are not supported'),
+        ({'input_features': {}}, 'observation.state must be a mapping'),
+        ({'type': 'diffusion'}, 'its U-Net has no residual blocks'),
+        ({'type': 'act'}, "type 'act' is not converted"),
+        ({'objective': 'guessing'}, 'objective must be'),
+        ({'sigma_min': 0.1, 'objective': 'flow_matching'}, 'sigma_min must be 0'),
+        ({'text_encoder_name': 'laion/CLIP-ViT'}, 'text_encoder_name must begin with openai'),
+        ({'hidden_dim': 32}, 'must map'),
+        ({'num_layers': 3}, r'weight noise_predictor.transformer_blocks.2'),
+        ({'num_layers': 1}, 'weights of an unknown architecture'),
+        ({'num_layers': 1 << 40}, 'weight noise_predictor.transformer_blocks.2'),
+        ({'use_rope': True}, 'qkv_proj.weight expected'),
+        ({'n_action_steps': 8}, 'action.execute must be at most'),
+        ({'noise_scheduler_type': 'PNDM'}, 'must be DDPMScheduler or DDIMScheduler'),
+        ({'horizon': 'long'}, 'config.horizon must be int'),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_in_one_line(
+    changes: dict[str, Any], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = LeRobotPolicy(LeRobotSizes()).save(tmp_path / 'policy', **changes)
+    assert main([str(folder), str(tmp_path / 'out'), *TOLD]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def _step(folder: Path, **changes: Any) -> None:
+    path = folder / 'policy_preprocessor.json'
+    data = json.loads(path.read_text())
+    data['steps'][1] |= changes
+    path.write_text(json.dumps(data))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:50])
+
+
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda f: _cut(f / 'model.safetensors'), 'model.safetensors: '),
+    (lambda f: (f / 'model.safetensors').unlink(), 'weights of at most'),
+    (lambda f: (f / 'model.safetensors').write_bytes(b'\xff' * 64), 'model.safetensors: '),
+    (lambda f: (f / 'config.json').write_text('[' * 100_000), 'not JSON'),
+    (lambda f: (f / 'config.json').write_text('[1]'), 'config must be a mapping'),
+    (lambda f: (f / 'config.json').write_bytes(b' ' * (2 << 20)), 'at most 1048576 bytes'),
+    (lambda f: (f / 'policy_preprocessor.json').unlink(), 'policy_preprocessor.json expected'),
+    (lambda f: _step(f, state_file='../../etc/passwd'), 'state_file must lie in the folder'),
+    (lambda f: _step(f, registry_name='relative_actions_processor'), 'steps of known effect'),
+    (lambda f: _step(f, config={'norm_map': {'STATE': 'MAGIC'}}), 'norm_map must be'),
+    (lambda f: _step(f, config={'norm_map': {'STATE': 'QUANTILES'}}), 'observation.state.q01'),
+    (
+        lambda f: _cut(f / 'policy_preprocessor_step_1_normalizer_processor.safetensors'),
+        'normalizer_processor.safetensors: ',
+    ),
+]
+
+
+@pytest.mark.parametrize(('damage', 'reason'), DAMAGE)
+def test_a_damaged_folder_is_refused_in_one_line(
+    damage: Callable[[Path], object],
+    reason: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = LeRobotPolicy(LeRobotSizes()).save(tmp_path / 'policy')
+    damage(folder)
+    assert main([str(folder), str(tmp_path / 'out'), *TOLD]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    ('tokens', 'reason'),
+    [
+        ([], '--instruction-tokens expected'),
+        (['320'], 'must begin with 49406'),
+        (['49406', *['320'] * 80, '49407'], 'at most 77 tokens'),
+        (['49406', '60000', '49407'], r'each in [0, 49408)'),
+    ],
+)
+def test_an_instruction_that_is_none_is_refused(
+    tokens: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = LeRobotPolicy(LeRobotSizes()).save(tmp_path / 'policy')
+    option = ['--instruction-tokens', *tokens] if tokens else []
+    assert main([str(folder), str(tmp_path / 'out'), *option]) == 2
+    assert reason in capsys.readouterr().err

@@ -8,8 +8,9 @@ import pytest
 
 pytest.importorskip('gym_pusht', reason='gym-pusht is not installed')
 
-from tts_policy.sim.pusht import PushTWorld, replay
+from tts_policy.sim.pusht import AGENT_AXES, BLOCK_AXES, PushTWorld, replay
 
+KEY_POINTS = {0: (201.8135, 293.5951), 4: (220.5748, 258.0041)}
 GOAL = np.array([300.0, 100.0, 256.0, 256.0, np.pi / 4])
 
 
@@ -23,6 +24,16 @@ def test_a_state_is_restored(pusht: PushTWorld) -> None:
     pusht.reset_to(state)
     assert pusht.state() == pytest.approx(state, abs=1e-6)
     assert pusht.agent() == pytest.approx(state[:2])
+
+
+def test_key_points_turn_and_move_with_the_block(pusht: PushTWorld) -> None:
+    # A frame of the data set: its state, and its first and fifth key point.
+    pusht.reset_to(np.array([222.0, 97.0, 222.9938, 381.5990, 3.0080]))
+    seen = pusht.positions()
+    assert list(seen) == [*BLOCK_AXES, *AGENT_AXES]
+    assert (seen['agent_x'], seen['agent_y']) == pytest.approx((222.0, 97.0), abs=0.5)
+    assert (seen['block0_x'], seen['block0_y']) == pytest.approx(KEY_POINTS[0], abs=0.1)
+    assert (seen['block4_x'], seen['block4_y']) == pytest.approx(KEY_POINTS[4], abs=0.1)
 
 
 def test_the_score_is_the_largest_reward_of_the_episode(pusht: PushTWorld) -> None:

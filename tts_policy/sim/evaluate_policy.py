@@ -23,11 +23,11 @@ from typing import Any
 from tqdm import tqdm
 
 from tts_policy.core.bundle import Bundle, BundleError, bundle_digest, load_bundle
+from tts_policy.sim.benchmark import BENCHMARKS, EXPERT_SEED, benchmark_named
 from tts_policy.sim.evaluation_arms import ARM_SETS, Arm, ArmError, parse_arms
 from tts_policy.sim.evaluation_page import markdown_table, write_page, write_plot
 from tts_policy.sim.evaluation_results import Row, make_row, write_rows
-from tts_policy.sim.evaluation_worker import EXPERT_SEED, Job, run_job, start_worker
-from tts_policy.sim.tasks import TASKS, task_named
+from tts_policy.sim.evaluation_worker import Job, run_job, start_worker
 
 FIRST_SEED = 100_000
 INTERRUPTED = 130
@@ -75,11 +75,14 @@ def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
     """Arms that the bundle can run; says which it cannot, and why."""
     import torch
 
+    benchmark_named(task).check(bundle.network.contract)
     able = []
     for arm in arms:
         try:
             setting = arm.setting(bundle)
             arm.plan_source(bundle, torch.zeros(1))
+            if setting.blind and not bundle.network.contract.observation.cameras:
+                raise BundleError(f'{arm.name}: the policy has no camera to deceive')
             usable = bundle.network.contract.usable_actions
             if not 1 <= setting.execute <= usable:
                 raise EvaluationError(
@@ -122,7 +125,7 @@ def collect_rows(done: Mapping[Key, dict[str, Any]]) -> list[Row]:
         else:
             episodes[task, name][seed] = record
     rank = {name: index for index, name in enumerate(ARM_SETS['all'])}
-    tasks = list(TASKS)
+    tasks = list(BENCHMARKS)
     order = sorted(episodes, key=lambda e: (tasks.index(e[0]), rank.get(e[1], len(rank)), e[1]))
     rows = []
     for task, name in order:
@@ -167,9 +170,10 @@ def _run(
 def _task_bundle(text: str) -> tuple[str, Path]:
     name, _, bundle = text.partition('=')
     try:
-        return task_named(name).name, Path(bundle or f'models/panda_{name}')
+        default = benchmark_named(name).bundle
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return name, Path(bundle) if bundle else default
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -182,7 +186,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         nargs='+',
         type=_task_bundle,
         metavar='TASK[=BUNDLE]',
-        help=f'of {", ".join(TASKS)}; the bundle is models/panda_TASK if it is not named',
+        help=f'of {", ".join(BENCHMARKS)}; the bundle is the one in models/ if it is not named',
     )
     parser.add_argument(
         '--arms',

@@ -19,9 +19,11 @@ Every arm of a task runs the same seeds with the same noise. "Steady" leaves out
 tick of every episode, "episode" has it. GFLOPs are those of conditional encoder, pruner and
 executed decoder; the observation encoder is the same for all arms and stands above each table.
 FE are dense forward equivalents: computed cells over blocks of one forward pass. L1 is the action
-error in normalised units against the dense chunk of the same sampler and noise, on expert
-episodes. Won and lost count the seeds on which only the arm, or only dense DDPM, succeeded; their
-test is McNemar's, exact, and the interval of the difference is Bonett and Price's.
+error in normalised units against the dense chunk of the same sampler and noise, on expert episodes
+(Push-T: dense ones; its score is the largest reward, averaged over episodes). Won and lost count
+the seeds on which only the arm, or only the dense reference (DDPM-100, or ten Euler steps for a
+flow), succeeded; their test is McNemar's, exact, and the interval of the difference is Bonett and
+Price's.
 
 ![Success against cost](pareto.png)
 """
@@ -48,7 +50,7 @@ def write_page(rows: Sequence[Row], path: Path) -> None:
 def markdown_table(rows: Sequence[Row]) -> str:
     """Table of rows of one task."""
     lines = [
-        '| arm | success | 95 % | against dense DDPM: won/lost, 95 % of the difference, p '
+        '| arm | success | 95 % | against dense: won/lost, 95 % of the difference, p '
         '| reused | L1 | GFLOPs, steady / episode | FE, steady / episode | latency p50 |',
         '| --- | --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
@@ -59,8 +61,10 @@ def markdown_table(rows: Sequence[Row]) -> str:
             bounds = ' to '.join(f'{100 * bound:+.1f}' for bound in paired['difference_ci95'])
             against = f'{paired["won"]}/{paired["lost"]}, {bounds}, p {row["p_value"]:.3g}'
         error = '' if row['l1_error'] is None else f'{row["l1_error"]:.3f}'
+        score = f', score {row["score"]:.3f}' if 'score' in row else ''
         lines.append(
-            f'| {row["arm"]} | {row["successes"]}/{row["episodes"]} | {low} - {high} | {against} '
+            f'| {row["arm"]} | {row["successes"]}/{row["episodes"]}{score} '
+            f'| {low} - {high} | {against} '
             f'| {100 * row["sparsity"]:.1f} % | {error} '
             f'| {row["gflops_tick"]:.3f} / {row["gflops_tick_episode"]:.3f} '
             f'| {row["fe_steady"]:.2f} / {row["fe_episode"]:.2f} | {row["latency_ms"]:.0f} ms |'

@@ -95,6 +95,8 @@ def make_row(
         'device': ', '.join(sorted({run['device'] for run in runs})),
         'failed_seeds': [seed for seed in sorted(episodes) if not episodes[seed]['success']],
     }
+    if 'score' in runs[0]:
+        row['score'] = round(float(np.mean([run['score'] for run in runs])), 4)
     if reference is not None and arm.name != arm.reference:
         won, lost, pairs = discordant(episodes, reference)
         if pairs:
@@ -117,7 +119,7 @@ def write_rows(rows: Sequence[Row], out: Path) -> list[Path]:
     for row, source in zip(flat, rows, strict=True):
         row['ci95_low'], row['ci95_high'] = source['ci95']
     with paths[1].open('w', newline='') as handle:
-        writer = csv.DictWriter(handle, list(flat[0]))
+        writer = csv.DictWriter(handle, list(dict.fromkeys(key for row in flat for key in row)))
         writer.writeheader()
         writer.writerows(flat)
     return paths

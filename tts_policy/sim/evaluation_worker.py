@@ -23,27 +23,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tts_policy.core import flops
 from tts_policy.core.bundle import Bundle, load_bundle
+from tts_policy.core.contract import PolicyContract
 from tts_policy.core.denoiser import DenoiserSpec
 from tts_policy.core.plan import Plan, Reuse, reuse_mix
 from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
-from tts_policy.sim.demonstration import STATES_PER_FRAME, Demonstration, demonstrate
-from tts_policy.sim.episode import FRAME_NS, Robot, Timeline
+from tts_policy.sim.benchmark import EXPERT_SEED, Benchmark, Window, benchmark_named
 from tts_policy.sim.evaluation_arms import Arm, Setting
-from tts_policy.sim.panda import CAMERA_KEY, STATE_JOINTS
 from tts_policy.sim.plan_sources import PlanSource
-from tts_policy.sim.rollout import DeceivedRobot, run_episode
-from tts_policy.sim.tasks import task_named
 
-# Beside those of demonstrations, evaluation and demo.
-EXPERT_SEED = 900_000
 KEPT_POLICIES = 3
 Made = TypeVar('Made')
-Window = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """Episode of `seed`, or the action error on expert sequences where there is no seed."""
+    """Episode of `seed`, or the action error on other sequences where there is no seed."""
 
     task: str
     arm: Arm
@@ -100,11 +94,8 @@ class Worker:
     def _bundle(self, task: str) -> Bundle:
         return self._once(('bundle', task), lambda: load_bundle(self._bundles[task]))
 
-    def _robot(self, task: str, blind: bool = False) -> Robot:
-        make = task_named(task).world
-        if blind:
-            return self._once(('blind', task), lambda: DeceivedRobot(make(), make()))
-        return self._once(('robot', task), make)
+    def _benchmark(self, task: str) -> Benchmark:
+        return self._once(('benchmark', task), lambda: benchmark_named(task))
 
     def _policy(self, task: str, arm: Arm) -> ArmPolicy:
         key = task, arm.name
@@ -125,19 +116,15 @@ class Worker:
     def _episode(self, task: str, arm: Arm, seed: int) -> dict[str, Any]:
         ready = self._policy(task, arm)
         execute = ready.setting.execute
-        limit = task_named(task).frame_limit
         ready.reset(seed)
-        rollout = run_episode(
-            ready.policy,
-            self._robot(task, ready.setting.blind),
-            seed,
-            arm.asked_sparsity,
-            Timeline(execute * FRAME_NS, limit * FRAME_NS),
+        rollout = self._benchmark(task).run(
+            ready.policy, seed, arm.asked_sparsity, execute, ready.setting.blind
         )
         plans = [chunk.plan for chunk in rollout.chunks]
         first, *steady = plans
         return {
             'success': rollout.success,
+            **({} if rollout.score is None else {'score': round(rollout.score, 4)}),
             'duration_s': round(rollout.duration_s, 3),
             'ticks': len(plans),
             'latency_ms': [round(1e3 * c.stats.latency_s, 2) for c in rollout.chunks],
@@ -157,51 +144,32 @@ class Worker:
         encoder = spec.conditioner_flops(len(plan))
         return round(1e-9 * (encoder + planning + flops.decoder_flops(spec, plan)), 6)
 
-    def _expert_windows(self, task: str, execute: int = 0) -> list[list[Window]]:
-        """Windows of the ticks of expert episodes, `execute` frames apart (0: the contract's)."""
-        contract = self._bundle(task).network.contract
-        columns = [STATE_JOINTS.index(name) for name in contract.observation.joints]
-        back, stride = contract.observation.steps, execute or contract.action.execute
-        episodes: list[list[Window]] = []
-        for shown in self._once(('expert', task), lambda: self._demonstrate(task)):
-            images, joints = shown.images, shown.states[::STATES_PER_FRAME][:, columns]
-            episodes.append(
-                [
-                    {CAMERA_KEY: images[end - back : end], 'joints': joints[end - back : end]}
-                    for end in range(back, len(shown) + 1, stride)
-                ]
-            )
-        return episodes
-
-    def _demonstrate(self, task: str) -> list[Demonstration]:
-        """Expert episodes, disjoint from every evaluated seed."""
-        named, robot = task_named(task), task_named(task).world()
-        expert, seeds = named.expert(robot), range(EXPERT_SEED, EXPERT_SEED + self._sequences)
-        shown = [demonstrate(robot, expert, s, frame_limit=named.frame_limit) for s in seeds]
-        robot.close()
-        return shown
+    def _other_windows(self, task: str, execute: int = 0) -> list[list[Window]]:
+        """Windows of the ticks of other episodes, `execute` frames apart (0: the contract's)."""
+        bundle = self._bundle(task)
+        stride = execute or bundle.network.contract.action.execute
+        return self._benchmark(task).windows(bundle, self._sequences, stride)
 
     def _tokens(self, task: str) -> Tensor:
-        """Observation tokens [M, To, D] of the expert's ticks."""
+        """Observation tokens [M, To, D] of the ticks of other episodes."""
         return self._once(('tokens', task), lambda: self._encode(task))
 
     @torch.inference_mode()
     def _encode(self, task: str) -> Tensor:
         network = self._bundle(task).network.eval()
         tokens = []
-        for window in (w for episode in self._expert_windows(task) for w in episode):
-            images = {CAMERA_KEY: torch.from_numpy(window[CAMERA_KEY])[None]}
-            features = network.features(images, torch.from_numpy(window['joints']).float()[None])
+        for window in (w for episode in self._other_windows(task) for w in episode):
+            features = network.features(*_as_tensors(network.contract, window))
             tokens.append(network.denoiser.observation_tokens(features))
         return torch.cat(tokens)
 
     def _observation_gflops(self, task: str) -> float:
         def count() -> float:
             network = self._bundle(task).network
-            window = self._expert_windows(task)[0][0]
-            images = {CAMERA_KEY: torch.from_numpy(window[CAMERA_KEY])[None]}
+            window = self._other_windows(task)[0][0]
+            tensors = _as_tensors(network.contract, window)
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                network.features(images, torch.from_numpy(window['joints']).float()[None])
+                network.features(*tensors)
             return round(1e-9 * counter.get_total_flops(), 6)
 
         return self._once(('observation', task), count)
@@ -222,13 +190,20 @@ class Worker:
         return float(np.concatenate(errors).mean())
 
     def _actions(self, task: str, arm: Arm) -> list[NDArray[np.float64]]:
-        """Chunks [R, T - To + 1, A] of an arm on the windows of every expert episode."""
+        """Chunks [R, T - To + 1, A] of an arm on the windows of every other episode."""
         ready, chunks = self._policy(task, arm), []
-        episodes = self._expert_windows(task, ready.setting.execute)
+        episodes = self._other_windows(task, ready.setting.execute)
         for number, windows in enumerate(episodes):
             ready.reset(EXPERT_SEED + number)
             chunks.append(np.stack([ready.act(window).actions for window in windows]))
         return chunks
+
+
+def _as_tensors(contract: PolicyContract, window: Window) -> tuple[dict[str, Tensor], Tensor]:
+    """Images [1, To, H, W, 3] by camera and joints [1, To, J] of a window."""
+    keys = [camera.key for camera in contract.observation.cameras]
+    images = {key: torch.from_numpy(window[key])[None] for key in keys}
+    return images, torch.from_numpy(window['joints']).float()[None]
 
 
 @cache

@@ -16,11 +16,30 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.sim.rollout import Rollout
 from tts_policy.train.replay_buffer import ReplayBufferError, load_replay_buffer
 
 CAMERA_KEY = 'camera'
 AGENT_AXES = ('agent_x', 'agent_y')
 FRAME_S = 0.1
+EPISODE_FRAMES = 300
+# Key points of the block in its own frame, as Diffusion Policy's data set observes them: recovered
+# from states and key points of that data set by least squares, to 0.03 pixels.
+BLOCK_POINTS = np.array(
+    [
+        [9.27, 90.04],
+        [-60.98, -1.19],
+        [60.91, -1.39],
+        [-0.27, 25.54],
+        [-14.07, 122.82],
+        [39.00, 32.86],
+        [-39.97, 32.73],
+        [-16.82, 62.86],
+        [23.54, -1.70],
+    ]
+)
+BLOCK_AXES = tuple(f'block{n}_{axis}' for n in range(len(BLOCK_POINTS)) for axis in 'xy')
 
 
 class PushTWorld:
@@ -60,6 +79,13 @@ class PushTWorld:
         """Position of the finger [2]."""
         return self.state()[:2]
 
+    def positions(self) -> dict[str, float]:
+        """Key points of the block and position of the finger, by the names of their axes."""
+        x, y, *block, angle = self.state()
+        cos, sin = np.cos(angle), np.sin(angle)
+        points = BLOCK_POINTS @ np.array([[cos, sin], [-sin, cos]]) + block
+        return dict(zip((*BLOCK_AXES, *AGENT_AXES), (*points.flatten(), x, y), strict=True))
+
     def render(self) -> NDArray[np.uint8]:
         """Return what the camera sees: uint8 [96, 96, 3] RGB."""
         return np.asarray(self._environment._render(visualize=False), np.uint8)
@@ -77,6 +103,39 @@ def replay(world: PushTWorld, state: NDArray[np.floating], actions: NDArray[np.f
     for action in actions:
         world.step(action)
     return world.score
+
+
+def run_pusht(
+    policy: TestTimeSparsePolicy, world: PushTWorld, seed: int, sparsity: float, execute: int
+) -> tuple[Rollout, NDArray[np.float64]]:
+    """Episode of `seed`, and what was observed in it [F, J]; the first frame is seen To times.
+
+    Every action of a chunk is the finger's target for a frame. The episode ends with the block on
+    its outline, or after EPISODE_FRAMES.
+    """
+    observation = policy.contract.observation
+    policy.reset(seed)
+    world.reset(seed)
+
+    def observe() -> list[float]:
+        positions = world.positions()
+        return [positions[name] for name in observation.joints]
+
+    order = [policy.contract.action.joints.index(axis) for axis in AGENT_AXES]
+    rollout, seen = Rollout(seed), [observe()] * observation.steps
+    frames = 0
+    while frames < EPISODE_FRAMES and not rollout.success:
+        chunk = policy.act({'joints': np.array(seen[-observation.steps :])}, sparsity)
+        rollout.chunks.append(chunk)
+        for target in chunk.actions[: min(execute, EPISODE_FRAMES - frames)]:
+            world.step(target[order])
+            seen.append(observe())
+            frames += 1
+            rollout.success = world.score >= 1.0
+            if rollout.success:
+                break
+    rollout.duration_s, rollout.score = frames * FRAME_S, world.score
+    return rollout, np.array(seen)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -50,11 +50,12 @@ class DeceivedRobot:
 
 @dataclass
 class Rollout:
-    """What one episode showed; chunks in the order of their ticks."""
+    """What one episode showed; chunks in the order of their ticks, a score where there is one."""
 
     seed: int
     success: bool = False
     duration_s: float = 0.0
+    score: float | None = None
     chunks: list[Chunk] = field(default_factory=list)
     frames: list[NDArray[np.uint8]] = field(default_factory=list)
 

@@ -14,6 +14,7 @@ conditioning are those of LeRobot's multi-task DiT policy.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -97,7 +98,7 @@ class Modulation:
     gate: Tensor
 
 
-class ModulatedBlock(nn.Module):
+class ModulatedBlock(nn.Module, ABC):
     """y = gate * f(norm(x) * (1 + scale) + shift); a subclass is f."""
 
     def __init__(self, spec: DiTSpec) -> None:
@@ -106,9 +107,9 @@ class ModulatedBlock(nn.Module):
         inputs = spec.time_features + spec.obs_steps * spec.obs_features
         self.modulation = nn.Linear(inputs, 3 * spec.width)
 
+    @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
         """f of modulated tokens [B, T, D]."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, cond: Modulation) -> Tensor:
         """Residual y of action tokens x [B, T, D]."""

@@ -77,7 +77,7 @@ def test_every_engine_holds_committed_actions_and_agrees_on_the_rest(
             engine.observe(features)
             x, _ = engine.denoise(lambda plan=plan: plan, Stopwatch(), given if held else None)
             lattice.commit(plan)
-            results[-1].append(x[0])
+            results[-1].append(x[0].clone())
         assert torch.equal(results[-1][1][1:3], actions[1:3])
         assert not torch.allclose(results[-1][2][1:3], actions[1:3])
     for others in results[1:]:

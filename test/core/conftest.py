@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, Po
 from tts_policy.core.network import NetworkSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import SchedulerSpec
+
+sys.path.insert(0, str(Path(__file__).parent))  # recording.py
 
 CONTRACT = PolicyContract(
     ObservationSpec((CameraSpec('camera', 32, 48),), ('a', 'b', 'c'), steps=2, period_s=0.05),

@@ -66,17 +66,18 @@ def test_every_engine_holds_committed_actions_and_agrees_on_the_rest(
     weights = torch.tensor([0.0, 1.0, 1.0, 0.5, 0.1, 0.0, 0.0, 0.0])
     features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
     logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
+    levels = torch.tensor(scheduler.noise_levels())
     results: list[list[Tensor]] = []
     for engine, lattice in engines(scheduler, force):
         results.append([])
         for tick, held in enumerate((False, True, False)):
             valid = lattice.rollout_valid(4)
             plan = make_plan(logits, 0.6 if tick else 0.0, valid, force, SPEC.stack.kinds)
-            given = Inpainting(scheduler, lattice.initial_noise, actions, weights)
+            given = Inpainting(levels, lattice.initial_noise, actions, weights)
             engine.observe(features)
             x, _ = engine.denoise(lambda plan=plan: plan, Stopwatch(), given if held else None)
             lattice.commit(plan)
-            results[-1].append(x[0])
+            results[-1].append(x[0].clone())
         assert torch.equal(results[-1][1][1:3], actions[1:3])
         assert not torch.allclose(results[-1][2][1:3], actions[1:3])
     for others in results[1:]:
@@ -87,7 +88,7 @@ def test_every_engine_holds_committed_actions_and_agrees_on_the_rest(
 def test_a_level_is_the_known_action_noised_as_its_step_asks() -> None:
     scheduler = NoiseScheduler(SCHEDULERS['ddim'])
     noise, actions = torch.randn(1, 8, 3), torch.randn(8, 3)
-    given = Inpainting(scheduler, noise, actions, torch.ones(8))
+    given = Inpainting(torch.tensor(scheduler.noise_levels()), noise, actions, torch.ones(8))
     alphas = scheduler.spec.alphas_cumprod()
     for level, t in enumerate(scheduler.spec.timesteps()):
         x = torch.zeros(1, 8, 3)
@@ -99,7 +100,7 @@ def test_a_level_is_the_known_action_noised_as_its_step_asks() -> None:
 def test_a_level_of_a_flow_lies_between_noise_and_the_known_action() -> None:
     scheduler = NoiseScheduler(SchedulerSpec('flow', STEPS, 1, prediction='velocity', clip=0.0))
     noise, actions = torch.randn(1, 8, 3), torch.randn(8, 3)
-    given = Inpainting(scheduler, noise, actions, torch.ones(8))
+    given = Inpainting(torch.tensor(scheduler.noise_levels()), noise, actions, torch.ones(8))
     x = noise.clone()
     for level in range(STEPS):
         given.impose(level, x)

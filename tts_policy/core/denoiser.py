@@ -87,6 +87,13 @@ class DenoiserSpec(ABC):
         """FLOPs of encoding the observation of one tick for so many denoising steps."""
 
 
+def row_of(table: Tensor, step: int | Tensor, dim: int = 0) -> Tensor:
+    """Row of a step that the host knows, or that stands on the device as int64 [1]."""
+    if isinstance(step, int):
+        return table.select(dim, step)
+    return table.index_select(dim, step).squeeze(dim)
+
+
 class Conditioner(ABC):
     """What the blocks of a sampler's K steps read beside x: folded at load, encoded once a tick.
 
@@ -102,8 +109,8 @@ class Conditioner(ABC):
         """Encode the observation features [B, To, Do] of a tick, for all steps and blocks."""
 
     @abstractmethod
-    def conditioning(self, step: int, block: int) -> Any:
-        """Second argument of a block at a step."""
+    def conditioning(self, step: int | Tensor, block: int) -> Any:
+        """Second argument of a block at a step; on the device, int64 [1], for captured graphs."""
 
 
 class Denoiser(nn.Module, ABC):

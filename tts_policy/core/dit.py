@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from tts_policy.core.attention import merge_heads, rotary_angles, rotate, split_heads
 from tts_policy.core.attention import sinusoidal_embedding as embedding
 from tts_policy.core.blocks import FEED_FORWARD, SELF_ATTENTION, BlockSpec, BlockStack
-from tts_policy.core.denoiser import Conditioner, Denoiser, DenoiserSpec
+from tts_policy.core.denoiser import Conditioner, Denoiser, DenoiserSpec, row_of
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,9 @@ class ModulationTable(Conditioner):
         activated = F.silu(features.flatten(1))
         self._tick = [F.linear(activated, weight) for weight in self._observation]
 
-    def conditioning(self, step: int, block: int) -> Modulation:
+    def conditioning(self, step: int | Tensor, block: int) -> Modulation:
         """Modulation of a block at a step."""
-        both = self._time[block][step] + self._tick[block]
+        both = row_of(self._time[block], step) + self._tick[block]
         return Modulation(*both[:, None].chunk(3, dim=-1))
 
 

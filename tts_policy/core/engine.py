@@ -155,8 +155,8 @@ class Engine(ABC):
         """Denoise by a plan; returns normalised actions [1, T, A] and the plan executed.
 
         `plan()` is called once: with step 0 forced only after step 0 has been launched, otherwise
-        before. The caller closes the tick with `lattice.commit`. `inpainting` holds the actions
-        that are known already.
+        before. The actions may be in a buffer that the next call overwrites. The caller closes the
+        tick with `lattice.commit`. `inpainting` holds the actions that are known already.
 
         Raises
         ------

@@ -1,19 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engine runs a denoiser: the fastest that its device and architecture allow."""
+"""Which engine runs a denoiser: by default the fastest that was verified on its device."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
 
 from tts_policy.core.cpu_engine import CpuEngine
 from tts_policy.core.denoiser import Denoiser
 from tts_policy.core.engine import EagerEngine, Engine
+from tts_policy.core.graph_engine import GraphEngine
 from tts_policy.core.lattice import Lattice
+from tts_policy.core.memory_table import MemoryTable
 from tts_policy.core.scheduler import NoiseScheduler
+from tts_policy.core.transformer import TransformerDenoiser
+
+EngineMaker = Callable[[Denoiser, NoiseScheduler, Lattice, bool], Engine]
+
+
+def make_eager(
+    denoiser: Denoiser, scheduler: NoiseScheduler, lattice: Lattice, force_first_step: bool
+) -> Engine:
+    """Make the reference, on any device."""
+    return EagerEngine(denoiser, scheduler, lattice, force_first_step)
+
+
+def make_packed(
+    denoiser: Denoiser, scheduler: NoiseScheduler, lattice: Lattice, force_first_step: bool
+) -> Engine:
+    """Make the engine of packed blocks; raises ValueError where it cannot run the denoiser."""
+    if lattice.store.device.type != 'cpu':
+        raise ValueError(f"engine 'packed' needs a CPU, got {lattice.store.device}")
+    if not CpuEngine.supports(denoiser):
+        raise ValueError(
+            "engine 'packed' needs a transformer denoiser without attention between condition "
+            f'tokens, got {type(denoiser).__name__}'
+        )
+    return CpuEngine(denoiser, scheduler, lattice, force_first_step)
+
+
+def make_graphs(
+    denoiser: Denoiser, scheduler: NoiseScheduler, lattice: Lattice, force_first_step: bool
+) -> Engine:
+    """Make the engine of captured graphs; on a CPU it calls what it would capture."""
+    table = None
+    if isinstance(denoiser, TransformerDenoiser):
+        table = MemoryTable(denoiser, scheduler.spec.timesteps())
+    return GraphEngine(denoiser, scheduler, lattice, force_first_step, table)
+
+
+def make_triton(
+    denoiser: Denoiser, scheduler: NoiseScheduler, lattice: Lattice, force_first_step: bool
+) -> Engine:
+    """Make the engine of the persistent kernel, weights in half precision on a GPU.
+
+    Raises ValueError where triton is not installed or the kernel cannot run the denoiser.
+    """
+    if find_spec('triton') is None:
+        raise ValueError("engine 'triton' needs triton (requirements/triton.txt)")
+    from tts_policy.core.triton_engine import TritonEngine
+
+    dtype = torch.float16 if lattice.store.is_cuda else torch.float32
+    return TritonEngine(denoiser, scheduler, lattice, force_first_step, dtype=dtype)
 
 
 def make_engine(
     denoiser: Denoiser, scheduler: NoiseScheduler, lattice: Lattice, force_first_step: bool
 ) -> Engine:
-    """Engine for the device that the lattice is on; eager where no faster one fits."""
+    """Make the fastest engine that was verified on the lattice's device: packed, or eager."""
     if lattice.store.device.type == 'cpu' and CpuEngine.supports(denoiser):
         return CpuEngine(denoiser, scheduler, lattice, force_first_step)
     return EagerEngine(denoiser, scheduler, lattice, force_first_step)
+
+
+ENGINES: dict[str, EngineMaker] = {
+    'auto': make_engine,
+    'eager': make_eager,
+    'packed': make_packed,
+    'graphs': make_graphs,
+    'triton': make_triton,
+}
+
+
+def engine_maker(name: str) -> EngineMaker:
+    """Maker of the engine of a name; raises ValueError if there is none."""
+    if name not in ENGINES:
+        raise ValueError(f'engine must be one of {", ".join(ENGINES)}, got {name!r}')
+    return ENGINES[name]

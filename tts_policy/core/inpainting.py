@@ -13,11 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from tts_policy.core.scheduler import NoiseScheduler
 
 
 @dataclass(frozen=True)
@@ -46,21 +43,24 @@ def hold_weights(held: int, overlap: int, soft: bool) -> NDArray[np.float64]:
 
 
 class Inpainting:
-    """Known actions of one tick at every noise level of its sampler, and where they count."""
+    """Known actions of one tick at every noise level of its sampler, and where they count.
+
+    levels: [K + 1, T, A]; weights: [T, 1].
+    """
 
     def __init__(
-        self, scheduler: NoiseScheduler, noise: Tensor, actions: Tensor, weights: Tensor
+        self, noise_levels: Tensor, noise: Tensor, actions: Tensor, weights: Tensor
     ) -> None:
         """Noise the known actions.
 
-        noise: [1, T, A], of the chunk, so that a level is the chunk's own noisy version; actions:
-        [T, A] normalised; weights: [T].
+        noise_levels: [K + 1, 2], see `NoiseScheduler.noise_levels`; noise: [1, T, A], of the
+        chunk, so that a level is the chunk's own noisy version; actions: [T, A] normalised;
+        weights: [T].
         """
-        levels = torch.tensor(scheduler.noise_levels(), device=actions.device)
-        signal_factor, noise_factor = levels.T[:, :, None, None]
-        self._levels = signal_factor * actions + noise_factor * noise
-        self._weights = weights[:, None]
+        signal_factor, noise_factor = noise_levels.T[:, :, None, None]
+        self.levels = signal_factor * actions + noise_factor * noise
+        self.weights = weights[:, None]
 
     def impose(self, level: int, x: Tensor) -> None:
         """Set the known actions into x [..., T, A] as it is before step `level`, K: after all."""
-        x.lerp_(self._levels[level], self._weights)
+        x.lerp_(self.levels[level], self.weights)

@@ -58,8 +58,10 @@ class Lattice:
 
     def draw_noise(self, generator: torch.Generator) -> None:
         """Draw initial and per-step noise (on the CPU, so that every device gets the same)."""
-        self.initial_noise.copy_(torch.randn(self.initial_noise.shape, generator=generator))
-        self.step_noise.copy_(torch.randn(self.step_noise.shape, generator=generator))
+        pinned = self.store.is_cuda
+        for noise in (self.initial_noise, self.step_noise):
+            drawn = torch.randn(noise.shape, generator=generator, pin_memory=pinned)
+            noise.copy_(drawn, non_blocking=True)
 
     def rollout_valid(self, max_age: int) -> NDArray[np.bool_]:
         """Cells [K, N] whose feature is at most `max_age` ticks old."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tts_policy.core.blocks import CROSS_ATTENTION
-from tts_policy.core.denoiser import Conditioner
+from tts_policy.core.denoiser import Conditioner, row_of
 
 if TYPE_CHECKING:
     from tts_policy.core.transformer import TransformerDenoiser
@@ -62,24 +62,27 @@ class ConditionalMemory(Conditioner):
         tokens = self.rows() if denoiser.encoder.mixes else self.observation_tokens
         self._tick = [block.keys_values(tokens) for block in denoiser.cross_attentions]
 
-    def conditioning(self, step: int, block: int) -> Conditioning | Tensor:
+    def conditioning(self, step: int | Tensor, block: int) -> Conditioning | Tensor:
         """Keys and values for cross-attention, the mask for self-attention."""
         spec = self._denoiser.spec.stack.blocks[block]
         if spec.kind != CROSS_ATTENTION:
             return self._denoiser.self_mask
         return self.keys_values(step, spec.layer)
 
-    def keys_values(self, step: int, layer: int) -> Conditioning:
+    def keys_values(self, step: int | Tensor, layer: int) -> Conditioning:
         """Keys and values of one layer at one step."""
         keys, values = self._tick[layer]
         denoiser = self._denoiser
         if denoiser.encoder.mixes:
-            keys, values = keys[:, step], values[:, step]
+            keys, values = row_of(keys, step, 1), row_of(values, step, 1)
         else:
             time_keys, time_values = self._time[layer]
             batch = len(keys)
-            keys = torch.cat([time_keys[step].expand(batch, -1, -1, -1), keys], dim=2)
-            values = torch.cat([time_values[step].expand(batch, -1, -1, -1), values], dim=2)
+            times = (row_of(table, step) for table in (time_keys, time_values))
+            keys, values = (
+                torch.cat([time.expand(batch, -1, -1, -1), part], dim=2)
+                for time, part in zip(times, (keys, values), strict=True)
+            )
         return Conditioning(keys, values, denoiser.memory_mask)
 
     def rows(self) -> Tensor:

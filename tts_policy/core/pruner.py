@@ -80,6 +80,15 @@ class PrunerSpec:
 class PlanPruner(nn.Module, ABC):
     """What a sampler needs of a pruner: `gates` when it is set up, a call per tick."""
 
+    @property
+    @abstractmethod
+    def sparsities(self) -> tuple[float, ...]:
+        """Those whose logits differ, all others having those of `trained_for`; empty: any may."""
+
+    def trained_for(self, sparsity: float) -> float:
+        """Sparsity whose logits serve another: the nearest; of two as near, the sparser one."""
+        return min(self.sparsities, key=lambda known: (abs(known - sparsity), -known))
+
     @abstractmethod
     def gates(self, time_tokens: Tensor) -> Any:
         """What the logits need of the time tokens [K, .]; it depends on the steps alone."""
@@ -131,9 +140,10 @@ class Pruner(PlanPruner):
         """Gates [K, H] of the time tokens [K, .]; they depend on the step alone."""
         return self.gate(time_tokens)
 
-    def trained_for(self, sparsity: float) -> float:
-        """Sparsity whose table serves another: the nearest; of two as near, the sparser one."""
-        return min(self.spec.sparsities, key=lambda known: (abs(known - sparsity), -known))
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """Those that have a table of their own."""
+        return self.spec.sparsities
 
     def table(self, sparsity: float) -> Tensor:
         """Table [K, N, 4] that serves a sparsity."""

@@ -64,6 +64,11 @@ class QueryPruner(PlanPruner):
         self.down = nn.Linear(spec.feed_forward, spec.width)
         self.head = nn.Linear(spec.width, len(Reuse))
 
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """One for all: the logits do not depend on the sparsity."""
+        return (0.0,)
+
     def gates(self, time_tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Block tokens [N, W], queries [heads, N, .], time keys and values [K, heads, 1, .].
 

@@ -199,7 +199,8 @@ class NoiseScheduler:
         times = self.spec.timesteps()
         if self.spec.is_flow:
             return [*((t, 1 - t) for t in times), (1.0, 0.0)]
-        shares = [float(self.spec.alphas_cumprod()[int(t)]) for t in times]
+        alphas_cumprod = self.spec.alphas_cumprod().tolist()
+        shares = [alphas_cumprod[int(t)] for t in times]
         return [*((share**0.5, (1 - share) ** 0.5) for share in shares), (1.0, 0.0)]
 
     @property

@@ -131,9 +131,9 @@ def _scheduled(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=('first', 'last'))
 def denoise(
-    x_state, tokens, wide, mixed, arrived, store, sources, noise, coefficients, memory_k, memory_v,
+    x_state, tokens, wide, mixed, arrived, store, sources, noise, coefficients, memory,
     self_mask, memory_mask, constant, norms, w_action, w_qkv, b_qkv, w_self, b_self, w_q, b_q,
     w_cross, b_cross, w_up, b_up, w_down, b_down, w_head, b_head, first, last, eps, scale, clip,
     T: tl.constexpr, S: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr,
@@ -143,10 +143,10 @@ def denoise(
     """Steps first to last - 1 of the masked loop, x_state [ROWS, ACTIONS] in and out.
 
     sources: int64 [K, N], the cell whose feature a block reuses, -1 where it is computed; store:
-    [K * N, T, D]; noise [K, T, ACTIONS]; memory_k and memory_v [K, L, S, D]; constant [ROWS, D],
-    what the embedding adds; tokens and mixed [ROWS, D] and wide [ROWS, 4 D] are scratch; arrived
-    is zero. Weights are [L, in, out], biases [L, out], norms [N + 1, 2, D], coefficients [K, 6] as
-    in `NoiseScheduler`; masks are added to scores.
+    [K * N, T, D]; noise [K, T, ACTIONS]; memory [K, S, L, 2, D], keys and values; constant
+    [ROWS, D], what the embedding adds; tokens and mixed [ROWS, D] and wide [ROWS, 4 D] are
+    scratch; arrived is zero. Weights are [L, in, out], biases [L, out], norms [N + 1, 2, D],
+    coefficients [K, 6] as in `NoiseScheduler`; masks are added to scores.
     """
     N: tl.constexpr = 3 * LAYERS
     pid = tl.program_id(0)
@@ -193,15 +193,15 @@ def denoise(
                         ROWS, D, TILE, PROGRAMS,
                     )
                 elif kind == 1:
-                    memory = (step * LAYERS + layer) * S * D
+                    keys = memory + (step * S * LAYERS + layer) * 2 * D
                     _project(
                         tokens, norm, eps, w_q + layer * D * D, b_q + layer * D, wide, pid, False,
                         D, ROWS, D, TILE, PROGRAMS,
                     )
                     epoch = _barrier(arrived, epoch, PROGRAMS)
                     _attend(
-                        wide, memory_k + memory, memory_v + memory, memory_mask, mixed, pid, D, D,
-                        S, scale, MEMORY, HEADS, ROWS, D, PROGRAMS,
+                        wide, keys, keys + D, memory_mask, mixed, pid, D, LAYERS * 2 * D, S,
+                        scale, MEMORY, HEADS, ROWS, D, PROGRAMS,
                     )
                     epoch = _barrier(arrived, epoch, PROGRAMS)
                     _residual(

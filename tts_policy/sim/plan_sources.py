@@ -30,6 +30,11 @@ class PlanSource(Pruner):
         super().__init__(spec)
         self._random = torch.Generator()
 
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """Not known: the logits may differ at every call."""
+        return ()
+
     def begin(self, seed: int) -> None:
         """Start an episode: what the source draws depends on `seed` alone."""
         self._random.manual_seed(seed)

@@ -31,10 +31,9 @@ def child_environment(**extra: str) -> dict[str, str]:
     again for itself.
     """
     environment = {**os.environ, **extra, 'PYTHONUNBUFFERED': '1'}
-    if environment.pop('_ROS_WHEELS_BOOTSTRAP_COMPLETE', None) is not None:
-        environment.pop('LD_LIBRARY_PATH', None)
-    path = environment.get('PYTHONPATH')
-    environment['PYTHONPATH'] = os.pathsep.join([str(REPOSITORY), *([path] if path else [])])
+    environment.pop('_ROS_WHEELS_BOOTSTRAP_COMPLETE', None)
+    paths = [str(REPOSITORY), extra.get('PYTHONPATH'), os.environ.get('PYTHONPATH')]
+    environment['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
     return environment
 
 

@@ -28,7 +28,7 @@ class Change(Enum):
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One row: an array type without a default is simply unset until somebody sets it."""
+    """One row; an array without a default is empty until somebody sets it."""
 
     name: str
     type: Parameter.Type
@@ -51,7 +51,7 @@ class ParameterSpec:
     def default_text(self) -> str:
         """Default as in a parameter file."""
         if self.default is None:
-            return 'unset'
+            return '[]'
         return str(self.default).lower() if isinstance(self.default, bool) else repr(self.default)
 
     @property

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rclpy.exceptions import (
-    InvalidParameterTypeException,
-    InvalidParameterValueException,
-    ParameterUninitializedException,
-)
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.parameter import Parameter
 
 from tts_policy.ros.conversions import seconds_to_ns
 from tts_policy.ros.images import ImageFit
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rclpy.node import Node
-    from rclpy.parameter import Parameter
 
     from tts_policy.core.contract import PolicyContract
     from tts_policy.core.policy import TestTimeSparsePolicy
@@ -41,7 +37,7 @@ _BY_NAME = {spec.name: spec for spec in PARAMETERS}
 
 @dataclass(frozen=True)
 class Settings:
-    """Values of the parameters at one moment; unset arrays are None."""
+    """Values of the parameters at one moment; arrays that nobody set are empty or None."""
 
     values: dict[str, Any]
 
@@ -66,22 +62,20 @@ def declare(node: Node) -> None:
     for spec in PARAMETERS:
         value = spec.type if spec.default is None else spec.default
         try:
-            node.declare_parameter(spec.name, value, spec.descriptor())
+            declared = node.declare_parameter(spec.name, value, spec.descriptor())
         except (InvalidParameterTypeException, InvalidParameterValueException) as error:
+            hint = ' (off is a boolean in YAML: quote it)' if 'off' in spec.choices else ''
             raise ParameterError(
-                f'{spec.name}: expected {spec.expected}, got another value at start: {error}'
+                f'{spec.name}: expected {spec.expected}, got another value at start: {error}{hint}'
             ) from error
+        if declared.type_ is Parameter.Type.NOT_SET:
+            # Left unset, one array would keep `ros2 param dump` from getting any value at all.
+            node.set_parameters([Parameter(spec.name, spec.type, [])])
 
 
 def read(node: Node) -> Settings:
     """Values of every parameter of the table."""
-    values = {}
-    for spec in PARAMETERS:
-        try:
-            values[spec.name] = node.get_parameter(spec.name).value
-        except ParameterUninitializedException:
-            values[spec.name] = None
-    return Settings(values)
+    return Settings({spec.name: node.get_parameter(spec.name).value for spec in PARAMETERS})
 
 
 def _bad_value(spec: ParameterSpec, value: Any) -> str | None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from action_msgs.msg import GoalStatus
 from rclpy.duration import Duration
 from std_msgs.msg import Float64MultiArray
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 # Long enough for a local controller to acknowledge, short enough not to delay a shutdown.
 _ACK_TIMEOUT_S = 0.2
+GOAL_ENDS = {GoalStatus.STATUS_ABORTED: 'aborted', GoalStatus.STATUS_CANCELED: 'canceled'}
 
 
 class TrajectorySink(Protocol):
@@ -49,34 +52,49 @@ class TopicSink:
 class ActionSink:
     """A control_msgs/FollowJointTrajectory action; a new goal replaces the one before.
 
-    `refused` hears of a goal that the controller does not take.
+    `refused` hears of a goal that the controller does not take, or ends while it is the newest.
     """
 
     def __init__(self, client: Any, goal_type: Any, refused: Callable[[str], None]) -> None:
         self._client = client
         self._goal_type = goal_type
         self._refused = refused
+        self._sent = 0
 
     def send(self, trajectory: Trajectory) -> None:
         """Send a goal without waiting for its acceptance."""
         if not self._client.server_is_ready():
             self._refused('follow_joint_trajectory: expected an action server, got none')
             return
+        self._sent += 1
         goal = self._goal_type(trajectory=trajectory_message(trajectory))
-        self._client.send_goal_async(goal).add_done_callback(self._on_answer)
+        answer = self._client.send_goal_async(goal)
+        answer.add_done_callback(partial(self._on_answer, self._sent))
 
     def finish(self, trajectory: Trajectory) -> None:
         """Send the last goal."""
         self.send(trajectory)
 
-    def _on_answer(self, future: Any) -> None:
+    def _on_answer(self, number: int, future: Any) -> None:
         try:
-            accepted = future.result().accepted
+            handle = future.result()
         except Exception as error:  # noqa: BLE001 - whatever the middleware says, it was not taken
             self._refused(f'follow_joint_trajectory: expected an answer to the goal, got {error}')
             return
-        if not accepted:
+        if not handle.accepted:
             self._refused('follow_joint_trajectory: expected the goal to be accepted, it was not')
+            return
+        handle.get_result_async().add_done_callback(partial(self._on_result, number))
+
+    def _on_result(self, number: int, future: Any) -> None:
+        # A controller ends the goal that a newer one replaces: that is how it goes on.
+        if number != self._sent or future.cancelled() or future.exception() is not None:
+            return
+        answer = future.result()
+        end = GOAL_ENDS.get(answer.status)
+        if end is not None:
+            why = answer.result.error_string or f'error code {answer.result.error_code}'
+            self._refused(f'follow_joint_trajectory: the goal was {end}: {why}')
 
 
 class GripperStream:

@@ -3,11 +3,11 @@
 
     ros2 launch tts_policy replay.launch.py bag:=/path/to/bag
 
-In lockstep the recording waits for every chunk, and the ticks are those of evaluate_bag. A paced
-player starts when the policy is active; with player:=ros2 it is `ros2 bag play`. What was recorded
-of the policy's command topics is played below /recorded, where no controller listens. A recording
-of a robot that was commanded on other topics must not be played whole: name what is to be played
-with topics:=.
+In lockstep the recording waits for every chunk, and the ticks are those of evaluate_bag. Paced, it
+begins when the policy is active; player:=ros2 is `ros2 bag play`, which waits for nobody and so
+begins after delay:=. What was recorded of the policy's command topics is played below /recorded,
+where no controller listens. A recording of a robot that was commanded on other topics must not be
+played whole: name what is to be played with topics:=.
 """
 
 from __future__ import annotations
@@ -22,20 +22,16 @@ from launch.actions import (
     ExecuteProcess,
     IncludeLaunchDescription,
     OpaqueFunction,
-    RegisterEventHandler,
     Shutdown,
 )
 from launch.events.process import ProcessExited
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
-from launch_ros.event_handlers import OnStateTransition
 
 SHARE = Path(get_package_share_directory('tts_policy'))
 # A recorded command must not move an arm.
 COMMANDS = ('joint_trajectory', 'gripper/joint_trajectory', 'gripper/commands')
-# `ros2 bag play` does not wait for its listeners; this is what finding them takes at most.
-DISCOVERY_S = '2'
 # Passed on as they are; policy.launch.py says what they mean and what an empty one does.
 FORWARDED = {
     'params_file': (str(SHARE / 'config' / 'panda_lift.yaml'), 'Parameter file of the policy.'),
@@ -52,13 +48,7 @@ def _end(event: ProcessExited, context: LaunchContext) -> list[Shutdown]:
     return [] if context.is_shutdown else [Shutdown(reason='the recording has ended')]
 
 
-def _paced(player: Node | ExecuteProcess) -> list[RegisterEventHandler]:
-    """Start a player that waits for nobody when the policy is active."""
-    handler = OnStateTransition(goal_state='active', entities=[player], handle_once=True)
-    return [RegisterEventHandler(handler)]
-
-
-def _player(context: LaunchContext) -> list[Node | RegisterEventHandler]:
+def _player(context: LaunchContext) -> list[Node | ExecuteProcess]:
     """Create the player that was asked for; RuntimeError if it is not installed."""
     bag = LaunchConfiguration('bag').perform(context)
     rate = LaunchConfiguration('rate').perform(context)
@@ -73,19 +63,20 @@ def _player(context: LaunchContext) -> list[Node | RegisterEventHandler]:
     if player == 'ros2':
         if shutil.which('ros2') is None:
             raise RuntimeError('player:=ros2: the command ros2 expected on PATH, found none')
-        command = ['ros2', 'bag', 'play', *arguments, '--clock', '100', '--delay', DISCOVERY_S]
-        return _paced(ExecuteProcess(cmd=command, output='screen', on_exit=_end))
-    if player == 'lockstep':
-        arguments += ['--lockstep', f'{root}/tts_policy']
-    play_bag = Node(
-        package='tts_policy',
-        executable='play_bag',
-        arguments=arguments,
-        output='screen',
-        emulate_tty=True,
-        on_exit=_end,
-    )
-    return [play_bag] if player == 'lockstep' else _paced(play_bag)
+        delay = LaunchConfiguration('delay').perform(context)
+        command = ['ros2', 'bag', 'play', *arguments, '--clock', '100', '--delay', delay]
+        return [ExecuteProcess(cmd=command, output='screen', on_exit=_end)]
+    wait = '--lockstep' if player == 'lockstep' else '--after'
+    return [
+        Node(
+            package='tts_policy',
+            executable='play_bag',
+            arguments=[*arguments, wait, f'{root}/tts_policy'],
+            output='screen',
+            emulate_tty=True,
+            on_exit=_end,
+        )
+    ]
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -104,6 +95,9 @@ def generate_launch_description() -> LaunchDescription:
         ),
         DeclareLaunchArgument('rate', default_value='1.0', description='Rate of the paced ones.'),
         DeclareLaunchArgument(
+            'delay', default_value='10', description='Seconds that ros2 bag play gives the policy.'
+        ),
+        DeclareLaunchArgument(
             'topics', default_value='', description='Topics to play, space separated; empty: all.'
         ),
     ]
@@ -118,4 +112,5 @@ def generate_launch_description() -> LaunchDescription:
             ('reliable_sensors', 'true'),
         ],
     )
-    return LaunchDescription([*arguments, policy, OpaqueFunction(function=_player)])
+    # A player that cannot be had ends the launch before anything has been started.
+    return LaunchDescription([*arguments, OpaqueFunction(function=_player), policy])

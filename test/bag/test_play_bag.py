@@ -140,6 +140,27 @@ def test_lockstep_says_what_is_wrong_with_the_node(
     assert re.search(pattern, player.output.splitlines()[-1])
 
 
+@pytest.mark.parametrize('autostart', [True, False])
+def test_playing_begins_when_the_node_is_active(
+    tmp_path: Path,
+    policy: Callable[..., RosProcess],
+    start_process: Callable[..., RosProcess],
+    autostart: bool,
+) -> None:
+    bag = Recording(frames=4).write(tmp_path / 'bag')
+    node = policy(autostart=str(autostart).lower())
+    timeout_s = 120 if autostart else 5
+    player = start_process(PLAY, str(bag), '--after', '/tts_policy', '--timeout', str(timeout_s))
+    if autostart:
+        assert player.wait(240) == 0, player.output
+        assert 'messages published' in player.output
+        assert 'active, output disabled' in node.output
+    else:
+        assert player.wait(120) == 1
+        assert '/tts_policy: an active node expected within 5 s' in player.output
+        assert 'messages published' not in player.output
+
+
 class Listener:
     """What a recording sounds like on its topics."""
 

@@ -35,6 +35,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument('--clock', type=float, default=100.0, metavar='HZ', help='0: no /clock')
     parser.add_argument('--start-paused', action='store_true')
     parser.add_argument('--lockstep', metavar='NODE', help='policy node to wait for: /tts_policy')
+    parser.add_argument('--after', metavar='NODE', help='begin when this lifecycle node is active')
     add_topic_argument(parser)
     parser.add_argument('--timeout', type=float, default=60.0, metavar='S', help='of the node')
     args = parser.parse_args(arguments)
@@ -59,6 +60,8 @@ def _play(args: argparse.Namespace, stopped: threading.Event) -> int:
     player = BagPlayer(BagReader(args.bag), spec)
     playback: PacedPlayback | LockstepPlayback = PacedPlayback(player)
     try:
+        if args.after is not None:
+            player.await_active(args.after, args.timeout, stopped.is_set)
         if args.lockstep is not None:
             topics = parse_pairs(args.topic, 'topic: STREAM:=TOPIC')
             playback = LockstepPlayback(player, args.lockstep, topics, args.timeout)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from lifecycle_msgs.msg import State
+from lifecycle_msgs.srv import GetState
 from rclpy.duration import Duration
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -24,6 +26,7 @@ from tts_policy.bag.reader import BagError, BagReader, RawMessage
 from tts_policy.ros.conversions import ns_to_time
 
 CLOCK_TOPIC = '/clock'
+_ACTIVE = State.PRIMARY_STATE_ACTIVE
 # Shortest nap between two looks at the services while nothing is due.
 NAP_S = 0.02
 # Messages of a topic that may be on their way, and how long its end waits for the last of them.
@@ -132,6 +135,21 @@ class BagPlayer(Node):
                 return False
             self.serve(NAP_S)
         return True
+
+    def await_active(self, node: str, timeout_s: float, stopped: Callable[[], bool]) -> None:
+        """Wait until a lifecycle node is active; raises TimeoutError naming it."""
+        client = self.create_client(GetState, f'{node}/get_state')
+        end_s = time.monotonic() + timeout_s
+        while not stopped():
+            if time.monotonic() >= end_s:
+                raise TimeoutError(f'{node}: an active node expected within {timeout_s:g} s')
+            if client.service_is_ready():
+                # A node that loads its bundle answers when it has done so.
+                future = client.call_async(GetState.Request())
+                self.serve_until(future.done, 1.0)
+                if future.done() and future.result().current_state.id == _ACTIVE:
+                    return
+            self.serve(NAP_S)
 
     def deliver(self) -> None:
         """Wait until whoever listens has the last messages, but not for ever."""

@@ -65,6 +65,8 @@ def _play(args: argparse.Namespace, stopped: threading.Event) -> int:
         if args.lockstep is not None:
             topics = parse_pairs(args.topic, 'topic: STREAM:=TOPIC')
             playback = LockstepPlayback(player, args.lockstep, topics, args.timeout)
+        else:
+            player.await_listeners(stopped.is_set)
         playback.play(stopped.is_set)
         while args.loop and not stopped.is_set():
             playback.play(stopped.is_set)

@@ -151,6 +151,13 @@ class BagPlayer(Node):
                     return
             self.serve(NAP_S)
 
+    def await_listeners(self, stopped: Callable[[], bool]) -> None:
+        """Wait until somebody listens to every topic, but not for ever."""
+        publishers = self.topic_publishers.values()
+        self.serve_until(
+            lambda: stopped() or all(p.get_subscription_count() for p in publishers), DISCOVERY_S
+        )
+
     def deliver(self) -> None:
         """Wait until whoever listens has the last messages, but not for ever."""
         end_s = time.monotonic() + DELIVERY_S
@@ -175,10 +182,6 @@ class PacedPlayback:
 
     def play(self, stopped: Callable[[], bool]) -> None:
         """Publish every message; BagError where the recording is damaged."""
-        publishers = self._player.topic_publishers.values()
-        self._player.serve_until(
-            lambda: stopped() or all(p.get_subscription_count() for p in publishers), DISCOVERY_S
-        )
         begin_ns: int | None = None
         began_s = tick_s = time.monotonic()
         for message in self._player.messages():

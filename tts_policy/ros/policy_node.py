@@ -137,7 +137,7 @@ class PolicyNode(LifecycleNode):
             self._monitor.fail(f'configure failed: {error}')
             self._publish_report()
             return FAILURE
-        # A full collection over what torch and rclpy bring along lasts two ticks.
+        # A full collection over what torch and rclpy bring along can take longer than a tick.
         gc.collect()
         gc.freeze()
         self._state = 'inactive'

@@ -244,6 +244,37 @@ def test_a_type_that_nobody_knows_is_named(tmp_path: Path, small_contract: Polic
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize('points', range(4))
+@pytest.mark.parametrize('effort', [[], [0.5] * 2])
+@pytest.mark.parametrize('velocity', [[], [0.5] * 2])
+@pytest.mark.parametrize('frame', ['', 'a', 'base', 'a_frame'])
+def test_rosbags_decodes_whatever_room_rclpy_left_behind_a_message(
+    tmp_path: Path, frame: str, velocity: list[float], effort: list[float], points: int
+) -> None:
+    serialization = pytest.importorskip('rclpy.serialization', reason='rclpy is not installed')
+    from sensor_msgs.msg import JointState
+    from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+    bag = BagReader(Recording(frames=1).write(tmp_path / 'bag'))
+    names, positions = ['a', 'b'], [1.5, -2.0]
+    state = JointState(name=names, position=positions, velocity=velocity, effort=effort)
+    point = JointTrajectoryPoint(positions=positions, velocities=velocity, effort=effort)
+    chunk = JointTrajectory(joint_names=names, points=[point] * points)
+    for message, topic in ((state, '/joint_states'), (chunk, '/joint_trajectory')):
+        message.header.frame_id = frame
+        kind = bag.topics[topic].msgtype
+        raw = RawMessage(topic, kind, 0, bytes(serialization.serialize_message(message)))
+        by_rclpy, by_rosbags = (
+            make_decoder(bag, [topic], decoder)(raw) for decoder in ('rclpy', 'rosbags')
+        )
+        assert by_rosbags.header.frame_id == frame
+        if message is state:
+            for name in ('name', 'position', 'velocity', 'effort'):
+                assert list(getattr(by_rosbags, name)) == list(getattr(by_rclpy, name))
+        else:
+            assert [list(p.positions) for p in by_rosbags.points] == [positions] * points
+
+
 @pytest.mark.parametrize('decoder', ['rosbags', 'rclpy'])
 def test_bytes_that_are_no_message_are_one_line(tmp_path: Path, decoder: str) -> None:
     bag = BagReader(Recording(frames=1).write(tmp_path / 'bag'))

@@ -6,6 +6,7 @@ Both give messages with the same fields, and everything downstream takes either.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,7 @@ from tts_policy.bag.message_types import message_class
 from tts_policy.bag.reader import BagError, BagReader, RawMessage
 
 DECODERS = ('auto', 'rclpy', 'rosbags')
-# Fast CDR reserves up to this much behind a message that ends in an empty sequence.
-_TRAILING_BYTES = 8
+_BIG_ENDIAN, _LITTLE_ENDIAN = b'\0\0', b'\0\1'
 
 Decode = Callable[[RawMessage], Any]
 
@@ -83,14 +83,18 @@ def _rosbags_decoder(reader: BagReader, types: set[str]) -> Decode:
 
     def decode(message: RawMessage) -> Any:
         data = memoryview(message.data)
-        for end in (len(data), len(data) - _TRAILING_BYTES):
-            try:
-                return store.deserialize_cdr(data[:end], message.msgtype)
-            except (SerdeError, IndexError) as error:
-                failure: Exception = error
-                if 'size mismatch' not in str(error):
-                    break
-        raise _undecodable(reader, message, failure)
+        definition = store.get_msgdef(message.msgtype)
+        readers = {
+            _BIG_ENDIAN: definition.deserialize_cdr_be,
+            _LITTLE_ENDIAN: definition.deserialize_cdr_le,
+        }
+        try:
+            # What is left behind the message is not looked at, as rclpy does: Fast CDR reserves
+            # room for every empty sequence and does not give it back.
+            read = readers[bytes(data[:2])]
+            return read(data[4:], 0, definition.cls, store)[0]
+        except (SerdeError, struct.error, ValueError, IndexError, KeyError) as error:
+            raise _undecodable(reader, message, error) from None
 
     return decode
 

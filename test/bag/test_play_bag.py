@@ -231,7 +231,12 @@ def test_what_the_listening_node_said_when_recorded_is_not_said_again(
     states = [message for message in recording.messages() if message[0] == '/joint_states']
     said = [('/left/tts_policy/chunk_stats', *rest) for _, *rest in states]
     bag = BagReader(recording.write(tmp_path / 'bag', [*states, *said]))
-    for listener, count in (('/left/tts_policy', 1), ('/left/tts', 2), (None, 2)):
+    for listener, count in (
+        ('/left/tts_policy', 1),
+        ('left/tts_policy', 1),
+        ('/left/tts', 2),
+        (None, 2),
+    ):
         player = BagPlayer(bag, PlayerSpec(listener=listener))
         assert len(player.topic_publishers) == count
         player.close()

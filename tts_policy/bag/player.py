@@ -64,6 +64,8 @@ class BagPlayer(Node):
         self.paused = spec.paused
         self.published = 0
         self.topic_publishers: dict[str, Publisher] = {}
+        # As absolute as recorded topics are; a name may be given relative to the namespace.
+        self._listener = None if spec.listener is None else self.resolve_topic_name(spec.listener)
         for topic in sorted(bag.topics if spec.topics is None else spec.topics):
             self._add_publisher(topic)
         if not self.topic_publishers:
@@ -81,7 +83,7 @@ class BagPlayer(Node):
             )
         # The clock of the recording would be a second one, and so would the voice of the listener.
         name = self.spec.remap.get(topic, topic)
-        own = self.spec.listener is not None and name.startswith(f'{self.spec.listener}/')
+        own = self._listener is not None and name.startswith(f'{self._listener}/')
         if topic == CLOCK_TOPIC or own:
             return
         summary = self.bag.topics[topic]

@@ -121,6 +121,15 @@ def test_a_pruner_for_every_sparsity_is_added_to_the_bundle_and_compared(
     assert TestTimeSparsePolicy.from_bundle(bundle, 'ddpm100').max_sparsity == 0.0
 
 
+def test_an_episode_too_short_for_a_second_tick_teaches_no_pruner(
+    bundle: Path, tmp_path: Path
+) -> None:
+    bundle, bags = Path(shutil.copytree(bundle, tmp_path / 'bundle')), tmp_path / 'bags'
+    for name, frames in (('a', 20), ('b', 20), ('c', 8)):
+        Recording(frames=frames).write(bags / name)
+    assert train_pruner.main(_pruner_command(bags, bundle, tmp_path)) == 0
+
+
 def test_a_resumed_search_ends_where_an_uninterrupted_one_does(
     bags: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +184,7 @@ def test_plans_of_another_bundle_are_starts(bags: Path, bundle: Path, tmp_path: 
         (['--sampler', 'euler'], "one of ['ddim10', 'ddpm100'], got 'euler'"),
         (['--sampler', 'ddim10', '--bundle', 'absent'], 'bundle file expected at absent'),
         (['--sampler', 'ddim10', '--sparsities', '0.95'], 'must be in (0, 0.9], got 0.95'),
+        (['--sampler', 'ddim10', '--held-out', '1', '--ticks', '1'], 'of 2 or more, 8 frames'),
     ],
 )
 def test_bad_input_of_train_pruner_gets_one_line(

@@ -37,13 +37,26 @@ def tick_sequences(
     """Draw `count` sequences: `ticks` windows, `execute` frames apart.
 
     Every second one begins with its episode, as a live rollout does, the others anywhere in it.
+    Of an episode that is too short there are fewer ticks; one of a single tick is left out, as the
+    first tick is dense and teaches nothing.
+
+    Raises
+    ------
+    ValueError
+        if no episode has two ticks, or fewer are asked for.
+
     """
     stride = execute or network.contract.action.execute
+    episodes = [episode for episode in windows.episode_windows if len(episode) > stride]
+    if ticks < 2 or not episodes:
+        longest = max(map(len, windows.episode_windows))
+        raise ValueError(
+            f'ticks: sequences of 2 or more, {stride} frames apart, expected, '
+            f'got {ticks} of episodes of up to {longest} windows'
+        )
     sequences = []
     for number in range(count):
-        episode = windows.episode_windows[
-            int(torch.randint(len(windows.episode_windows), (), generator=generator))
-        ]
+        episode = episodes[int(torch.randint(len(episodes), (), generator=generator))]
         length = min(ticks, 1 + (len(episode) - 1) // stride)
         slack = len(episode) - (length - 1) * stride
         start = int(torch.randint(slack, (), generator=generator)) if number % 2 else 0

@@ -148,12 +148,13 @@ def main(arguments: list[str] | None = None) -> int:
         kept, others = split_demonstrations(args, network.contract)
         held_out = load_windows(kept)
         windows = load_windows(others[: args.episodes])
+        generator = torch.Generator().manual_seed(args.seed)
+        sequences = tick_sequences(network, windows, args.episodes, args.ticks, generator)
+        tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
     except (BundleError, ValueError) as error:
         print(f'train_pruner: {error}', file=sys.stderr)
         return 2
-    generator = torch.Generator().manual_seed(args.seed)
     teacher = DenseTeacher(network, sampler)
-    sequences = tick_sequences(network, windows, args.episodes, args.ticks, generator)
     spec = PrunerTrainingSpec(
         args.steps,
         args.batch,
@@ -180,7 +181,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     pruner = trainer.pruner()
     save_pruner(args.bundle, args.sampler, pruner)
-    tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
     trained = [lesson.sequence for lesson in trainer.choice.lessons]
     report = [
         compare_plans(teacher, sampler, pruner.eval(), trained, tests, sparsity)

@@ -241,3 +241,11 @@ def test_without_preference_all_lessons_are_alike() -> None:
     assert len(choice.draw(np.random.default_rng(0), 9)) == 4
     with pytest.raises(ValueError, match=r'preference must be in \[0, 1\], got 2'):
         LessonChoice(teacher, _lessons(teacher, 2), preference=2)
+
+
+def test_lessons_without_an_error_are_drawn_when_there_are_no_others() -> None:
+    teacher = _teacher(DDIM)
+    choice = LessonChoice(teacher, _lessons(teacher, 4), preference=1.0)
+    for errors in ([0.0, 0.0, 0.0, 0.0], [0.0, 0.3, 0.0, 0.0]):
+        choice.errors = torch.tensor(errors)
+        assert len({id(lesson) for lesson in choice.draw(np.random.default_rng(0), 3)}) == 3

@@ -41,10 +41,11 @@ class LessonChoice:
 
     def draw(self, random: np.random.Generator, count: int) -> list[Lesson]:
         """`count` different lessons, all of them if there are fewer."""
-        chances = np.full(len(self.lessons), 1 / len(self.lessons))
-        if self.errors is not None:
-            errors = self.errors.double().numpy()
-            chances += self._preference * (errors / errors.sum() - chances)
         count = min(count, len(self.lessons))
+        chances = np.full(len(self.lessons), 1 / len(self.lessons))
+        if self.errors is not None and self.errors.any():
+            # A lesson without an error comes last, but it comes where there are too few others.
+            errors = self.errors.double().numpy().clip(1e-9 * float(self.errors.max()))
+            chances += self._preference * (errors / errors.sum() - chances)
         chosen = random.choice(len(self.lessons), count, replace=False, p=chances)
         return [self.lessons[index] for index in chosen]

@@ -146,6 +146,17 @@ def test_images_beyond_a_byte_are_refused(tmp_path: Path, arrays: dict[str, NDAr
             load_replay_buffer(file, ('img',), {'img': np.uint8})
 
 
+@pytest.mark.parametrize('bad', [256, -1])
+def test_whole_numbers_beyond_a_byte_are_refused_as_images(
+    bad: int, tmp_path: Path, arrays: dict[str, NDArray[Any]]
+) -> None:
+    arrays['img'] = arrays['img'].astype(np.int64)
+    arrays['img'][6, 0, 0, 0] = bad
+    file = write(tmp_path / 'demos.zarr.zip', arrays)
+    with pytest.raises(ReplayBufferError, match=r'values in \[0, 255\] expected for uint8'):
+        load_replay_buffer(file, ('img',), {'img': np.uint8})
+
+
 @pytest.mark.parametrize('ends', [[4, 4], [], [0, 9]])
 def test_episodes_that_do_not_end_one_after_another_are_refused(
     ends: list[int], tmp_path: Path

@@ -255,7 +255,7 @@ class _Array:
                 tuple(slice(s, s + c) for s, c in zip(starts, self.chunks, strict=True))
             ]
             part = chunk[tuple(slice(0, n) for n in target.shape)]
-            if dtype.kind in 'iu' and self.dtype.kind == 'f':
+            if dtype.kind in 'iu' and not np.can_cast(self.dtype, dtype):
                 self._check_cast(part, dtype)
             target[...] = part
         return values[first - offset :] if self.shape else values

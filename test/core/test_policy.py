@@ -156,6 +156,9 @@ def test_unknown_sampler_and_absent_device_are_refused(bundle: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match='without CUDA'):
             TestTimeSparsePolicy.from_bundle(bundle, device='cuda')
+    for device in ('gpu', 'cpu:x', ''):
+        with pytest.raises(ValueError, match=f'device must be .*, got {device!r}'):
+            TestTimeSparsePolicy.from_bundle(bundle, device=device)
 
 
 @pytest.mark.gpu

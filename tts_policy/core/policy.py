@@ -79,7 +79,10 @@ class TestTimeSparsePolicy:
             raise ValueError(
                 f"device must be available here, got {device!r} without CUDA: use 'cpu'"
             )
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from None
         self.spec, pruner = bundle.sampler(sampler)
         self.samplers = tuple(bundle.samplers)
         self.sampler = sampler

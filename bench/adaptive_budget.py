@@ -28,7 +28,7 @@ from tts_policy.core.lattice import Lattice
 from tts_policy.core.plan import Plan, make_plan
 from tts_policy.core.pruner import Pruner
 from tts_policy.core.sampler import SamplerSpec
-from tts_policy.train.dataset import Topics, find_bags, load_windows
+from tts_policy.train.demonstrations import find_demonstrations, load_windows
 from tts_policy.train.plan_comparison import sparse_actions
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence, tick_sequences
 
@@ -69,9 +69,9 @@ class Comparison:
 
     def changes(self) -> NDArray[np.float64]:
         """How far the observation tokens moved before every tick after the first, [S, R - 1]."""
-        encoder = self._teacher.denoiser.encoder
+        denoiser = self._teacher.denoiser
         with torch.no_grad():
-            tokens = [encoder.observation_tokens(s.features) for s in self._sequences]
+            tokens = [denoiser.observation_tokens(s.features) for s in self._sequences]
         return np.array([t.diff(dim=0).flatten(1).norm(dim=1).numpy() for t in tokens])
 
 
@@ -99,8 +99,8 @@ def main() -> None:
     if not isinstance(pruner, Pruner):
         parser.error(f'{args.sampler}: a pruner with tables expected, got {type(pruner).__name__}')
     network = bundle.network.eval().requires_grad_(False)
-    bags = find_bags(args.bags)[args.skip : args.skip + args.sequences]
-    windows = load_windows(bags, network.contract, Topics.of(network.contract, {}))
+    found = find_demonstrations(args.bags, network.contract, {})
+    windows = load_windows(found[args.skip : args.skip + args.sequences])
     generator = torch.Generator().manual_seed(0)
     sequences = tick_sequences(network, windows, args.sequences, args.ticks, generator)
     whole = [s for s in sequences if len(s.features) == args.ticks]

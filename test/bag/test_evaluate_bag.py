@@ -180,6 +180,20 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     assert evaluate(bag)[0] == 0 and acts == before
 
 
+def test_a_bag_recorded_anew_at_the_same_place_is_evaluated_anew(
+    tmp_path: Path, evaluate: Callable[..., tuple[int, Path]]
+) -> None:
+    bag = Recording(frames=12).write(tmp_path / 'bag')
+    _, out = evaluate(bag)
+    before = json.loads((out / 'report.json').read_text())
+    bag.rename(tmp_path / 'old')
+    assert Recording(frames=40).write(tmp_path / 'bag') == bag
+    status, out = evaluate(bag)
+    after = json.loads((out / 'report.json').read_text())
+    assert status == 0 and after['bags'] == before['bags']
+    assert len(arrays(out, bag, 'stamp_ns')) == after['ticks'] > before['ticks']
+
+
 def test_a_folder_of_other_settings_is_not_mixed_into(
     tmp_path: Path,
     evaluate: Callable[..., tuple[int, Path]],

@@ -161,6 +161,16 @@ def test_playing_begins_when_the_node_is_active(
         assert 'messages published' not in player.output
 
 
+def test_a_signal_ends_the_wait_for_a_node_that_is_not_there(
+    tmp_path: Path, test_node: Node, start_process: Callable[..., RosProcess]
+) -> None:
+    bag = Recording(frames=2).write(tmp_path / 'bag')
+    player = start_process(PLAY, str(bag), '--lockstep', '/nobody', '--timeout', '600')
+    wait_until(lambda: test_node.count_subscribers('/nobody/chunk_stats'), 30, 'the player')
+    assert player.stop(120) == 130, player.output
+    assert '0 messages published' in player.output and 'Traceback' not in player.output
+
+
 class Listener:
     """What a recording sounds like on its topics."""
 
@@ -248,6 +258,8 @@ def test_what_the_listening_node_said_when_recorded_is_not_said_again(
     [
         (['--topics', '/nothing'], 1, "play_bag: .*topic '/nothing' expected, got"),
         (['--remap', 'x'], 1, "play_bag: remap: FROM:=TO expected, got 'x'"),
+        (['--remap', '/joint_states:=a b'], 1, "play_bag: Invalid topic name: .*: 'a b'"),
+        (['--lockstep', 'a b'], 1, "play_bag: Invalid topic name: .*: 'a b'"),
         (['--rate', '0'], 2, '--rate: at least 0.001 expected, got 0.0'),
     ],
 )

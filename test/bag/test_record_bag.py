@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_what_is_played_is_what_is_recorded(
     player = BagPlayer(BagReader(bag), PlayerSpec(rate=0.5, clock_hz=0.0))
     recorder = start_process(RECORD, str(out), '--topics', *INPUT, '--compress')
     wait_until(matched(list(player.topic_publishers.values())), 30, 'the recorder')
-    PacedPlayback(player).play(lambda: False)
+    PacedPlayback(player, lambda: False).play()
     player.deliver()
     assert recorder.stop(60) == 0, recorder.output
     player.close()
@@ -135,6 +136,18 @@ def test_a_recording_is_never_written_over(
         f'record_bag: {bag}: a folder that is not there yet expected, it exists'
     )
     assert by_topic(bag) == before
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('option', ['--topics', '--exclude'])
+def test_a_name_that_is_no_topic_is_one_line(
+    tmp_path: Path, start_process: Callable[..., RosProcess], option: str
+) -> None:
+    out = tmp_path / 'recorded'
+    recorder = start_process(RECORD, str(out), option, 'a b')
+    assert recorder.wait(60) == 2
+    assert re.fullmatch("record_bag: Invalid topic name: .*: 'a b' .*", recorder.lines[-1])
+    assert 'Traceback' not in recorder.output and not out.exists()
 
 
 @pytest.mark.fault

@@ -243,7 +243,6 @@ def test_a_type_that_nobody_knows_is_named(tmp_path: Path, small_contract: Polic
         make_decoder(reader, ['/joint_states'], 'rclpy')
 
 
-@pytest.mark.fault
 @pytest.mark.parametrize('points', range(4))
 @pytest.mark.parametrize('effort', [[], [0.5] * 2])
 @pytest.mark.parametrize('velocity', [[], [0.5] * 2])
@@ -275,6 +274,7 @@ def test_rosbags_decodes_whatever_room_rclpy_left_behind_a_message(
             assert [list(p.positions) for p in by_rosbags.points] == [positions] * points
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize('decoder', ['rosbags', 'rclpy'])
 def test_bytes_that_are_no_message_are_one_line(tmp_path: Path, decoder: str) -> None:
     bag = BagReader(Recording(frames=1).write(tmp_path / 'bag'))

@@ -39,15 +39,22 @@ TOLERANCE_RAD = 0.012
 
 
 def bag_folder(out: Path, bag: Path) -> Path:
-    """Where the results of a bag are kept: its name, and a hash of where it lies."""
+    """Where the results of a bag are kept: its name, and a hash of place, sizes and times.
+
+    So a bag that was recorded anew, or mended, is evaluated anew.
+    """
     name = re.sub(r'[^A-Za-z0-9._-]', '_', bag.name)[:60]
-    return out / 'parts' / f'{name}_{hashlib.sha256(str(bag.resolve()).encode()).hexdigest()[:8]}'
+    files = [bag] if bag.is_file() else sorted(path for path in bag.iterdir() if path.is_file())
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    identity = repr((str(bag.resolve()), stats))
+    return out / 'parts' / f'{name}_{hashlib.sha256(identity.encode()).hexdigest()[:8]}'
 
 
 def make_parts(bags: list[Path], out: Path, processes: int) -> list[Part]:
     """One part per bag, or, with fewer bags than processes, each bag dealt out by episodes."""
     of = 1 if len(bags) >= processes else processes
-    return [Part(bag, index, of, bag_folder(out, bag)) for bag in bags for index in range(of)]
+    folders = [(bag, bag_folder(out, bag)) for bag in bags]
+    return [Part(bag, index, of, folder) for bag, folder in folders for index in range(of)]
 
 
 def _claim(out: Path, spec: EvaluationSpec) -> None:
@@ -184,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         print('interrupted; run the same command again to go on', file=sys.stderr)
         return 130
     bags = list(dict.fromkeys(part.bag for part in parts))
-    folders = [bag_folder(args.out, bag) for bag in bags]
+    folders = list(dict.fromkeys(part.folder for part in parts))
     try:
         ticks = read_ticks(folders)
     except ValueError as error:

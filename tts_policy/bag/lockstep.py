@@ -21,7 +21,7 @@ from rclpy.parameter import parameter_value_to_python
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 
-from tts_policy.bag.player import NAP_S, BagPlayer
+from tts_policy.bag.player import NAP_S, BagPlayer, Stopped
 from tts_policy.bag.reader import BagError, RawMessage
 from tts_policy.bag.replay import ReplaySchedule
 from tts_policy.bag.samples import SampleReader, Topics
@@ -51,10 +51,15 @@ class LockstepError(RuntimeError):
 
 
 class LockstepPlayback:
-    """Plays to one policy node."""
+    """Plays to one policy node until `stopped`."""
 
     def __init__(
-        self, player: BagPlayer, node: str, topics: dict[str, str], timeout_s: float
+        self,
+        player: BagPlayer,
+        node: str,
+        topics: dict[str, str],
+        timeout_s: float,
+        stopped: Callable[[], bool],
     ) -> None:
         """Wait for the node and take over its settings.
 
@@ -62,9 +67,12 @@ class LockstepPlayback:
         ------
         LockstepError
             if it is not there in time, not active, or does not run on /clock.
+        Stopped
+            when that was asked for meanwhile.
 
         """
         self._player, self._node, self._timeout_s = player, node, timeout_s
+        self._stopped = stopped
         self._stamps: set[int] = set()
         qos = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
         player.create_subscription(String, f'{node}/chunk_stats', self._on_chunk, qos)
@@ -88,8 +96,15 @@ class LockstepPlayback:
     def _on_chunk(self, message: String) -> None:
         self._stamps.add(int(json.loads(message.data)['stamp_ns']))
 
+    def _served(self, done: Callable[[], bool], timeout_s: float) -> bool:
+        """Serve until `done`; False after the timeout."""
+        in_time = self._player.serve_until(lambda: self._stopped() or done(), timeout_s)
+        if self._stopped():
+            raise Stopped
+        return in_time
+
     def _wait(self, done: Callable[[], bool], what: str) -> None:
-        if not self._player.serve_until(done, self._timeout_s):
+        if not self._served(done, self._timeout_s):
             raise LockstepError(f'{self._node}: {what} expected within {self._timeout_s:g} s')
 
     def _call(self, client: Any, request: Any, what: str) -> Any:
@@ -118,8 +133,8 @@ class LockstepPlayback:
         if state.id != State.PRIMARY_STATE_ACTIVE:
             raise LockstepError(f'{self._node}: an active node expected, it is {state.label}')
 
-    def play(self, stopped: Callable[[], bool]) -> None:
-        """Publish every message; BagError where the recording is damaged."""
+    def play(self) -> None:
+        """Publish every message; BagError where the recording is damaged, Stopped when asked."""
         player = self._player
         inputs = [player.topic_publishers[topic] for topic in sorted(self._streams)]
         self._wait(
@@ -131,10 +146,10 @@ class LockstepPlayback:
         self._handled()
         schedule = ReplaySchedule(self._spec, self._interval_ns)
         for message in player.messages():
-            while player.paused and not stopped():
+            while player.paused and not self._stopped():
                 player.serve(NAP_S)
-            if stopped():
-                return
+            if self._stopped():
+                raise Stopped
             if message.topic in self._streams:
                 self._step(schedule, message)
             else:
@@ -156,7 +171,7 @@ class LockstepPlayback:
 
     def _await_chunk(self, stamp_ns: int, now_ns: int) -> None:
         waited_s = 0.0
-        while not self._player.serve_until(lambda: stamp_ns in self._stamps, CLOCK_AGAIN_S):
+        while not self._served(lambda: stamp_ns in self._stamps, CLOCK_AGAIN_S):
             waited_s += CLOCK_AGAIN_S
             if waited_s >= self._timeout_s:
                 raise LockstepError(

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
-from contextlib import suppress
-from queue import Empty
-from typing import Any
+from collections.abc import Iterator, MutableSequence
+from concurrent.futures import FIRST_COMPLETED, wait
 
 from tts_policy.bag.evaluation import (
     Arms,
@@ -18,6 +16,7 @@ from tts_policy.bag.evaluation import (
     evaluate_part,
 )
 from tts_policy.bag.reader import BagError
+from tts_policy.worker_processes import worker_processes
 
 ENGINES = ('local', 'ray')
 POLL_S = 0.2
@@ -32,6 +31,8 @@ def run_parts(
     ------
     BagError
         if Ray is asked for and not installed.
+    ChildProcessError
+        if a process died.
 
     """
     if engine == 'ray':
@@ -45,34 +46,37 @@ def run_parts(
 
 
 class _Worker:
-    """One process: policies made once, progress sent through a queue."""
+    """One process: policies made once; the seconds that went by in each part are shared."""
 
     arms: Arms
-    progress: Progress
+    seconds: MutableSequence[float]
 
     @classmethod
-    def start(cls, spec: EvaluationSpec, queue: Any) -> None:
-        cls.arms = Arms(spec)
-        cls.progress = queue.put
+    def start(cls, spec: EvaluationSpec, seconds: MutableSequence[float]) -> None:
+        cls.arms, cls.seconds = Arms(spec), seconds
 
     @classmethod
-    def run(cls, part: Part) -> PartOutcome:
-        return evaluate_part(cls.arms, part, cls.progress)
+    def run(cls, number: int, part: Part) -> PartOutcome:
+        def progress(seconds: float) -> None:
+            cls.seconds[number] += seconds
+
+        return evaluate_part(cls.arms, part, progress)
 
 
 def _run_pool(
     spec: EvaluationSpec, parts: list[Part], processes: int, progress: Progress
 ) -> Iterator[PartOutcome]:
-    context = multiprocessing.get_context('spawn')
-    queue = context.Queue()
-    with context.Pool(min(processes, len(parts)), _Worker.start, (spec, queue)) as pool:
-        pending = [pool.apply_async(_Worker.run, (part,)) for part in parts]
+    # Without a lock, of which a killed process would never let go: each number has one writer.
+    seconds = multiprocessing.RawArray('d', len(parts))
+    shown_s = 0.0
+    with worker_processes(min(processes, len(parts)), _Worker.start, (spec, seconds)) as workers:
+        pending = {workers.submit(_Worker.run, *job) for job in enumerate(parts)}
         while pending:
-            with suppress(Empty):
-                progress(queue.get(timeout=POLL_S))
-            for result in [result for result in pending if result.ready()]:
-                pending.remove(result)
-                yield result.get()
+            done, pending = wait(pending, POLL_S, FIRST_COMPLETED)
+            progress(sum(seconds) - shown_s)
+            shown_s = sum(seconds)
+            for future in done:
+                yield future.result()
 
 
 def _run_ray(spec: EvaluationSpec, parts: list[Part], progress: Progress) -> Iterator[PartOutcome]:

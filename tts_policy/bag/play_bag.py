@@ -12,15 +12,18 @@ import math
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import rclpy
 from rclpy.signals import SignalHandlerOptions
 
 from tts_policy.bag.lockstep import LockstepError, LockstepPlayback
-from tts_policy.bag.player import BagPlayer, PacedPlayback, PlayerSpec
+from tts_policy.bag.player import BagPlayer, PacedPlayback, PlayerSpec, Stopped
 from tts_policy.bag.reader import BagError, BagReader
 from tts_policy.bag.topic_arguments import add_topic_argument, parse_pairs
+
+INTERRUPTED = 130
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -58,23 +61,33 @@ def _play(args: argparse.Namespace, stopped: threading.Event) -> int:
         args.lockstep,
     )
     player = BagPlayer(BagReader(args.bag), spec)
-    playback: PacedPlayback | LockstepPlayback = PacedPlayback(player)
+    status = 0
     try:
-        if args.after is not None:
-            player.await_active(args.after, args.timeout, stopped.is_set)
-        if args.lockstep is not None:
-            topics = parse_pairs(args.topic, 'topic: STREAM:=TOPIC')
-            playback = LockstepPlayback(player, args.lockstep, topics, args.timeout)
-        else:
-            player.await_listeners(stopped.is_set)
-        playback.play(stopped.is_set)
-        while args.loop and not stopped.is_set():
-            playback.play(stopped.is_set)
+        try:
+            playback = _begin(player, args, stopped.is_set)
+            playback.play()
+            while args.loop:
+                playback.play()
+        except Stopped:
+            status = INTERRUPTED
         player.deliver()
         player.get_logger().info(f'{player.published} messages published')
-        return 130 if stopped.is_set() else 0
     finally:
         player.close()
+    return status
+
+
+def _begin(
+    player: BagPlayer, args: argparse.Namespace, stopped: Callable[[], bool]
+) -> PacedPlayback | LockstepPlayback:
+    """Wait for those who are to hear it."""
+    if args.after is not None:
+        player.await_active(args.after, args.timeout, stopped)
+    if args.lockstep is not None:
+        topics = parse_pairs(args.topic, 'topic: STREAM:=TOPIC')
+        return LockstepPlayback(player, args.lockstep, topics, args.timeout, stopped)
+    player.await_listeners(stopped)
+    return PacedPlayback(player, stopped)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from lifecycle_msgs.msg import State
 from lifecycle_msgs.srv import GetState
 from rclpy.duration import Duration
+from rclpy.exceptions import InvalidTopicNameException
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.validate_topic_name import validate_topic_name
 from rosgraph_msgs.msg import Clock
 from std_srvs.srv import Trigger
 
@@ -54,6 +56,19 @@ class PlayerSpec:
     listener: str | None = None
 
 
+class Stopped(Exception):
+    """Somebody asked to stop."""
+
+
+def resolved_topic_name(node: Node, name: str) -> str:
+    """Absolute name of a topic that may be relative to the node's namespace, or a BagError."""
+    try:
+        validate_topic_name(name)
+    except InvalidTopicNameException as error:
+        raise BagError(' '.join(str(error).split())) from None
+    return node.resolve_topic_name(name)
+
+
 class BagPlayer(Node):
     """Publishers of one recording, its clock, and the services ~/pause and ~/resume."""
 
@@ -64,8 +79,9 @@ class BagPlayer(Node):
         self.paused = spec.paused
         self.published = 0
         self.topic_publishers: dict[str, Publisher] = {}
-        # As absolute as recorded topics are; a name may be given relative to the namespace.
-        self._listener = None if spec.listener is None else self.resolve_topic_name(spec.listener)
+        self._listener = (
+            None if spec.listener is None else resolved_topic_name(self, spec.listener)
+        )
         for topic in sorted(bag.topics if spec.topics is None else spec.topics):
             self._add_publisher(topic)
         if not self.topic_publishers:
@@ -82,7 +98,7 @@ class BagPlayer(Node):
                 f'{self.bag.path}: topic {topic!r} expected, got {sorted(self.bag.topics)}'
             )
         # The clock of the recording would be a second one, and so would the voice of the listener.
-        name = self.spec.remap.get(topic, topic)
+        name = resolved_topic_name(self, self.spec.remap.get(topic, topic))
         own = self._listener is not None and name.startswith(f'{self._listener}/')
         if topic == CLOCK_TOPIC or own:
             return
@@ -176,14 +192,14 @@ class BagPlayer(Node):
 class PacedPlayback:
     """Plays once at a rate: the clock runs while not paused, messages leave when it is theirs."""
 
-    def __init__(self, player: BagPlayer) -> None:
-        self._player = player
+    def __init__(self, player: BagPlayer, stopped: Callable[[], bool]) -> None:
+        self._player, self._stopped = player, stopped
         spec = player.spec
         self._rate = spec.rate
         self._clock_s = 1.0 / spec.clock_hz if spec.clock_hz > 0 else None
 
-    def play(self, stopped: Callable[[], bool]) -> None:
-        """Publish every message; BagError where the recording is damaged."""
+    def play(self) -> None:
+        """Publish every message; BagError where the recording is damaged, Stopped when asked."""
         begin_ns: int | None = None
         began_s = tick_s = time.monotonic()
         for message in self._player.messages():
@@ -191,10 +207,10 @@ class PacedPlayback:
                 begin_ns, began_s = message.received_ns, time.monotonic()
             due_s = began_s + (message.received_ns - begin_ns) * 1e-9 / self._rate
             while True:
-                began_s, due_s = self._hold(began_s, due_s, stopped)
+                began_s, due_s = self._hold(began_s, due_s)
                 now_s = time.monotonic()
-                if stopped():
-                    return
+                if self._stopped():
+                    raise Stopped
                 if self._clock_s is not None and now_s >= tick_s:
                     now_ns = begin_ns + round((min(now_s, due_s) - began_s) * self._rate * 1e9)
                     self._player.publish_clock(now_ns)
@@ -205,12 +221,10 @@ class PacedPlayback:
                 self._player.serve(min(nap_s, due_s - now_s))
             self._player.publish(message)
 
-    def _hold(
-        self, began_s: float, due_s: float, stopped: Callable[[], bool]
-    ) -> tuple[float, float]:
+    def _hold(self, began_s: float, due_s: float) -> tuple[float, float]:
         """Stand still while paused; both times move on by as much."""
         paused_s = time.monotonic()
-        while self._player.paused and not stopped():
+        while self._player.paused and not self._stopped():
             self._player.serve(NAP_S)
         # A message every few milliseconds must not keep a service waiting either.
         self._player.serve(0.0)

@@ -32,6 +32,7 @@ from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, W
 from rosbags.typesys import Stores, get_typestore
 
 from tts_policy.bag.message_types import message_class, typestore_with
+from tts_policy.bag.player import resolved_topic_name
 from tts_policy.bag.reader import BagError
 
 DISCOVERY_S = 0.1
@@ -88,7 +89,7 @@ class BagRecorder(Node):
         self._discover()
 
     def _resolved(self, topics: Sequence[str] | None) -> set[str] | None:
-        return None if topics is None else {self.resolve_topic_name(name) for name in topics}
+        return None if topics is None else {resolved_topic_name(self, name) for name in topics}
 
     def _is_wanted(self, topic: str) -> bool:
         if topic in self._excluded or topic in self._left_out:

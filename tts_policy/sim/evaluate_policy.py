@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tts_policy.sim.evaluation_arms import ARM_SETS, Arm, ArmError, parse_arms
 from tts_policy.sim.evaluation_page import markdown_table, write_page, write_plot
 from tts_policy.sim.evaluation_results import Row, make_row, write_rows
 from tts_policy.sim.evaluation_worker import Job, run_job, start_worker
+from tts_policy.worker_processes import worker_processes
 
 FIRST_SEED = 100_000
 INTERRUPTED = 130
@@ -155,9 +156,9 @@ def _run(
             start_worker(*setup)
             records = map(run_job, jobs)
         else:
-            context = multiprocessing.get_context('spawn')
-            pool = stack.enter_context(context.Pool(workers, start_worker, setup))
-            records = pool.imap_unordered(run_job, jobs)
+            pool = stack.enter_context(worker_processes(workers, start_worker, setup))
+            futures = [pool.submit(run_job, job) for job in jobs]
+            records = (future.result() for future in as_completed(futures))
         for record in records:
             measured[record['task'], record['arm'], record['seed']] = record
             handle.write(json.dumps(record) + '\n')
@@ -245,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         return _evaluate(args)
-    except (BundleError, ArmError, EvaluationError) as error:
+    except (BundleError, ArmError, EvaluationError, ChildProcessError) as error:
         print(f'evaluate_policy: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shutil
 import sys
 import time
@@ -35,6 +34,7 @@ from tts_policy.sim.lead import PolicyLead
 from tts_policy.sim.panda import COMMAND_JOINTS, CONTROL_PERIOD_S, FRAME_S, STATE_JOINTS
 from tts_policy.sim.tasks import TASKS, Task, task_named
 from tts_policy.sim.world import World
+from tts_policy.worker_processes import worker_processes
 
 IMAGE_TOPIC = '/camera/image'
 STATE_TOPIC = '/joint_states'
@@ -182,8 +182,7 @@ class _Worker:
         cls.lead = lead.load(cls.task.frame_limit) if lead else None
 
     @classmethod
-    def record(cls, job: tuple[int, float, str]) -> Outcome:
-        seed, noise_rad, out = job
+    def record(cls, seed: int, noise_rad: float, out: Path) -> Outcome:
         demonstration = demonstrate(
             cls.world,
             cls.expert,
@@ -194,7 +193,7 @@ class _Worker:
         )
         if not demonstration.success:
             return Outcome(seed, 0)
-        final = episode_path(Path(out), seed)
+        final = episode_path(out, seed)
         partial = final.with_name(f'.{final.name}.partial')
         shutil.rmtree(partial, ignore_errors=True)
         cls.writer.write(partial, demonstration)
@@ -217,8 +216,7 @@ def _outcomes(
     lead: LeadChoice | None,
 ) -> Iterator[Outcome]:
     """Outcomes in the order of seeds, for as many seeds as are asked for."""
-    context = multiprocessing.get_context('spawn')
-    with context.Pool(workers, initializer=_Worker.start, initargs=(task, lead)) as pool:
+    with worker_processes(workers, _Worker.start, (task, lead)) as pool:
         pending: list[Any] = []
         done = 0
         while done < episodes:
@@ -229,11 +227,9 @@ def _outcomes(
                 if bag.is_dir():
                     pending.append(Outcome(seed, recorded_frames(bag), skipped=True))
                 else:
-                    pending.append(
-                        pool.apply_async(_Worker.record, ((seed, noise_rad, str(out)),))
-                    )
+                    pending.append(pool.submit(_Worker.record, seed, noise_rad, out))
             first = pending.pop(0)
-            outcome = first if isinstance(first, Outcome) else first.get()
+            outcome = first if isinstance(first, Outcome) else first.result()
             done += outcome.frames > 0
             yield outcome
 

@@ -115,6 +115,18 @@ def test_a_lead_that_is_no_bundle_is_refused(tmp_path, capsys):
     assert error.count('\n') == 1
 
 
+@pytest.mark.parametrize(('asked', 'longest'), [(None, 60), (90, 90)])
+def test_a_lead_is_at_most_half_an_episode_or_as_long_as_was_asked(asked, longest):
+    leader = collect.LeadChoice(BUNDLE, 'ddim10', 0.8, asked).load(frame_limit=120)
+    assert max(leader.frames(seed) for seed in range(2000)) == longest
+
+
+def test_a_lead_too_short_to_lead_anywhere_is_refused(tmp_path, capsys):
+    arguments = ['--lead', str(BUNDLE), '--lead-frames', '3', '--episodes', '1']
+    assert collect.main([*arguments, '--out', str(tmp_path / 'out')]) == 1
+    assert 'a lead takes at least 8 frames, got 3' in capsys.readouterr().err
+
+
 @pytest.fixture(scope='module')
 def bags(tmp_path_factory):
     out = tmp_path_factory.mktemp('demonstrations')

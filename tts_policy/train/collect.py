@@ -49,16 +49,21 @@ DEFAULT_NOISE_RAD = 0.01
 
 @dataclass(frozen=True)
 class LeadChoice:
-    """The policy that moves the arm before the expert does, and how it is run."""
+    """The policy that moves the arm before the expert does, and how it is run.
+
+    max_frames: None for half of an episode's frames. A long lead shows failures alone, for a
+    policy that succeeds is done before.
+    """
 
     bundle: Path
     sampler: str | None = None
     sparsity: float = 0.0
+    max_frames: int | None = None
 
     def load(self, frame_limit: int) -> PolicyLead:
-        """Load the bundle; the policy leads for at most half of an episode's frames."""
+        """Load the bundle, for episodes of `frame_limit` frames."""
         policy = TestTimeSparsePolicy.from_bundle(self.bundle, self.sampler)
-        return PolicyLead(policy, self.sparsity, frame_limit // 2)
+        return PolicyLead(policy, self.sparsity, self.max_frames or frame_limit // 2)
 
 
 @dataclass(frozen=True)
@@ -317,11 +322,20 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument('--lead-sampler', metavar='NAME', help="default the bundle's default")
     parser.add_argument('--lead-sparsity', type=float, default=0.0, metavar='S')
+    parser.add_argument(
+        '--lead-frames',
+        type=int,
+        metavar='N',
+        help="the longest lead (default half of the task's limit); a long one shows what the "
+        'policy does after a failure',
+    )
     parser.add_argument('--workers', type=int, default=2, help='processes')
     options = parser.parse_args(arguments)
     lead = None
     if options.lead is not None:
-        lead = LeadChoice(options.lead, options.lead_sampler, options.lead_sparsity)
+        lead = LeadChoice(
+            options.lead, options.lead_sampler, options.lead_sparsity, options.lead_frames
+        )
     try:
         summary = collect(
             options.episodes,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What added latency costs on simulated Lift: success and smoothness, compensated and not.
+"""What added latency costs in simulation: success, time and smoothness, compensated and not.
 
     python bench/added_latency.py models/panda_lift --episodes 30 --out out/added_latency
+    python bench/added_latency.py BUNDLE --task stack --sparsity 0 --out out/added_latency_stack
 
 A chunk reaches the robot LATENCY after its observation, in simulated time; the arm follows the old
 one meanwhile. With compensation (`dropped`) the points already past are dropped, as the node does;
@@ -33,13 +34,14 @@ from tts_policy.ros.output import ChunkTiming, CommandOutput, HoldRule
 from tts_policy.ros.trajectory import ChunkTooLate, Trajectory
 from tts_policy.sim.episode import FRAME_NS, Episode, Timeline
 from tts_policy.sim.evaluation_results import wilson_interval
-from tts_policy.sim.lift import LiftWorld
 from tts_policy.sim.panda import CAMERA_KEY
+from tts_policy.sim.tasks import TASKS, task_named
 from tts_policy.sim.trajectory_player import TrajectoryPoint
 
 if TYPE_CHECKING:
     from tts_policy.core.contract import PolicyContract
     from tts_policy.ros.continuity import Continuity
+    from tts_policy.sim.world import World
 
 MODES = ('dropped', 'blended', 'held', 'held_soft', 'shifted')
 BLEND_NS = 150_000_000
@@ -106,14 +108,20 @@ def make_output(contract: PolicyContract, episode: Episode, arm: Arm) -> Command
 
 
 def run_episode(
-    policy: TestTimeSparsePolicy, world: LiftWorld, arm: Arm, seed: int, sparsity: float
+    policy: TestTimeSparsePolicy,
+    world: World,
+    arm: Arm,
+    seed: int,
+    sparsity: float,
+    limit_ns: int,
 ) -> dict[str, Any]:
     """One episode; the chunk in flight is delivered `latency_ns` after its observation."""
     contract = policy.contract
     joints = contract.action.joints
     policy.reset(seed)
     # Stamps count from 1 s: 0 means now to a controller.
-    episode = Episode(world, seed, 1_000_000_000, Timeline(contract.action.execute * FRAME_NS))
+    timeline = Timeline(contract.action.execute * FRAME_NS, limit_ns)
+    episode = Episode(world, seed, 1_000_000_000, timeline)
     output = make_output(contract, episode, arm)
     frames: deque[Any] = deque(maxlen=contract.observation.steps)
     states: deque[Any] = deque(maxlen=contract.observation.steps)
@@ -151,8 +159,11 @@ def run_episode(
     }
 
 
-def summarise(arm: Arm, episodes: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row: success with its interval, and medians over all chunks but the first."""
+def summarise(arm: Arm, episodes: list[dict[str, Any]], within_s: list[float]) -> dict[str, Any]:
+    """One row: success with its interval, and medians over all chunks but the first.
+
+    within: successes that would be left if the limit were so many seconds.
+    """
     successes = sum(episode['success'] for episode in episodes)
     low, high = wilson_interval(successes, len(episodes))
     chunks = [chunk for episode in episodes for chunk in episode['continuity']]
@@ -161,6 +172,10 @@ def summarise(arm: Arm, episodes: list[dict[str, Any]]) -> dict[str, Any]:
         'episodes': len(episodes),
         'successes': successes,
         'ci95': [round(low, 3), round(high, 3)],
+        'within': {
+            f'{limit_s:g} s': sum(e['success'] and e['duration_s'] <= limit_s for e in episodes)
+            for limit_s in within_s
+        },
         'too_late': sum(episode['too_late'] for episode in episodes),
         'duration_s': round(float(np.mean([e['duration_s'] for e in episodes])), 2),
     }
@@ -177,6 +192,11 @@ def main() -> int:
         Arm(mode, ms * 1_000_000) for ms in (0, 100, 200, 300) for mode in MODES
         if ms or mode == 'dropped'
     ])  # fmt: skip
+    parser.add_argument('--task', choices=list(TASKS), default='lift')
+    parser.add_argument(
+        '--within', nargs='+', type=float, default=[2.0, 2.5, 3.0, 4.0], metavar='S',
+        help='count the successes within shorter limits too',
+    )  # fmt: skip
     parser.add_argument('--sampler', default='ddim10')
     parser.add_argument('--sparsity', type=float, default=0.8)
     parser.add_argument('--episodes', type=int, default=30)
@@ -195,15 +215,17 @@ def main() -> int:
     if log.exists():
         for line in log.read_text().splitlines():
             episode = json.loads(line)
-            done[episode['arm'], episode['seed']] = episode
+            if episode['task'] == args.task:
+                done[episode['arm'], episode['seed']] = episode
     seeds = range(args.seed, args.seed + args.episodes)
     jobs = [(arm, s) for s in seeds for arm in args.arms if (arm.name, s) not in done]
-    world = LiftWorld()
+    task = task_named(args.task)
+    world, limit_ns = task.world(), task.frame_limit * FRAME_NS
     try:
         with log.open('a') as handle:
             for arm, seed in tqdm(jobs, unit='episode', mininterval=5):
-                episode = run_episode(policy, world, arm, seed, args.sparsity)
-                done[arm.name, seed] = episode
+                episode = run_episode(policy, world, arm, seed, args.sparsity, limit_ns)
+                done[arm.name, seed] = episode = {'task': args.task, **episode}
                 handle.write(json.dumps(episode) + '\n')
                 handle.flush()
     except KeyboardInterrupt:
@@ -211,7 +233,9 @@ def main() -> int:
         return 130
     finally:
         world.close()
-    rows = [summarise(arm, [done[arm.name, seed] for seed in seeds]) for arm in args.arms]
+    rows = [
+        summarise(arm, [done[arm.name, seed] for seed in seeds], args.within) for arm in args.arms
+    ]
     report = {'command': ' '.join(['python', *sys.argv]), 'cores': os.cpu_count(), 'rows': rows}
     (args.out / 'results.json').write_text(json.dumps(report, indent=2) + '\n')
     for row in rows:

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip('rclpy', reason='rclpy is not installed')
 
+from tts_policy.core.blocks import FEED_FORWARD, SELF_ATTENTION, BlockSpec, BlockStack
 from tts_policy.ros import diagnostics
 from tts_policy.ros.diagnostics import Faults, TickStatistics, chunk_report, report
 from tts_policy.ros.inference import Delivery, Tick
@@ -29,7 +30,9 @@ def delivery(latency_s: float = 0.02, age_ns: int = 30_000_000, skipped: int = 0
         reuse_mix={'COMPUTE': 0.2, 'ROLLOUT': 0.8},
         oldest_rollout_ticks=3,
     )
-    chunk = SimpleNamespace(stats=stats, plan=np.array([[0, 3], [1, 2]], np.int8))
+    stack = BlockStack((BlockSpec(SELF_ATTENTION, 0, 5), BlockSpec(FEED_FORWARD, 0, 20)))
+    plan = np.array([[0, 3], [1, 2]], np.int8)
+    chunk = SimpleNamespace(stats=stats, plan=plan, blocks=stack)
     tick = Tick(ScheduledTick(7, {}, None, 0, skipped), 0.8, INTERVAL_NS, 0, 0.0)
     return Delivery(tick, chunk, 7 + age_ns, latency_s)  # type: ignore[arg-type]
 
@@ -93,6 +96,11 @@ def test_faults_are_forgotten_when_they_are_not_raised_again(
 def test_chunk_report_survives_json() -> None:
     got = json.loads(json.dumps(chunk_report(delivery(), None, 'too fast')))
     assert got['plan'] == [[0, 3], [1, 2]]
+    assert got['blocks'] == {
+        'symbols': ['SA', 'FF'],
+        'layers': [0, 0],
+        'kinds': {'SA': 'self-attention', 'FF': 'feed-forward'},
+    }
     assert got['refused'] == 'too fast'
     assert got['points'] == 0
     assert got['observation_age_s'] == pytest.approx(0.03)

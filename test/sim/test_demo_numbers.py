@@ -153,3 +153,17 @@ def test_classes_are_drawn_in_the_order_of_the_plan() -> None:
     colours = plan_colours([[0, 1], [2, 3]])
     assert colours.shape == (2, 2, 3)
     assert len(np.unique(colours.reshape(4, 3), axis=0)) == 4
+
+
+def test_the_axes_of_a_plan_name_the_blocks_that_the_denoiser_declares() -> None:
+    pytest.importorskip('torch', reason='torch is not installed')
+    from tts_policy.core.dit import DiTSpec
+    from tts_policy.ros.diagnostics import blocks_report
+    from tts_policy.sim.plan_axes import PlanColumns
+
+    spec = DiTSpec(2, 4, 1, 3, width=16, layers=2, heads=2)
+    columns = PlanColumns.of({'blocks': blocks_report(spec.stack)})
+    assert columns.symbols == ('SA', 'FF', 'SA', 'FF')
+    assert columns.legend == 'SA self-attention, FF feed-forward'
+    assert columns.centres == {0: 0.5, 1: 2.5}
+    assert [columns.begins_layer(column) for column in range(1, 4)] == [False, True, False]

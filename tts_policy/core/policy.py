@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.core import flops
+from tts_policy.core.blocks import BlockStack
 from tts_policy.core.bundle import Bundle, load_bundle
 from tts_policy.core.chunk_sampler import ChunkSampler
 from tts_policy.core.contract import PolicyContract
@@ -52,10 +53,14 @@ class ChunkStats:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Usable set-points [n, A] in robot units from the newest observation on, and their plan."""
+    """Usable set-points [n, A] in robot units from the newest observation on, and their plan.
+
+    blocks: the residual blocks that the columns of the plan stand for.
+    """
 
     actions: NDArray[np.float64]
     plan: Plan
+    blocks: BlockStack
     stats: ChunkStats
 
 
@@ -212,7 +217,8 @@ class TestTimeSparsePolicy:
         chunk = self._network.action_normalizer.unnormalize(x[0])
         actions = chunk[self.contract.newest_action :].cpu().double().numpy()
         watch.lap('copy_out')
-        return Chunk(actions, plan, self._stats(plan, oldest, watch))
+        stack = self._denoiser.spec.stack
+        return Chunk(actions, plan, stack, self._stats(plan, oldest, watch))
 
     def _known(self, committed: CommittedActions) -> tuple[Tensor, Tensor]:
         """Normalised actions [T, A] and weights [T] over the horizon; raises ValueError."""

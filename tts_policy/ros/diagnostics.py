@@ -22,6 +22,7 @@ from tts_policy.ros.conversions import ns_to_time
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from tts_policy.core.blocks import BlockStack
     from tts_policy.core.policy import ChunkStats
     from tts_policy.ros.inference import Delivery
     from tts_policy.ros.output import Sent
@@ -190,6 +191,8 @@ def report(
 def chunk_report(delivery: Delivery, sent: Sent | None, refused: str | None) -> dict[str, Any]:
     """One tick as plain containers for JSON; times in seconds, plan as K lists of N classes.
 
+    `blocks`: kind's symbol and decoder layer (from 0) of the N residual blocks, names of symbols.
+
     `deadline_miss`: the chunk came after the next tick's observation was due (ROS clock);
     `deadline_miss_wall`: its wall latency is above the replan interval, whatever that clock did.
     """
@@ -215,5 +218,15 @@ def chunk_report(delivery: Delivery, sent: Sent | None, refused: str | None) -> 
         'dropped_points': 0 if trajectory is None else trajectory.dropped,
         'continuity': None if sent is None else asdict(sent.continuity),
         'refused': refused,
+        'blocks': blocks_report(delivery.chunk.blocks),
         'plan': np.asarray(delivery.chunk.plan).tolist(),
+    }
+
+
+def blocks_report(stack: BlockStack) -> dict[str, Any]:
+    """What the columns of a plan stand for, as plain containers."""
+    return {
+        'symbols': [block.kind.symbol for block in stack.blocks],
+        'layers': [block.layer for block in stack.blocks],
+        'kinds': {kind.symbol: kind.name for kind in stack.distinct_kinds},
     }

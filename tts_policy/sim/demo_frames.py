@@ -22,14 +22,12 @@ from tts_policy.sim.demo_driver import EpisodeRecord
 from tts_policy.sim.demo_pictures import (
     GRID,
     INK,
-    KINDS_LEGEND,
     MUTED,
     class_legend,
-    grid_lines,
-    label_plan_axes,
     plan_colours,
 )
 from tts_policy.sim.panda import FINGER_JOINT
+from tts_policy.sim.plan_axes import PlanColumns, grid_lines, label_plan_axes
 
 WIDTH, HEIGHT, DPI = 1280, 720, 100
 CURSOR = '#BB5566'
@@ -222,20 +220,20 @@ class FrameRenderer:
         self._figure.align_ylabels([top, bottom])
 
     def _plan(self) -> None:
-        plan = np.asarray(self._scene.record.ticks[0]['plan'])
-        steps, blocks = plan.shape
+        report = self._scene.record.ticks[0]
+        plan, columns = np.asarray(report['plan']), PlanColumns.of(report)
         axes = self._plan_axes = self._axes(620, 478, 625, 156)
         axes.set_facecolor('#F4F6F8')
         self._cells = axes.imshow(
             plan_colours(plan), aspect='auto', interpolation='nearest', animated=True
         )
-        self._grid = grid_lines(steps, blocks)
+        self._grid = grid_lines(len(plan), columns)
         self._grid.set_animated(True)
         axes.add_collection(self._grid)
-        label_plan_axes(axes, steps, blocks, kinds_size=6.0)
+        label_plan_axes(axes, len(plan), columns, 6.0, INK)
         axes.set_ylabel('denoising step')
         self._write(620, 467, 'Plan of this tick', fontsize=9.5, fontweight='bold')
-        about = f'residual block: kind and decoder layer ({KINDS_LEGEND})'
+        about = f'residual block: kind and decoder layer ({columns.legend})'
         self._write(932, 685, about, fontsize=8.5, ha='center')
         entries = class_legend()
         for patch in entries:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from tts_policy.sim.demo_arms import Arm
+from tts_policy.sim.plan_axes import PlanColumns, grid_lines, label_plan_axes
 
 if TYPE_CHECKING:
     from tts_policy.sim.demo_driver import EpisodeRecord
@@ -34,9 +34,6 @@ CLASSES = (
     ('timestep', '#DDAA33', 'timestep: same block, earlier step'),
     ('rollout', '#D3D9E1', 'rollout: same cell, earlier tick'),
 )
-KINDS = ('SA', 'CA', 'FF')
-KINDS_LEGEND = 'SA self-attention, CA cross-attention, FF feed-forward'
-MOST_RULED_STEPS = 25
 INK, MUTED, GRID = '#1B2430', '#66717F', '#E4E8ED'
 STYLE = {
     'font.family': 'DejaVu Sans',
@@ -76,35 +73,6 @@ def plan_colours(plan: Any) -> NDArray[np.float64]:
     return _PALETTE[np.asarray(plan, np.int64)]
 
 
-def grid_lines(steps: int, blocks: int) -> LineCollection:
-    """White lines between the cells of a plan, heavier between layers; none between thin rows."""
-    rows = [[(-0.5, i - 0.5), (blocks - 0.5, i - 0.5)] for i in range(1, steps)]
-    if steps > MOST_RULED_STEPS:
-        rows = []
-    columns = [[(b - 0.5, -0.5), (b - 0.5, steps - 0.5)] for b in range(1, blocks)]
-    widths = [1.2] * len(rows)
-    widths += [2.6 if b % len(KINDS) == 0 else 0.9 for b in range(1, blocks)]
-    return LineCollection(rows + columns, colors='white', linewidths=widths)
-
-
-def label_plan_axes(axes: Any, steps: int, blocks: int, kinds_size: float) -> None:
-    """Name the axes of a plan: kinds of the blocks, their layers below, steps at the side."""
-    axes.set_xlim(-0.5, blocks - 0.5)
-    axes.set_ylim(steps - 0.5, -0.5)
-    axes.set_xticks(range(blocks), [KINDS[b % len(KINDS)] for b in range(blocks)])
-    axes.tick_params(axis='x', length=0, pad=2, labelsize=kinds_size)
-    every = 1 if steps <= 12 else 10
-    axes.set_yticks(range(0, steps, every))
-    axes.tick_params(axis='y', length=0, pad=3, labelsize=8)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    layers = axes.secondary_xaxis(location=0)
-    layers.spines['bottom'].set_visible(False)
-    centres = np.arange(1, blocks, len(KINDS))
-    layers.set_xticks(centres, [str(1 + b // len(KINDS)) for b in centres])
-    layers.tick_params(axis='x', length=0, pad=6 + 1.3 * kinds_size, labelsize=8.5, labelcolor=INK)
-
-
 def class_legend(shares: dict[str, float] | None = None) -> list[Patch]:
     """Legend entries of the classes, with their shares if given."""
     entries = []
@@ -116,11 +84,11 @@ def class_legend(shares: dict[str, float] | None = None) -> list[Patch]:
 
 def _draw_panel(axes: Any, panel: PlanPanel) -> None:
     plan = np.asarray(panel.report['plan'])
-    steps, blocks = plan.shape
+    columns = PlanColumns.of(panel.report)
     axes.imshow(plan_colours(plan), aspect='auto', interpolation='nearest')
-    axes.add_collection(grid_lines(steps, blocks))
-    label_plan_axes(axes, steps, blocks, kinds_size=6.0)
-    axes.set_xlabel(f'residual block: kind, decoder layer\n({KINDS_LEGEND})', labelpad=16)
+    axes.add_collection(grid_lines(len(plan), columns))
+    label_plan_axes(axes, len(plan), columns, 6.0, INK)
+    axes.set_xlabel(f'residual block: kind, decoder layer\n({columns.legend})', labelpad=16)
     axes.set_ylabel('denoising step (0 is the noisiest)')
     computed = int((plan == 0).sum())
     axes.set_title(

@@ -33,6 +33,9 @@ def converted(policy: LeRobotPolicy, tmp_path: Path, **changes: Any) -> Path:
         (LeRobotSizes(), {}, [0.0, 41.0, 99.0]),
         (LeRobotSizes(layers=1, position=False, mode='MEAN_STD'), {}, [0.0, 41.0, 99.0]),
         (LeRobotSizes(obs_steps=1), {'objective': 'flow_matching'}, [0.0, 0.3, 0.97]),
+        (LeRobotSizes(cameras=('top',)), {}, [0.0, 41.0, 99.0]),
+        (LeRobotSizes(cameras=('top', 'wrist'), mode='MEAN_STD'), {}, [0.0, 41.0, 99.0]),
+        (LeRobotSizes(cameras=('top', 'wrist'), separate=True), {}, [0.0, 41.0, 99.0]),
     ],
 )
 def test_a_policy_computes_what_its_layers_compute(
@@ -40,14 +43,17 @@ def test_a_policy_computes_what_its_layers_compute(
 ) -> None:
     policy = LeRobotPolicy(sizes).eval()
     network = load_bundle(converted(policy, tmp_path, **changes)).network.eval()
-    states = torch.randn(3, sizes.obs_steps, sizes.state_dim)
+    states, images = torch.randn(3, sizes.obs_steps, sizes.state_dim), policy.random_images(3)
     noisy, t = torch.randn(3, sizes.horizon, sizes.action_dim), torch.tensor(timesteps)
     # What a tokenizer puts behind the end of a text has no effect.
     text = policy.text([*TEXT, *[TEXT[-1]] * 9])
     with torch.no_grad():
-        expected = policy(noisy, t, policy.normalize('observation.state', states), text)
-        got = network.denoiser(noisy, t, network.features({}, states))
+        seen = policy.observe(states, images)
+        expected = policy(noisy, t, seen, text)
+        features = network.features(images, states)
+        got = network.denoiser(noisy, t, features)
         actions = network.action_normalizer.normalize(noisy)
+    torch.testing.assert_close(features, seen, rtol=0, atol=1e-5)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(actions, policy.normalize('action', noisy), rtol=0, atol=1e-5)
     assert expected.std() > 0.1
@@ -76,10 +82,12 @@ def test_the_instruction_matters(tmp_path: Path) -> None:
 def test_a_bundle_runs_sparse_with_the_samplers_of_its_policy(
     changes: dict[str, Any], samplers: list[str], tmp_path: Path
 ) -> None:
-    bundle = converted(LeRobotPolicy(LeRobotSizes()), tmp_path, **changes)
+    original = LeRobotPolicy(LeRobotSizes(cameras=('top',)))
+    bundle = converted(original, tmp_path, **changes)
     assert list(load_bundle(bundle).samplers) == samplers
     policy = TestTimeSparsePolicy.from_bundle(bundle)
-    window = {'joints': np.zeros((2, 5))}
+    images = {key: value[0].numpy() for key, value in original.random_images(1).items()}
+    window = {'joints': np.zeros((2, 5)), **images}
     policy.act(window, 0.5)
     chunk = policy.act(window, 0.5)
     assert chunk.stats.sparsity == pytest.approx(0.5)
@@ -103,14 +111,24 @@ def test_an_action_that_never_moved_stays_where_it_was(tmp_path: Path) -> None:
     assert actions[:, 1].tolist() == pytest.approx([float(policy.low['action'][1])] * 2)
 
 
-CAMERA = {'observation.state': {'type': 'STATE', 'shape': [5]}}
-CAMERA |= {'observation.images.top': {'type': 'VISUAL', 'shape': [3, 96, 96]}}
+def inputs(kind: str, *shape: int) -> dict[str, Any]:
+    return {
+        'input_features': {
+            'observation.state': {'type': 'STATE', 'shape': [5]},
+            'observation.images.top': {'type': kind, 'shape': list(shape)},
+        }
+    }
 
 
 @pytest.mark.parametrize(
     ('changes', 'reason'),
     [
-        ({'input_features': CAMERA}, 'observation.images.top: cameras are not supported'),
+        (inputs('VISUAL', 1, 40, 48), 'observation.images.top: 3 channels, height and width'),
+        (inputs('ENV', 3), "observation.images.top: type STATE or VISUAL expected, got 'ENV'"),
+        (
+            inputs('VISUAL', 3, 40, 48),
+            'vision_encoder.model.embeddings.patch_embedding.weight exp',
+        ),
         ({'input_features': {}}, 'observation.state must be a mapping'),
         ({'type': 'diffusion'}, 'its U-Net has no residual blocks'),
         ({'type': 'act'}, "type 'act' is not converted"),
@@ -134,6 +152,32 @@ def test_what_has_no_counterpart_is_refused_in_one_line(
     assert main([str(folder), str(tmp_path / 'out'), *TOLD]) == 2
     error = capsys.readouterr().err
     assert reason in error and error.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'reason'),
+    [
+        ({'image_crop_shape': [12, 16]}, 'camera top: images of 16 x 16 expected after resize'),
+        (
+            {'image_crop_shape': [32, 32]},
+            'images of 16 x 16 expected after resize and crop, got 20',
+        ),
+        ({'image_resize_shape': None, 'image_crop_shape': None}, 'got 40 x 48'),
+        ({'image_resize_shape': [64]}, 'image_resize_shape must be height and width, got [64]'),
+        ({'vision_encoder_name': 'laion/CLIP-ViT'}, 'vision_encoder_name must begin with openai'),
+        ({'use_separate_rgb_encoder_per_camera': True}, 'vision_encoders.0.model.embeddings'),
+        (inputs('VISUAL', 3, 4000, 48), 'camera .top. must be 16 to 2048 pixels a side'),
+    ],
+)
+def test_cameras_that_their_encoder_cannot_see_are_refused_in_one_line(
+    changes: dict[str, Any], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = LeRobotPolicy(LeRobotSizes(cameras=('top',)))
+    folder = policy.save(tmp_path / 'policy', **changes)
+    assert main([str(folder), str(tmp_path / 'out'), *TOLD]) == 2
+    error = capsys.readouterr().err
+    assert reason.replace('.top.', "'top'") in error and error.count('\n') == 1
     assert not (tmp_path / 'out').exists()
 
 

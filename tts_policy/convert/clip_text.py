@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.convert.weights import WeightSource
 from tts_policy.core.attention import merge_heads, split_heads
+from tts_policy.core.vision_transformer import HEAD_WIDTH, quick_gelu
 
 START_OF_TEXT, END_OF_TEXT = 49406, 49407
-HEAD_WIDTH = 64
 MAX_LAYERS = 64
 Source = WeightSource[Any]
 
@@ -90,6 +90,5 @@ def text_feature(source: Source, prefix: str, tokens: Sequence[int]) -> Tensor:
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + _linear(source, f'{name}.self_attn.out_proj', merge_heads(mixed))
         inner = _linear(source, f'{name}.mlp.fc1', _norm(source, f'{name}.layer_norm2', x))
-        # OpenAI's approximation of GELU.
-        x = x + _linear(source, f'{name}.mlp.fc2', inner * torch.sigmoid(1.702 * inner))
+        x = x + _linear(source, f'{name}.mlp.fc2', quick_gelu(inner))
     return _norm(source, f'{prefix}final_layer_norm', x)[-1]

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LeRobot's policy folders: the multi-task DiT policy, from state and instruction, as ours.
+"""LeRobot's policy folders: the multi-task DiT policy as ours.
 
 A folder holds `config.json`, `model.safetensors` and the two processors that normalise. The
-denoiser is `core/dit.py`. The instruction's feature is a constant of the robot: it is encoded here
-and folded into the biases of the modulations, so that no text encoder runs on the robot. Images
-are not supported: LeRobot encodes them with CLIP's vision transformer.
+denoiser is `core/dit.py`, cameras are encoded by `core/vision_transformer.py`. The instruction's
+feature is a constant of the robot: it is encoded here and folded into the biases of the
+modulations, so that no text encoder runs on the robot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,21 @@ from torch.nn import functional as F
 from tts_policy.convert.clip_text import text_feature
 from tts_policy.convert.configuration import Configuration
 from tts_policy.convert.converted_policy import ConvertedPolicy, Naming
+from tts_policy.convert.lerobot_cameras import CLIP, read_cameras, read_encoders
 from tts_policy.convert.lerobot_processors import read_json, read_normalizers
 from tts_policy.convert.noise_schedule import flow_samplers, read_samplers
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.convert.weights import WeightSource, load_state
-from tts_policy.core.contract import ActionSpec, ObservationSpec, PolicyContract
+from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 from tts_policy.core.network import DiTOptions, NetworkSpec, PolicyNetwork
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import FLOW
+from tts_policy.core.vision_transformer import VisionTransformer
 
 KIND = 'multi_task_dit'
 STATE, ACTION = 'observation.state', 'action'
 MAX_WEIGHT_BYTES = 16 << 30
 MAX_TENSOR_ELEMENTS = 1 << 29
-# What their text transformers compute with; others have another activation.
-TEXT_ENCODERS = 'openai/clip-'
 _REASONS = {
     'diffusion': 'its U-Net has no residual blocks to reuse, train a multi_task_dit policy',
 }
@@ -48,8 +49,7 @@ def read_lerobot(folder: Path, naming: Naming, tokens: Sequence[int]) -> Convert
     Raises
     ------
     CheckpointError
-        for another kind of policy, one with cameras, damaged files, or options that have no
-        counterpart here.
+        for another kind of policy, damaged files, or options that have no counterpart here.
     ValueError
         for sizes that no contract or network can have.
 
@@ -63,27 +63,35 @@ def read_lerobot(folder: Path, naming: Naming, tokens: Sequence[int]) -> Convert
     if kind != KIND:
         reason = _REASONS.get(kind, f'only {KIND} is')
         raise CheckpointError(f'LeRobot policy of type {kind!r} is not converted: {reason}')
+    cameras = read_cameras(config)
     state_dim, action_dim = _features(config)
     if not tokens:
         raise CheckpointError('--instruction-tokens expected: the policy is told what to do')
     weights = folder / 'model.safetensors'
     if not weights.is_file() or weights.stat().st_size > MAX_WEIGHT_BYTES:
         raise CheckpointError(f'{weights}: weights of at most {MAX_WEIGHT_BYTES} bytes expected')
-    contract = _contract(config, naming, state_dim, action_dim)
+    specs = tuple(camera for _, camera in cameras)
+    contract = _contract(config, naming, specs, state_dim, action_dim)
     samplers, train_steps = _samplers(config)
-    normalizers = read_normalizers(folder, {STATE: state_dim, ACTION: action_dim})
+    lengths = {STATE: state_dim, ACTION: action_dim, **{feature: 3 for feature, _ in cameras}}
+    normalizers = read_normalizers(folder, lengths)
     try:
         with safe_open(weights, 'pt') as file:
             source = WeightSource({name: name for name in file.keys()}, _Reader(file))  # noqa: SIM118
             network = _build(config, contract, train_steps, source, tokens)
     except SafetensorError as error:
         raise CheckpointError(f'{weights}: {" ".join(str(error).split())[:200]}') from error
-    for key, normalizer in (
+    for feature, normalizer in (
         (STATE, network.joint_normalizer),
         (ACTION, network.action_normalizer),
+        *((feature, _encoder(network, camera.key).normalizer) for feature, camera in cameras),
     ):
-        load_state(normalizer, normalizers[key])
+        load_state(normalizer, normalizers[feature])
     remarks = ['the instruction is part of the weights: convert once for each']
+    if cameras:
+        remarks.append(
+            'every frame passes a vision transformer, which sparsity does not make cheaper'
+        )
     if config.text('integration_method', 'euler') != 'euler':
         remarks.append('Euler steps, where LeRobot integrates by the Runge-Kutta method')
     return ConvertedPolicy(f'LeRobot {KIND}', network, samplers, tuple(remarks))
@@ -108,16 +116,8 @@ class _Reader:
 
 
 def _features(config: Configuration) -> tuple[int, int]:
-    """Lengths of state and action; raises CheckpointError for what else is observed."""
+    """Lengths of state and action."""
     inputs, outputs = config.section('input_features'), config.section('output_features')
-    for key in inputs.keys:
-        kind = inputs.section(key).text('type')
-        if kind == 'VISUAL':
-            encoder = config.text('vision_encoder_name', 'CLIP')[:80]
-            raise CheckpointError(
-                f'camera {key}: cameras are not supported, their encoder is a CLIP vision '
-                f'transformer ({encoder})'
-            )
     lengths = []
     for section, key in ((inputs, STATE), (outputs, ACTION)):
         shape = section.section(key).integers('shape')
@@ -128,11 +128,15 @@ def _features(config: Configuration) -> tuple[int, int]:
 
 
 def _contract(
-    config: Configuration, naming: Naming, state_dim: int, action_dim: int
+    config: Configuration,
+    naming: Naming,
+    cameras: tuple[CameraSpec, ...],
+    state_dim: int,
+    action_dim: int,
 ) -> PolicyContract:
     observed, acted = naming.joints([('state', state_dim)], action_dim)
     return PolicyContract(
-        ObservationSpec((), observed, config.integer('n_obs_steps', 2), naming.period_s),
+        ObservationSpec(cameras, observed, config.integer('n_obs_steps', 2), naming.period_s),
         ActionSpec(
             acted,
             horizon=config.integer('horizon', 32),
@@ -194,20 +198,32 @@ def _build(
         objective=FLOW if config.text('objective', 'diffusion') != 'diffusion' else 'diffusion',
     )
     # Read before any memory is taken for the sizes that the configuration names.
-    state = _denoiser(source, spec, options, contract, text)
+    encoders = read_encoders(config, source, contract.observation.cameras)
+    features = sum(vit.width for vit, _ in encoders.values())
+    state = _denoiser(source, spec, options, contract, features, text)
     source.require_empty()
+    if encoders:
+        spec = replace(spec, vit=next(iter(encoders.values()))[0])
     network = PolicyNetwork(contract, spec)
     load_state(network.denoiser, state)
+    for key, (_, weights) in encoders.items():
+        encoder = _encoder(network, key)
+        own = {f'normalizer.{name}': v for name, v in encoder.normalizer.state_dict().items()}
+        load_state(encoder, weights | own)
     return network
+
+
+def _encoder(network: PolicyNetwork, key: str) -> VisionTransformer:
+    encoder = network.observation_encoder.cameras[key]
+    assert isinstance(encoder, VisionTransformer)
+    return encoder
 
 
 def _text(config: Configuration, source: Source, tokens: Sequence[int]) -> Tensor:
     """Feature of the instruction, as wide as the denoiser."""
     name = config.text('text_encoder_name', 'openai/clip-vit-base-patch16')
-    if not name.startswith(TEXT_ENCODERS):
-        raise CheckpointError(
-            f'text_encoder_name must begin with {TEXT_ENCODERS}, got {name[:80]!r}'
-        )
+    if not name.startswith(CLIP):
+        raise CheckpointError(f'text_encoder_name must begin with {CLIP}, got {name[:80]!r}')
     prefix = 'observation_encoder.text_encoder.'
     inner = f'{prefix}text_encoder.'
     # transformers 5 has done away with this part of the name.
@@ -227,6 +243,7 @@ def _denoiser(
     spec: NetworkSpec,
     options: DiTOptions,
     contract: PolicyContract,
+    camera_features: int,
     text: Tensor,
 ) -> dict[str, Tensor]:
     """State of our DiTDenoiser from LeRobot's DiffusionTransformer."""
@@ -239,7 +256,7 @@ def _denoiser(
     }
     if options.learned_position:
         state['position'] = source.take(f'{prefix}pos_embedding')[0]
-    seen = len(contract.observation.joints)
+    seen = len(contract.observation.joints) + camera_features
     step = torch.arange(seen + len(text)) < seen
     observed = step.repeat(contract.observation.steps)
     columns = torch.cat([torch.ones(options.time_features, dtype=torch.bool), observed])

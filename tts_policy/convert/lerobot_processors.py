@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of LeRobot's normaliser processors as scales and offsets.
+"""Statistics of LeRobot's normaliser processors as scales and offsets of state, images and action.
 
 `policy_preprocessor.json` and `policy_postprocessor.json` list steps by their registered names; a
 step that has tensors names the safetensors file beside it.
@@ -31,10 +31,8 @@ _PASSIVE = {
     'device_processor',
 }
 _TYPES = {'observation.state': 'STATE', 'action': 'ACTION'}
-_FILES = {
-    'observation.state': ('policy_preprocessor.json', 'normalizer_processor'),
-    'action': ('policy_postprocessor.json', 'unnormalizer_processor'),
-}
+_OBSERVED = ('policy_preprocessor.json', 'normalizer_processor')
+_ACTED = ('policy_postprocessor.json', 'unnormalizer_processor')
 
 
 def read_json(path: Path) -> Any:
@@ -50,7 +48,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_normalizers(folder: Path, lengths: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
-    """`scale` and `offset` [length] of state and action: normalised = value * scale + offset.
+    """`scale` and `offset` [length] of every key: normalised = value * scale + offset.
+
+    Keys are `observation.state`, `action` and those of cameras, whose values are in [0, 1].
 
     Raises
     ------
@@ -62,7 +62,7 @@ def read_normalizers(folder: Path, lengths: Mapping[str, int]) -> dict[str, dict
 
 
 def _field(folder: Path, key: str, length: int) -> dict[str, Tensor]:
-    file, wanted = _FILES[key]
+    file, wanted = _ACTED if key == 'action' else _OBSERVED
     steps = Configuration(file, read_json(folder / file)).sections('steps')
     unknown = [s.text('registry_name', 'a class')[:80] for s in steps]
     unknown = [name for name in unknown if name not in _PASSIVE | {wanted}]
@@ -74,7 +74,7 @@ def _field(folder: Path, key: str, length: int) -> dict[str, Tensor]:
     settings = found[0].section('config')
     if 'normalize_observation_keys' in settings.given:
         raise CheckpointError(f'{file}: normalize_observation_keys must be null, got a list')
-    mode = settings.section('norm_map').text(_TYPES[key], 'IDENTITY')
+    mode = settings.section('norm_map').text(_TYPES.get(key, 'VISUAL'), 'IDENTITY')
     statistics = _statistics(folder, found[0].text('state_file', ''))
     if mode == 'IDENTITY' or not any(name.rpartition('.')[0] == key for name in statistics):
         return {'scale': torch.ones(length), 'offset': torch.zeros(length)}

@@ -3,21 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from tts_policy.core.contract import PolicyContract
+from tts_policy.core.contract import CameraSpec, PolicyContract
 from tts_policy.core.denoiser import Denoiser
 from tts_policy.core.dit import DiTDenoiser, DiTSpec
 from tts_policy.core.normalizer import LinearNormalizer
-from tts_policy.core.resnet import ResNetSpec
+from tts_policy.core.resnet import ResNetEncoder, ResNetSpec
 from tts_policy.core.scheduler import FLOW, SchedulerSpec
 from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
-from tts_policy.core.vision import ObservationEncoder
+from tts_policy.core.vision import CameraEncoder, CameraNetwork, ObservationEncoder
+from tts_policy.core.vision_transformer import VisionTransformer, ViTSpec
 
 OBJECTIVES = ('diffusion', FLOW)
+# Heights and widths of camera encoders, lists in model.yaml.
+_SIZES = {'resnet': ('crop',), 'vit': ('resize', 'crop')}
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,9 @@ class NetworkSpec:
     """Sizes of a policy network; `train_steps` is the length of the training noise schedule.
 
     causal, cond_layers: see TransformerSpec. Cameras are encoded by a ResNet where `resnet` is
-    given, by a small network of `camera_channels` channels otherwise. The denoiser is a diffusion
-    transformer where `dit` is given. objective: what it was trained for, 'diffusion' or 'flow'.
+    given, by a vision transformer where `vit` is, by a small network of `camera_channels` channels
+    otherwise. The denoiser is a diffusion transformer where `dit` is given. objective: what it was
+    trained for, 'diffusion' or 'flow'.
     """
 
     width: int = 256
@@ -47,6 +52,7 @@ class NetworkSpec:
     causal: bool = True
     cond_layers: int = 0
     resnet: ResNetSpec | None = None
+    vit: ViTSpec | None = None
     dit: DiTOptions | None = None
     objective: str = 'diffusion'
 
@@ -56,6 +62,16 @@ class NetworkSpec:
             raise ValueError(
                 f'network objective must be one of {list(OBJECTIVES)}, got {self.objective!r}'
             )
+        if self.resnet is not None and self.vit is not None:
+            raise ValueError('network must have one kind of camera encoder, got resnet and vit')
+
+    def camera_network(self, camera: CameraSpec) -> CameraNetwork:
+        """Make the encoder of one camera."""
+        if self.resnet is not None:
+            return ResNetEncoder(camera.height, camera.width, self.resnet)
+        if self.vit is not None:
+            return VisionTransformer(camera.height, camera.width, self.vit)
+        return CameraEncoder(camera.height, camera.width, self.camera_channels)
 
     def check_scheduler(self, scheduler: SchedulerSpec) -> None:
         """Raise ValueError for a scheduler that cannot sample a network of this objective."""
@@ -73,12 +89,12 @@ class NetworkSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they stand in model.yaml."""
         data = asdict(self)
-        if self.resnet is None:
-            del data['resnet']
-        else:
-            data['resnet']['crop'] = list(self.resnet.crop)
-        if self.dit is None:
-            del data['dit']
+        for name in ('resnet', 'vit', 'dit'):
+            if data[name] is None:
+                del data[name]
+        for name, sizes in _SIZES.items():
+            for size in sizes if name in data else ():
+                data[name][size] = list(data[name][size])
         if self.objective == 'diffusion':
             del data['objective']
         return data
@@ -87,9 +103,13 @@ class NetworkSpec:
     def from_dict(data: dict[str, Any]) -> NetworkSpec:
         """Inverse of `to_dict`; raises ValueError or TypeError for malformed data."""
         data = dict(data)
-        if 'resnet' in data:
-            resnet = dict(data['resnet'])
-            data['resnet'] = ResNetSpec(**{**resnet, 'crop': tuple(resnet.get('crop', ()))})
+        encoders: dict[str, Callable[..., ResNetSpec | ViTSpec]]
+        encoders = {'resnet': ResNetSpec, 'vit': ViTSpec}
+        for name, make in encoders.items():
+            if name in data:
+                given = dict(data[name])
+                sizes = {size: tuple(given.get(size, ())) for size in _SIZES[name]}
+                data[name] = make(**{**given, **sizes})
         if 'dit' in data:
             data['dit'] = DiTOptions(**data['dit'])
         return NetworkSpec(**data)
@@ -105,9 +125,7 @@ class PolicyNetwork(nn.Module):
         observation = contract.observation
         self.joint_normalizer = LinearNormalizer(len(observation.joints))
         self.action_normalizer = LinearNormalizer(len(contract.action.joints))
-        self.observation_encoder = ObservationEncoder(
-            observation, spec.camera_channels, spec.resnet
-        )
+        self.observation_encoder = ObservationEncoder(observation, spec.camera_network)
         self.denoiser = self._make_denoiser()
 
     def _make_denoiser(self) -> Denoiser:

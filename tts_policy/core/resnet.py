@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tts_policy.core.crop import centre_crop
 from tts_policy.core.normalizer import LinearNormalizer
 from tts_policy.core.spatial_softmax import SpatialSoftmax
 
@@ -78,12 +79,8 @@ class ResNetEncoder(nn.Module):
 
     def __init__(self, height: int, width: int, spec: ResNetSpec) -> None:
         super().__init__()
+        self._crop = centre_crop(height, width, spec.crop)
         rows, columns = spec.crop or (height, width)
-        if rows > height or columns > width:
-            raise ValueError(f'resnet crop must fit into {height} x {width}, got {spec.crop}')
-        # Rounded half to even, as torchvision's centre crop does.
-        top, left = round((height - rows) / 2), round((width - columns) / 2)
-        self._crop = (slice(top, top + rows), slice(left, left + columns))
         self.normalizer = LinearNormalizer(3)
         self.stem = nn.Sequential(
             nn.Conv2d(3, WIDTHS[0], 7, 2, 3, bias=False),

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from tts_policy.core.contract import CameraSpec, ObservationSpec
-from tts_policy.core.resnet import ResNetEncoder, ResNetSpec
+from tts_policy.core.resnet import ResNetEncoder
 from tts_policy.core.spatial_softmax import SpatialSoftmax
+from tts_policy.core.vision_transformer import VisionTransformer
 
 
 class CameraEncoder(nn.Module):
@@ -41,22 +42,18 @@ class CameraEncoder(nn.Module):
         return self.pool(self.stages(image.div(127.5).sub(1.0).contiguous()))
 
 
+CameraNetwork = CameraEncoder | ResNetEncoder | VisionTransformer
+
+
 class ObservationEncoder(nn.Module):
     """Images and normalised proprioception to features [B, To, Do].
 
     The window's images are uint8 [B, To, H, W, 3]; joints are normalised, [B, To, J].
     """
 
-    def __init__(
-        self, spec: ObservationSpec, channels: int = 32, resnet: ResNetSpec | None = None
-    ) -> None:
+    def __init__(self, spec: ObservationSpec, make: Callable[[CameraSpec], CameraNetwork]) -> None:
+        """Make a network for every camera."""
         super().__init__()
-
-        def make(camera: CameraSpec) -> CameraEncoder | ResNetEncoder:
-            if resnet is None:
-                return CameraEncoder(camera.height, camera.width, channels)
-            return ResNetEncoder(camera.height, camera.width, resnet)
-
         encoders = {camera.key: make(camera) for camera in spec.cameras}
         self.cameras = nn.ModuleDict(encoders)
         self.out_features = len(spec.joints) + sum(e.out_features for e in encoders.values())

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 
 import torch
 from ablation import AllStepsMemory, PerStepMemory, eager_with
+from cuda_arms import captured_dense, compiled_dense
+from device_stopwatch import DeviceStopwatch
 from torch import Tensor
 from upstream import UpstreamSampler
 
@@ -18,11 +22,11 @@ from tts_policy.core.bundle import load_bundle
 from tts_policy.core.chunk_sampler import ChunkSampler, EngineMaker
 from tts_policy.core.denoiser import Denoiser, DenoiserSpec
 from tts_policy.core.engine import EagerEngine
-from tts_policy.core.engines import make_engine
+from tts_policy.core.engines import engine_maker, make_engine
 from tts_policy.core.network import PolicyNetwork
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import SchedulerSpec
+from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec
 from tts_policy.core.stopwatch import Stopwatch
 from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 
@@ -33,10 +37,11 @@ OBSERVATIONS = 16
 
 @dataclass(frozen=True)
 class Arm:
-    """`chunk()` makes the chunk of one tick and returns the watch that timed it."""
+    """`chunk(watch)` makes the chunk of one tick; scheduler: whose steps it takes, if our own."""
 
     name: str
-    chunk: Callable[[], Stopwatch]
+    chunk: Callable[[Stopwatch], None]
+    scheduler: SchedulerSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -129,19 +134,35 @@ def _sampler_arm(
     sampler: str,
     sparsity: float,
     engine: EngineMaker = make_engine,
+    overlap_pruner: bool = True,
 ) -> Arm:
     spec, pruner = model.samplers[sampler]
-    chunks = ChunkSampler(model.denoiser, spec, pruner, engine=engine)
+    chunks = ChunkSampler(
+        model.denoiser, spec, pruner, engine=engine, overlap_pruner=overlap_pruner
+    )
 
     @torch.inference_mode()
-    def chunk() -> Stopwatch:
-        watch = Stopwatch()
+    def chunk(watch: Stopwatch) -> None:
         features = model.observe()
         watch.lap('observation_encoder')
         x, _, _ = chunks.sample(features, sparsity, watch)
         x[0].cpu().double().numpy()
         watch.lap('copy_out')
-        return watch
+
+    return Arm(name, chunk, spec.scheduler)
+
+
+def _dense_arm(model: Model, name: str, sample: Callable[[Tensor], Tensor]) -> Arm:
+    """An arm of another way to sample densely, from features to normalised actions."""
+
+    @torch.inference_mode()
+    def chunk(watch: Stopwatch) -> None:
+        features = model.observe()
+        watch.lap('observation_encoder')
+        x = sample(features)
+        watch.lap('denoising')
+        x[0].cpu().double().numpy()
+        watch.lap('copy_out')
 
     return Arm(name, chunk)
 
@@ -152,25 +173,32 @@ def _upstream_arm(model: Model, name: str, sampler: str) -> Arm:
     upstream = UpstreamSampler(model.denoiser, spec.scheduler)
     denoiser = model.denoiser.spec
     noise = torch.randn(1, denoiser.horizon, denoiser.action_dim).to(model.denoiser.device)
+    return _dense_arm(model, name, lambda features: upstream.sample(features, noise))
 
-    @torch.inference_mode()
-    def chunk() -> Stopwatch:
-        watch = Stopwatch()
-        features = model.observe()
-        watch.lap('observation_encoder')
-        x = upstream.sample(features, noise)
-        watch.lap('denoising')
-        x[0].cpu().double().numpy()
-        watch.lap('copy_out')
-        return watch
 
-    return Arm(name, chunk)
+def _cuda_arms(model: Model, name: str, sparsity: float) -> list[Arm]:
+    """Arms that only a GPU has: what a user would do instead, our other engines, the pruner."""
+    spec, _ = model.samplers[name]
+    arms = []
+    with torch.inference_mode():
+        graph = captured_dense(model.denoiser, spec)
+    arms.append(_dense_arm(model, f'graph_dense_{name}', graph))
+    arms.append(_dense_arm(model, f'compiled_dense_{name}', compiled_dense(model.denoiser, spec)))
+    engines = ['graphs'] if find_spec('triton') is None else ['graphs', 'triton']
+    for engine in engines:
+        label, make = f'sparse_{engine}_{name}_{sparsity:.2f}', engine_maker(engine)
+        arms.append(_sampler_arm(model, label, name, sparsity, make))
+        arms.append(
+            _sampler_arm(model, f'ablation_inline_pruner_{label}', name, sparsity, make, False)
+        )
+    return arms
 
 
 def make_arms(model: Model) -> list[Arm]:
     """Every arm of a model: our dense and sparse ones; of a transformer upstream and ablation."""
     arms = []
     is_transformer = isinstance(model.denoiser, TransformerDenoiser)
+    on_gpu = model.denoiser.device.type == 'cuda'
     for name, (spec, _) in model.samplers.items():
         sparsity = spec.recommended_sparsity or SPARSITIES[name]
         comparable = is_transformer and not spec.scheduler.is_flow
@@ -185,22 +213,46 @@ def make_arms(model: Model) -> list[Arm]:
                 ('folded_time_tokens', EagerEngine),
             ):
                 arms.append(_sampler_arm(model, f'ablation_{step}_{name}', name, sparsity, engine))
+        if on_gpu:
+            arms += _cuda_arms(model, name, sparsity)
     return arms
+
+
+def scheduler_s(arm: Arm, model: Model, repetitions: int = 20) -> float | None:
+    """Median seconds of all steps of an arm's scheduler alone, outside the loop it is part of."""
+    if arm.scheduler is None:
+        return None
+    scheduler, size = NoiseScheduler(arm.scheduler), model.denoiser.spec
+    x, eps = torch.randn(2, 1, size.horizon, size.action_dim).to(model.denoiser.device)
+    taken = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        for step in range(arm.scheduler.steps):
+            x = scheduler.step(step, x, eps, eps)
+        x.cpu()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One chunk: seconds until its actions are on the host, processor time, host stages."""
+    """One chunk: seconds until its actions are on the host, processor time, stages.
+
+    Stages are times of the host or, on a GPU, of the main stream.
+    """
 
     wall_s: float
     cpu_s: float
     stages_s: dict[str, float]
 
 
-def run_timed(arm: Arm, synchronise: Callable[[], None]) -> Timing:
+def run_timed(arm: Arm, on_gpu: bool) -> Timing:
     """Make one chunk, with nothing left in flight from the arm before."""
-    synchronise()
+    if on_gpu:
+        torch.cuda.synchronize()
+    watch = DeviceStopwatch() if on_gpu else Stopwatch()
     cpu, started = time.process_time(), time.perf_counter()
-    watch = arm.chunk()
+    arm.chunk(watch)
     wall_s = time.perf_counter() - started
-    return Timing(wall_s, time.process_time() - cpu, watch.stages_s)
+    stages_s = watch.read() if isinstance(watch, DeviceStopwatch) else watch.stages_s
+    return Timing(wall_s, time.process_time() - cpu, stages_s)

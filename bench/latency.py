@@ -19,8 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import Arm, Timing, bundle_model, make_arms, random_model, run_timed
+from arms import (
+    Arm,
+    Timing,
+    bundle_model,
+    make_arms,
+    random_model,
+    run_timed,
+    scheduler_s,
+)
 from machine import describe_machine
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 MIN_CHUNKS = 200
@@ -42,6 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument('--warm-up', type=int, default=3, help='chunks before the measured ones')
     parser.add_argument('--only', default='', help='only arms whose name contains this')
+    parser.add_argument(
+        '--trace', type=Path, metavar='FOLDER', help='write a timeline of one chunk of every arm'
+    )
     parser.add_argument('--json', type=Path, help='write the result to this file as well')
     arguments = parser.parse_args()
     for name, lowest in (('chunks', 1), ('warm_up', 1), ('threads', 1)):
@@ -55,11 +67,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arms: list[Arm], chunks: int, warm_up: int, device: str) -> dict[str, Any]:
     """Run the arms in turn; returns percentiles and median stages by arm, in milliseconds."""
-    synchronise = torch.cuda.synchronize if device == 'cuda' else lambda: None
     timings: dict[str, list[Timing]] = {arm.name: [] for arm in arms}
     for turn in tqdm(range(warm_up + chunks), desc='chunks', dynamic_ncols=True):
         for arm in arms:
-            timing = run_timed(arm, synchronise)
+            timing = run_timed(arm, device == 'cuda')
             if turn >= warm_up:
                 timings[arm.name].append(timing)
     return {name: summarise(taken) for name, taken in timings.items()}
@@ -82,6 +93,18 @@ def summarise(timings: list[Timing]) -> dict[str, Any]:
         **{name: round(1e3 * float(value), 3) for name, value in times.items()},
         'stages_ms': {name: round(1e3 * float(value), 3) for name, value in stages.items()},
     }
+
+
+def write_traces(arms: list[Arm], folder: Path, device: str) -> None:
+    """Write the timeline of one chunk of every arm, for chrome://tracing or Perfetto."""
+    activities = [ProfilerActivity.CPU]
+    if device == 'cuda':
+        activities.append(ProfilerActivity.CUDA)
+    folder.mkdir(parents=True, exist_ok=True)
+    for arm in arms:
+        with profile(activities=activities) as profiler:
+            run_timed(arm, device == 'cuda')
+        profiler.export_chrome_trace(str(folder / f'{arm.name}.json'))
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -111,6 +134,11 @@ def main() -> None:
     print(', '.join(f'{key} {value}' for key, value in machine.items()))
     arms = [arm for arm in make_arms(model) if arguments.only in arm.name]
     results = measure(arms, arguments.chunks, arguments.warm_up, arguments.device)
+    for arm in arms:
+        if (seconds := scheduler_s(arm, model)) is not None:
+            results[arm.name]['scheduler_alone_ms'] = round(1e3 * seconds, 3)
+    if arguments.trace is not None:
+        write_traces(arms, arguments.trace, arguments.device)
     print_table(results)
     if arguments.json is not None:
         settings = {

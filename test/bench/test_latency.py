@@ -58,10 +58,31 @@ def test_ablated_memories_give_the_eager_result(tiny_model: object) -> None:
         assert (x - expected).abs().max() < 1e-4
 
 
+@torch.inference_mode()
+def test_other_ways_to_sample_densely_compute_the_same(tiny_model: object) -> None:
+    from cuda_arms import DenseSampler, captured_dense, compiled_dense
+
+    from tts_policy.core.chunk_sampler import ChunkSampler
+    from tts_policy.core.stopwatch import Stopwatch
+
+    spec, pruner = tiny_model.samplers['ddim10']
+    chunks = ChunkSampler(tiny_model.denoiser, spec, pruner)
+    features = tiny_model.observe()
+    expected = chunks.sample(features, 0.0, Stopwatch())[0]
+    dense = DenseSampler(tiny_model.denoiser, spec)
+    captured = captured_dense(tiny_model.denoiser, spec)
+    compiled = compiled_dense(tiny_model.denoiser, spec)
+    with torch.compiler.set_stance('force_eager'):
+        by_step = compiled(features)
+    for x in (dense.sample(features), captured(features), by_step):
+        assert (x - expected).abs().max() < 1e-4
+
+
 def test_it_writes_percentiles_and_stages_of_every_arm(tmp_path: Path) -> None:
     pytest.importorskip('diffusers', reason='requirements/bench.txt is not installed')
     file = tmp_path / 'out' / 'latency.json'
     command = [sys.executable, BENCH / 'latency.py', '--random', '--tiny', '--chunks', '2']
+    command += ['--trace', tmp_path / 'trace']
     subprocess.run([*command, '--json', file], check=True, capture_output=True, timeout=120)
     data = json.loads(file.read_text())
     assert data['machine']['threads'] == 1 and data['machine']['torch'] == torch.__version__
@@ -79,7 +100,25 @@ def test_it_writes_percentiles_and_stages_of_every_arm(tmp_path: Path) -> None:
         assert sum(arm['stages_ms'].values()) < 3 * arm['p99_ms']
     stages = data['arms']['sparse_ddpm100_0.95']['stages_ms']
     assert {'conditional_encoder', 'pruner', 'first_step', 'masked_steps'} <= set(stages)
+    assert data['arms']['sparse_ddim10_0.80']['scheduler_alone_ms'] > 0
+    timeline = json.loads((tmp_path / 'trace' / 'sparse_ddim10_0.80.json').read_text())
+    assert timeline['traceEvents']
     assert 'denoising' in data['arms']['upstream_dense_ddpm100']['stages_ms']
+
+
+def test_every_engine_is_checked_against_the_eager_one(tmp_path: Path) -> None:
+    command = [sys.executable, BENCH / 'gpu_check.py', '--tiny', '--json', tmp_path / 'check.json']
+    subprocess.run([*command, '--device', 'cpu'], check=True, capture_output=True, timeout=300)
+    engines = json.loads((tmp_path / 'check.json').read_text())['engines']
+    assert {'eager ddim10', 'graphs ddim10', 'graphs ddpm100'} <= set(engines)
+    assert all(row['error'] <= row['tolerance'] for row in engines.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_a_missing_gpu_is_one_line() -> None:
+    command = [sys.executable, BENCH / 'gpu_check.py']
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and run.stderr == 'gpu_check: a CUDA device expected, got none\n'
 
 
 def test_a_model_must_be_named() -> None:

@@ -67,10 +67,16 @@ class FaultyPolicy(TestTimeSparsePolicy):
 
 
 def load(
-    path: str, sampler: str, device: str, seed: int, threads: int, warmed: Callable[[float], None]
+    path: str,
+    sampler: str,
+    device: str,
+    seed: int,
+    threads: int,
+    engine: str,
+    warmed: Callable[[float], None],
 ) -> FaultyPolicy:
     """Load the bundle; nothing is wrong with it yet."""
-    policy = FaultyPolicy.from_bundle(path, sampler, device, seed, threads)
+    policy = FaultyPolicy.from_bundle(path, sampler, device, seed, threads, engine)
     warmed(0.01)
     return policy
 

@@ -20,12 +20,15 @@ from torch import Tensor
 from tts_policy.core import flops
 from tts_policy.core.blocks import BlockStack
 from tts_policy.core.bundle import Bundle, load_bundle
+from tts_policy.core.capture import Capture
 from tts_policy.core.chunk_sampler import ChunkSampler
 from tts_policy.core.contract import PolicyContract
+from tts_policy.core.engines import engine_maker
 from tts_policy.core.frame_encoder import FrameEncoder
 from tts_policy.core.inpainting import CommittedActions
 from tts_policy.core.plan import Plan, realised_sparsity, reuse_mix
 from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.core.transfer import Download, Upload
 
 
 class WindowError(ValueError):
@@ -69,15 +72,24 @@ class TestTimeSparsePolicy:
 
     __test__ = False  # the name starts with Test, but pytest has nothing to collect here
 
-    def __init__(self, bundle: Bundle, sampler: str, device: str = 'cpu', seed: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        sampler: str,
+        device: str = 'cpu',
+        seed: int = 0,
+        engine: str = 'auto',
+    ) -> None:
         """Set up buffers and folded tables.
+
+        engine: of `core.engines.ENGINES`.
 
         Raises
         ------
         BundleError
             if the bundle has no such sampler.
         ValueError
-            if the device is not available.
+            if the device is not available, or the engine cannot run the policy there.
 
         """
         if device.startswith('cuda') and not torch.cuda.is_available():
@@ -96,8 +108,16 @@ class TestTimeSparsePolicy:
         if pruner is not None:
             pruner.to(self.device).eval().requires_grad_(False)
         self._denoiser = self._network.denoiser
-        self._frames = FrameEncoder(self._network.observation_encoder, self.device)
-        self._sampler = ChunkSampler(self._denoiser, self.spec, pruner, seed)
+        observation, action = self.contract.observation, self.contract.action
+        capture = Capture(self.device) if engine == 'graphs' else None
+        self._frames = FrameEncoder(
+            self._network.observation_encoder, observation, self.device, capture
+        )
+        joints = (1, observation.steps, len(observation.joints))
+        self._joints = Upload(joints, torch.float32, self.device)
+        chunk = (action.horizon, len(action.joints))
+        self._actions = Download(chunk, torch.float32, self.device)
+        self._sampler = ChunkSampler(self._denoiser, self.spec, pruner, seed, engine_maker(engine))
         encoder = self._denoiser.spec.conditioner_flops(self.spec.scheduler.steps)
         self._fixed_flops = encoder
         self._dense_flops = encoder + flops.decoder_flops(self._denoiser.spec, self._sampler.dense)
@@ -111,15 +131,16 @@ class TestTimeSparsePolicy:
         device: str = 'cpu',
         seed: int = 0,
         threads: int | None = None,
+        engine: str = 'auto',
     ) -> TestTimeSparsePolicy:
         """Load a bundle folder; raises BundleError with the reason if that is impossible.
 
-        threads: torch threads of this process; None leaves them as they are.
+        threads: torch threads of this process; None leaves them as they are. engine: see __init__.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         bundle = load_bundle(Path(path))
-        return cls(bundle, sampler or bundle.default_sampler, device, seed)
+        return cls(bundle, sampler or bundle.default_sampler, device, seed, engine)
 
     @property
     def contract(self) -> PolicyContract:
@@ -162,8 +183,8 @@ class TestTimeSparsePolicy:
 
     def _checked(
         self, window: Mapping[str, NDArray[Any]]
-    ) -> tuple[dict[str, NDArray[Any]], Tensor]:
-        """Images by camera and joints [1, To, J] on the device."""
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:
+        """Images by camera and joints [To, J]."""
         observation = self.contract.observation
         expected = {'joints', *(camera.key for camera in observation.cameras)}
         if set(window) != expected:
@@ -183,7 +204,7 @@ class TestTimeSparsePolicy:
             raise WindowError(f'joints must be {expected_shape}, got {joints.shape}')
         if not np.isfinite(joints).all():
             raise WindowError('joints must be finite, got NaN or infinity')
-        return images, torch.from_numpy(joints).to(self.device)[None]
+        return images, joints
 
     @torch.inference_mode()
     def act(
@@ -209,13 +230,15 @@ class TestTimeSparsePolicy:
         known = None if committed is None else self._known(committed)
         watch = Stopwatch()
         images, joints = self._checked(window)
+        on_device = self._joints.send(joints[None])
         watch.lap('copy_in')
-        normalised = self._network.joint_normalizer.normalize(joints)
+        normalised = self._network.joint_normalizer.normalize(on_device)
         features = self._network.observation_encoder.combine(self._frames(images), normalised)
         watch.lap('observation_encoder')
         x, plan, oldest = self._sampler.sample(features, sparsity, watch, known)
-        chunk = self._network.action_normalizer.unnormalize(x[0])
-        actions = chunk[self.contract.newest_action :].cpu().double().numpy()
+        # The one wait for the device, but for that of the plan.
+        self._actions.start(self._network.action_normalizer.unnormalize(x[0]))
+        actions = self._actions.wait()[self.contract.newest_action :].astype(np.float64)
         watch.lap('copy_out')
         stack = self._denoiser.spec.stack
         return Chunk(actions, plan, stack, self._stats(plan, oldest, watch))

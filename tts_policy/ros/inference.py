@@ -316,6 +316,7 @@ def load_policy(
     device: str,
     seed: int,
     threads: int,
+    engine: str,
     warmed: Callable[[float], None] = lambda latency_s: None,
 ) -> TestTimeSparsePolicy:
     """Load a bundle and warm it up; to be called by the thread that will run it.
@@ -332,7 +333,7 @@ def load_policy(
 
     if not path:
         raise ValueError('bundle: expected the path of a model bundle, got none')
-    policy = TestTimeSparsePolicy.from_bundle(path, sampler, device, seed, threads)
+    policy = TestTimeSparsePolicy.from_bundle(path, sampler, device, seed, threads, engine)
     spec = policy.contract.observation
     grey: dict[str, np.ndarray] = {
         camera.key: np.full((spec.steps, camera.height, camera.width, 3), 127, dtype=np.uint8)

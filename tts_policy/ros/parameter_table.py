@@ -95,6 +95,8 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     _fixed('bundle', Type.STRING, '', '', 'Path of the model bundle, a folder with model.yaml'),
     _fixed('sampler', Type.STRING, 'ddim10', '', 'Sampler of the bundle to run'),
     _fixed('device', Type.STRING, 'cpu', '', 'Torch device'),
+    _fixed('engine', Type.STRING, 'auto', '',
+           'What runs the denoiser: auto, eager, packed (CPU), graphs or triton (CUDA)'),
     _fixed('threads', Type.INTEGER, 1, '',
            'Torch threads; more than one hurts beside a busy core', 1, 256),
     _fixed('seed', Type.INTEGER, 0, '',

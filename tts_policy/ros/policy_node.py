@@ -118,7 +118,8 @@ class PolicyNode(LifecycleNode):
         """Load and warm up the bundle, check the parameters against it, create topics."""
         self._settings = settings = parameters.read(self)
         self._monitor.begin()
-        model = (settings[name] for name in ('bundle', 'sampler', 'device', 'seed', 'threads'))
+        names = ('bundle', 'sampler', 'device', 'seed', 'threads', 'engine')
+        model = (settings[name] for name in names)
         worker = InferenceWorker(
             partial(self._load, *model, warmed=self._on_warm),
             self._now_ns,

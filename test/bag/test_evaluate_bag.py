@@ -325,6 +325,7 @@ def test_damage_is_one_line_and_what_could_be_read_is_reported(
         (('--topic', 'wrist:=/x'), "got ['wrist']"),
         (('--processes', '0'), 'processes from 1 on'),
         (('--n-execute', '99'), 'n_execute up to 15'),
+        (('--threads', '0'), 'threads must be at least 1, got 0'),
         (('--engine', 'ray'), 'the package ray expected'),
     ],
 )

@@ -82,6 +82,29 @@ def test_a_training_starts_from_the_weights_of_another_bundle(
     assert 'observation and action must be those to be trained' in capsys.readouterr().err
 
 
+def test_residual_blocks_that_are_added_to_a_camera_encoder_change_nothing_at_first(
+    bags: Path, bundle: Path, tmp_path: Path
+) -> None:
+    still = ['--steps', '2', '--encoder-steps', '1', '--learning-rate', '0', '--held-out', '1']
+    command = [str(bags), '--out', str(tmp_path), '--initial', str(bundle), *still]
+    assert train_policy.main([*command, '--camera-blocks', '2', '--threads', '1']) == 0
+    larger, given = (load_bundle(path).network.eval() for path in (tmp_path / 'bundle', bundle))
+    assert larger.spec.camera_blocks == 2
+    assert len(larger.state_dict()) > len(given.state_dict())
+    image = torch.randint(256, (1, 2, 96, 96, 3), dtype=torch.uint8)
+    joints = torch.zeros(1, 2, len(given.contract.observation.joints))
+    with torch.no_grad():
+        features = [network.features({'camera': image}, joints) for network in (larger, given)]
+    torch.testing.assert_close(*features, rtol=0, atol=1e-5)
+
+
+def test_no_threads_at_all_are_refused_in_one_line(
+    bags: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_policy.main([str(bags), '--out', str(tmp_path / 'out'), '--threads', '0']) == 2
+    assert capsys.readouterr().err == 'train_policy: threads must be at least 1, got 0\n'
+
+
 PRUNER_SIZES = ['--steps', '2', '--batch', '3', '--sample', '2', '--episodes', '4', '--ticks', '2']
 
 

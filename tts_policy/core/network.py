@@ -40,14 +40,15 @@ class NetworkSpec:
 
     causal, cond_layers: see TransformerSpec. Cameras are encoded by a ResNet where `resnet` is
     given, by a vision transformer where `vit` is, by a small network of `camera_channels` channels
-    otherwise. The denoiser is a diffusion transformer where `dit` is given. objective: what it was
-    trained for, 'diffusion' or 'flow'.
+    and `camera_blocks` residual blocks otherwise. The denoiser is a diffusion transformer where
+    `dit` is given. objective: what it was trained for, 'diffusion' or 'flow'.
     """
 
     width: int = 256
     layers: int = 8
     heads: int = 4
     camera_channels: int = 32
+    camera_blocks: int = 0
     train_steps: int = 100
     causal: bool = True
     cond_layers: int = 0
@@ -62,6 +63,8 @@ class NetworkSpec:
             raise ValueError(
                 f'network objective must be one of {list(OBJECTIVES)}, got {self.objective!r}'
             )
+        if not 0 <= self.camera_blocks <= 5:
+            raise ValueError(f'network camera_blocks must be in [0, 5], got {self.camera_blocks}')
         if self.resnet is not None and self.vit is not None:
             raise ValueError('network must have one kind of camera encoder, got resnet and vit')
 
@@ -71,7 +74,8 @@ class NetworkSpec:
             return ResNetEncoder(camera.height, camera.width, self.resnet)
         if self.vit is not None:
             return VisionTransformer(camera.height, camera.width, self.vit)
-        return CameraEncoder(camera.height, camera.width, self.camera_channels)
+        sizes = camera.height, camera.width
+        return CameraEncoder(*sizes, self.camera_channels, self.camera_blocks)
 
     def check_scheduler(self, scheduler: SchedulerSpec) -> None:
         """Raise ValueError for a scheduler that cannot sample a network of this objective."""
@@ -95,6 +99,8 @@ class NetworkSpec:
         for name, sizes in _SIZES.items():
             for size in sizes if name in data else ():
                 data[name][size] = list(data[name][size])
+        if self.camera_blocks == 0:
+            del data['camera_blocks']
         if self.objective == 'diffusion':
             del data['objective']
         return data

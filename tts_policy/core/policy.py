@@ -28,6 +28,7 @@ from tts_policy.core.frame_encoder import FrameEncoder
 from tts_policy.core.inpainting import CommittedActions
 from tts_policy.core.plan import Plan, realised_sparsity, reuse_mix
 from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.core.threads import set_threads
 from tts_policy.core.transfer import Download, Upload
 
 
@@ -133,12 +134,12 @@ class TestTimeSparsePolicy:
         threads: int | None = None,
         engine: str = 'auto',
     ) -> TestTimeSparsePolicy:
-        """Load a bundle folder; raises BundleError with the reason if that is impossible.
+        """Load a bundle folder; raises ValueError, or BundleError, which is one, with the reason.
 
         threads: torch threads of this process; None leaves them as they are. engine: see __init__.
         """
         if threads is not None:
-            torch.set_num_threads(threads)
+            set_threads(threads)
         bundle = load_bundle(Path(path))
         return cls(bundle, sampler or bundle.default_sampler, device, seed, engine)
 

@@ -14,10 +14,34 @@ from tts_policy.core.spatial_softmax import SpatialSoftmax
 from tts_policy.core.vision_transformer import VisionTransformer
 
 
-class CameraEncoder(nn.Module):
-    """Convolutions with GroupNorm and a spatial softmax: [B, 3, H, W] -> [B, 2C]."""
+class DilatedBlock(nn.Module):
+    """Residual block that looks `dilation` pixels away; the identity until it is trained."""
 
-    def __init__(self, height: int, width: int, channels: int = 32) -> None:
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        last = nn.GroupNorm(8, channels)
+        nn.init.zeros_(last.weight)
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation),
+            nn.GroupNorm(8, channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            last,
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Add to maps [B, C, h, w]."""
+        added: Tensor = self.layers(maps)
+        return maps + added
+
+
+class CameraEncoder(nn.Module):
+    """Convolutions with GroupNorm and a spatial softmax: [B, 3, H, W] -> [B, 2C].
+
+    Each of `blocks` residual blocks looks twice as far as the one before.
+    """
+
+    def __init__(self, height: int, width: int, channels: int = 32, blocks: int = 0) -> None:
         super().__init__()
 
         def stage(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
@@ -34,12 +58,14 @@ class CameraEncoder(nn.Module):
             stage(channels, channels, 3, 1),
             nn.Conv2d(channels, channels, 1),
         )
+        self.blocks = nn.Sequential(*(DilatedBlock(channels, 2**i) for i in range(blocks)))
         self.pool = SpatialSoftmax((height + 3) // 4, (width + 3) // 4)
         self.out_features = 2 * channels
 
     def forward(self, image: Tensor) -> Tensor:
         """Map images with values 0 to 255, [B, 3, H, W], to keypoints [B, 2C]."""
-        return self.pool(self.stages(image.div(127.5).sub(1.0).contiguous()))
+        maps = self.stages(image.div(127.5).sub(1.0).contiguous())
+        return self.pool(self.blocks(maps))
 
 
 CameraNetwork = CameraEncoder | ResNetEncoder | VisionTransformer

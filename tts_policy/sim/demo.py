@@ -90,6 +90,8 @@ class Demo:
 
     def start_policy(self, arm: Arm) -> None:
         """Run the policy node with the arm's sampler and sparsity, in place of the last one."""
+        from tts_policy.sim.demo_driver import OWED_LIMIT_S
+
         if self._policy is not None:
             stop_all([self._policy], PATIENT_S)
             self._policy = None
@@ -104,6 +106,7 @@ class Demo:
             'reliable_sensors': not self._options.realtime,
             # A sampler that is too slow for the real clock is to be seen missing its deadlines.
             'check_latency': False,
+            'inference_timeout_s': OWED_LIMIT_S,
         }
         log = self._log / f'policy_node_{arm.sampler.name}.log'
         self._policy = NodeProcess('tts_policy.ros.policy_node', parameters, log)

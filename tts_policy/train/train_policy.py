@@ -15,7 +15,7 @@ import csv
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +25,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from tts_policy.bag.data_check import DataCheck, write_check
-from tts_policy.bag.reader import BagError
 from tts_policy.core.bundle import BundleError, load_bundle, save_bundle
-from tts_policy.core.contract import ContractError, PolicyContract, read_contract
+from tts_policy.core.contract import PolicyContract, read_contract
 from tts_policy.core.network import OBJECTIVES, DiTOptions, NetworkSpec, PolicyNetwork
 from tts_policy.core.scheduler import (
     FLOW,
@@ -36,6 +35,7 @@ from tts_policy.core.scheduler import (
     TrainingNoise,
     flow_lesson,
 )
+from tts_policy.core.threads import set_threads
 from tts_policy.train.dataset import Windows
 from tts_policy.train.demonstrations import (
     add_demonstration_arguments,
@@ -90,7 +90,8 @@ class PolicyTrainer:
         self.spec, self.windows, self.step = spec, windows, 0
         self.network = PolicyNetwork(contract, network)
         if initial is not None:
-            self.network.load_state_dict(initial.state_dict())
+            # Residual blocks of the camera encoder that it lacks are identities.
+            self.network.load_state_dict(self.network.state_dict() | initial.state_dict())
         actions, joints = windows.actions, windows.joints
         self.network.action_normalizer.fit(actions.amin(0), actions.amax(0))
         self.network.joint_normalizer.fit(joints.amin(0), joints.amax(0))
@@ -249,6 +250,20 @@ def initial_network(bundle: Path, contract: PolicyContract) -> PolicyNetwork:
     return network
 
 
+def network_spec(args: argparse.Namespace, initial: PolicyNetwork | None) -> NetworkSpec:
+    """Sizes asked for; those of the initial network, but for residual blocks that are added."""
+    if initial is not None:
+        blocks = max(args.camera_blocks, initial.spec.camera_blocks)
+        return replace(initial.spec, camera_blocks=blocks)
+    return NetworkSpec(
+        width=args.width,
+        layers=args.layers,
+        camera_blocks=args.camera_blocks,
+        dit=DiTOptions() if args.denoiser == 'dit' else None,
+        objective=args.objective,
+    )
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line of `train_policy`."""
     parser = argparse.ArgumentParser(prog='train_policy', description=__doc__.split('\n')[0])
@@ -272,6 +287,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--width', type=int, default=256, help='denoiser width D')
     parser.add_argument('--layers', type=int, default=8, help='decoder layers L')
+    parser.add_argument(
+        '--camera-blocks',
+        type=int,
+        default=0,
+        help='residual blocks of the camera encoder; with --initial, those it lacks are added',
+    )
     parser.add_argument(
         '--denoiser',
         choices=('transformer', 'dit'),
@@ -298,15 +319,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Train, or go on training, and write the bundle; returns the exit status."""
     args = parse_arguments(arguments)
-    torch.set_num_threads(args.threads)
     try:
+        set_threads(args.threads)
         contract = PANDA_CONTRACT if args.contract is None else read_contract(args.contract)
         initial = None if args.initial is None else initial_network(args.initial, contract)
         kept, others = split_demonstrations(args, contract)
         check = DataCheck(contract)
         held_out = load_windows(kept, check=check)
         windows = load_windows(others, check=check)
-    except (BagError, BundleError, ContractError) as error:
+    except ValueError as error:
         print(f'train_policy: {error}', file=sys.stderr)
         return 2
     spec = TrainingSpec(
@@ -317,10 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.seed,
         bfloat16=args.bfloat16,
     )
-    dit = DiTOptions() if args.denoiser == 'dit' else None
-    network = NetworkSpec(width=args.width, layers=args.layers, dit=dit, objective=args.objective)
-    if initial is not None:
-        network = initial.spec
+    network = network_spec(args, initial)
     trainer = PolicyTrainer(contract, network, spec, windows, initial)
     args.out.mkdir(parents=True, exist_ok=True)
     write_check(args.out / 'data_check.json', check)

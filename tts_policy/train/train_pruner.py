@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tts_policy.core.bundle import Bundle, BundleError, load_bundle, save_pruner
 from tts_policy.core.pruner import Pruner
 from tts_policy.core.sampler import SamplerSpec
+from tts_policy.core.threads import set_threads
 from tts_policy.train.demonstrations import (
     add_demonstration_arguments,
     load_windows,
@@ -135,8 +136,8 @@ def _prior(folder: Path, name: str, bundle: Bundle) -> Pruner:
 def main(arguments: list[str] | None = None) -> int:
     """Train, or go on training, add the pruner to the bundle and compare; returns exit status."""
     args = parse_arguments(arguments)
-    torch.set_num_threads(args.threads)
     try:
+        set_threads(args.threads)
         bundle = load_bundle(args.bundle)
         sampler, _ = bundle.sampler(args.sampler)
         sparsities = args.sparsities or [sampler.recommended_sparsity]
@@ -151,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         generator = torch.Generator().manual_seed(args.seed)
         sequences = tick_sequences(network, windows, args.episodes, args.ticks, generator)
         tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
-    except (BundleError, ValueError) as error:
+    except ValueError as error:
         print(f'train_pruner: {error}', file=sys.stderr)
         return 2
     teacher = DenseTeacher(network, sampler)

@@ -219,6 +219,12 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         Checkpoint(bomb)
 
 
+def test_a_pickle_that_is_absurdly_long_is_refused_unread(tmp_path: Path) -> None:
+    path = _archive(tmp_path / 'a.ckpt', b'\x80\x02' + b']' * (4 << 20) + b'.')
+    with pytest.raises(CheckpointError, match=r'data\.pkl: at most 4194304 bytes, got 4194307'):
+        Checkpoint(path)
+
+
 def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
     path = _archive(tmp_path / 'a.ckpt', b'\x80\x02N.', **{'data/0': bytes(4096)})
     content = path.read_bytes()

@@ -24,7 +24,8 @@ from tts_policy.convert.restricted_pickle import (
 )
 
 MAX_FILE_BYTES = 16 << 30
-MAX_PICKLE_BYTES = 64 << 20
+# A byte of a pickle can ask for 70 of memory; a large policy's has a few hundred kilobytes.
+MAX_PICKLE_BYTES = 4 << 20
 MAX_TENSOR_BYTES = 2 << 30
 MAX_ENTRIES = 100_000
 

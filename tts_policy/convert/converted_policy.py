@@ -10,6 +10,8 @@ from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.core.network import PolicyNetwork
 from tts_policy.core.sampler import SamplerSpec
 
+MAX_VALUES = 4096
+
 
 @dataclass(frozen=True)
 class Naming:
@@ -27,9 +29,15 @@ class Naming:
         Raises
         ------
         CheckpointError
-            if names are given, but not as many as there are values.
+            if names are given, but not as many as there are values, or a length is absurd.
 
         """
+        # Before anything is made of these lengths: a damaged one would take all memory.
+        for what, count in (('observation', sum(n for _, n in observed)), ('action', action_dim)):
+            if not 1 <= count <= MAX_VALUES:
+                raise CheckpointError(
+                    f'{what} must have 1 to {MAX_VALUES} values, got {str(count)[:20]}'
+                )
         names = tuple(f'{key}_{n}' for key, length in observed for n in range(length))
         acted = tuple(f'action_{n}' for n in range(action_dim))
         for what, given, default in (

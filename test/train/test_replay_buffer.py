@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -110,6 +111,52 @@ def test_compressed_chunks_are_read(
         encode=lambda raw: bytes(encoder.encode(raw)),
     )
     assert np.array_equal(load_replay_buffer(file, ('action',)).data['action'], arrays['action'])
+
+
+JPEG2K = {'id': 'imagecodecs_jpeg2k', 'level': 50}
+
+
+def jpeg2k(raw: bytes, shape: tuple[int, int] = (40, 48)) -> bytes:
+    """Encode an RGB image without loss."""
+    image = np.frombuffer(raw, np.uint8).reshape(*shape, 3)[..., ::-1]
+    options = [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000]
+    return cv2.imencode('.jp2', image, options)[1].tobytes()
+
+
+def write_images(path: Path, images: NDArray[np.uint8], encode: Callable[[bytes], bytes]) -> Path:
+    with zipfile.ZipFile(path, 'w') as archive:
+        put(archive, 'meta/episode_ends', ENDS, (16,))
+        put(archive, 'data/img', images, (1, *images.shape[1:]), JPEG2K, encode)
+    return path
+
+
+@pytest.fixture
+def images() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (9, 40, 48, 3), dtype=np.uint8)
+
+
+def test_images_in_jpeg_2000_are_read(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+    file = write_images(tmp_path / 'demos.zarr.zip', images, jpeg2k)
+    assert np.array_equal(load_replay_buffer(file, ('img',)).data['img'], images)
+
+
+@pytest.mark.parametrize(
+    ('encode', 'reason'),
+    [
+        (lambda raw: raw, 'an image in JPEG 2000 expected'),
+        (lambda raw: jpeg2k(raw)[:90], 'chunk data/img/0.0.0.0: '),
+        (lambda raw: jpeg2k(raw, (48, 40)), 'an image of 40 x 48 expected, got one of 48 x 40'),
+    ],
+)
+def test_images_that_are_none_are_refused(
+    tmp_path: Path,
+    images: NDArray[np.uint8],
+    encode: Callable[[bytes], bytes],
+    reason: str,
+) -> None:
+    file = write_images(tmp_path / 'demos.zarr.zip', images, encode)
+    with pytest.raises(ReplayBufferError, match=reason):
+        load_replay_buffer(file, ('img',))
 
 
 @pytest.mark.parametrize(

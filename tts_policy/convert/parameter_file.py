@@ -17,8 +17,8 @@ _HEAD = """\
 # TODO topics: the node reads the relative topics below; remap your own to them.
 {topics}
 # TODO limits: lower and upper are the range of actions seen in training. Take the robot's own
-# where they are tighter, and its speeds. The node is not configured before velocity and
-# first_point are given.
+# where they are tighter. The node refuses the zeros: velocity is the highest speed of every joint,
+# first_point the largest distance of a chunk's first point from where the arm is measured.
 """
 
 
@@ -36,7 +36,7 @@ def parameter_file(converted: ConvertedPolicy, bundle: Path) -> str:
         f'{c.key}/image   sensor_msgs/Image, scaled to {c.height} x {c.width}'
         for c in contract.observation.cameras
     ]
-    count = len(contract.action.joints)
+    unknown = [0.0] * len(contract.action.joints)
     values = {
         'sampler': sampler,
         'device': 'cpu',
@@ -47,13 +47,16 @@ def parameter_file(converted: ConvertedPolicy, bundle: Path) -> str:
             'joints': list(contract.action.joints),
             'lower': [round(float(value), 4) for value in low],
             'upper': [round(float(value), 4) for value in high],
+            'velocity': unknown,
+            'first_point': list(unknown),
         },
     }
     text = yaml.safe_dump(
         {'/**/tts_policy': {'ros__parameters': values}}, sort_keys=False, width=99
     )
-    todo = f'      # TODO velocity: [{count} values]\n      # TODO first_point: [{count} values]\n'
+    for name in ('velocity', 'first_point'):
+        text = text.replace(f'{name}:\n', f'{name}:  # TODO\n')
     head = _HEAD.format(
         name=converted.name, bundle=bundle, topics='\n'.join(f'#   {line}' for line in topics)
     )
-    return head + text + todo
+    return head + text

@@ -2,8 +2,8 @@
 """Demonstrations in the replay buffer format of Diffusion Policy: a zarr v2 group, zipped or not.
 
 `data/KEY` are arrays whose first axis is time over all episodes; `meta/episode_ends` says where
-each of them ends. Chunks are decompressed by numcodecs, one at a time; nothing else of zarr is
-needed to read, and nothing in the file is executed.
+each of them ends. Chunks are decompressed one at a time, by numcodecs, or by OpenCV where they are
+images in JPEG 2000; nothing else of zarr is needed to read, and nothing in the file is executed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tts_policy.bag.reader import BagError
 from tts_policy.core.contract import PolicyContract
 from tts_policy.ros.images import ImageFit
 from tts_policy.train.array_samples import ArraySamples, parse_selections, take_columns
+from tts_policy.train.jpeg2k import CODEC, decode_jpeg2k
 
 EPISODE_ENDS = 'meta/episode_ends'
 # What the arrays of a stream are called unless it is said; a camera's is called as its key.
@@ -273,14 +274,7 @@ class _Array:
         raw: Any = self._archive.read(name)
         if self._compressor is not None:
             try:
-                from numcodecs import get_codec
-            except ImportError:
-                raise ReplayBufferError(
-                    f'{self._where}: the package numcodecs expected, it is not installed: '
-                    "pip install 'tts_policy[datasets]'"
-                ) from None
-            try:
-                raw = get_codec(dict(self._compressor)).decode(raw)
+                raw = self._decompress(raw)
             except (RuntimeError, ValueError, TypeError) as error:
                 raise ReplayBufferError(f'{self._where}: chunk {name}: {error}') from error
         flat = np.frombuffer(raw, np.uint8)
@@ -290,3 +284,19 @@ class _Array:
                 f'{self._where}: chunk {name} must have {expected} bytes, got {flat.size}'
             )
         return flat.view(self.dtype).reshape(self.chunks)
+
+    def _decompress(self, raw: bytes) -> Any:
+        settings = dict(self._compressor)
+        if settings.get('id') == CODEC:
+            *rest, height, width, channels = (1, 1, 1, *self.chunks)
+            if set(rest) != {1} or channels != 3 or self.dtype != np.uint8:
+                raise ValueError(f'chunks of one RGB image expected, got {self.chunks}')
+            return decode_jpeg2k(raw, height, width).tobytes()
+        try:
+            from numcodecs import get_codec
+        except ImportError:
+            raise ValueError(
+                'the package numcodecs expected, it is not installed: '
+                "pip install 'tts_policy[datasets]'"
+            ) from None
+        return get_codec(settings).decode(raw)

@@ -103,6 +103,8 @@ def test_every_command_leads_to_a_function_of_the_package(distribution: Distribu
         assert path.is_file(), f'{target}: {path} does not exist'
         tree = ast.parse(path.read_text(encoding='utf-8'))
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        last = ast.unparse(tree.body[-1])
+        assert last.startswith("if __name__ == '__main__'"), f'python -m {module} would do nothing'
 
 
 def test_everything_a_user_edits_or_loads_is_installed(distribution: Distribution) -> None:

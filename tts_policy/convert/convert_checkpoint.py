@@ -144,3 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(summary(converted, pruners))
     print(f'written: {args.out} and, as a draft to be completed, {parameters}')
     return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -98,11 +98,19 @@ def test_residual_blocks_that_are_added_to_a_camera_encoder_change_nothing_at_fi
     torch.testing.assert_close(*features, rtol=0, atol=1e-5)
 
 
-def test_no_threads_at_all_are_refused_in_one_line(
-    bags: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ('option', 'value', 'reason'),
+    [
+        ('--threads', '0', 'threads must be at least 1, got 0'),
+        ('--camera-blocks', '9', 'network camera_blocks must be in [0, 5], got 9'),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_in_one_line(
+    option: str, value: str, reason: str, bags: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert train_policy.main([str(bags), '--out', str(tmp_path / 'out'), '--threads', '0']) == 2
-    assert capsys.readouterr().err == 'train_policy: threads must be at least 1, got 0\n'
+    command = [str(bags), '--out', str(tmp_path / 'out'), '--threads', '1', option, value]
+    assert train_policy.main(command) == 2
+    assert capsys.readouterr().err == f'train_policy: {reason}\n'
 
 
 PRUNER_SIZES = ['--steps', '2', '--batch', '3', '--sample', '2', '--episodes', '4', '--ticks', '2']

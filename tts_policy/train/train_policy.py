@@ -323,6 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
         set_threads(args.threads)
         contract = PANDA_CONTRACT if args.contract is None else read_contract(args.contract)
         initial = None if args.initial is None else initial_network(args.initial, contract)
+        network = network_spec(args, initial)
         kept, others = split_demonstrations(args, contract)
         check = DataCheck(contract)
         held_out = load_windows(kept, check=check)
@@ -338,7 +339,6 @@ def main(arguments: list[str] | None = None) -> int:
         args.seed,
         bfloat16=args.bfloat16,
     )
-    network = network_spec(args, initial)
     trainer = PolicyTrainer(contract, network, spec, windows, initial)
     args.out.mkdir(parents=True, exist_ok=True)
     write_check(args.out / 'data_check.json', check)

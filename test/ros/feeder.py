@@ -184,9 +184,14 @@ class Feeder:
 
     @property
     def matched(self) -> bool:
-        """Whether the policy listens to both sensors, and its chunks will be heard."""
+        """Whether the policy listens to both sensors, and its chunks will be heard.
+
+        That a publisher is known here does not mean that it knows its subscribers. It learns of
+        them in the order in which they were made, of that of its diagnostics last.
+        """
         return bool(
-            self._images.get_subscription_count()
+            self.status is not None
+            and self._images.get_subscription_count()
             and self._states.get_subscription_count()
             and self.node.count_publishers(f'{self._policy}/chunk_stats')
             and self.node.count_publishers(f'{self._policy}/proposed_trajectory')

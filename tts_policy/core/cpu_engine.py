@@ -41,7 +41,6 @@ from tts_policy.core.transformer import (
 )
 
 Block = Callable[[Tensor, Tensor], None]
-NOWHERE = -1
 
 
 class FoldedScheduler:
@@ -135,7 +134,9 @@ class CpuEngine(Engine):
     ) -> None:
         spec, encoder = denoiser.spec, denoiser.encoder
         self._lattice, self._force_first_step = lattice, force_first_step
-        self._stack = spec.stack
+        self._kinds = spec.stack.kinds
+        # Layer of every block that reads the memory.
+        self._layers = [b.layer if b.conditioned else None for b in spec.stack.blocks]
         timesteps = torch.tensor(scheduler.spec.timesteps())
         self.time_tokens = encoder.time_tokens(timesteps)
         self.observation_tokens = torch.empty(0)
@@ -150,7 +151,6 @@ class CpuEngine(Engine):
         self._tokens = torch.empty(spec.horizon, spec.width)
         self._x = torch.empty(spec.horizon, spec.action_dim)
         self._sums: list[Tensor] = []
-        self._entered = NOWHERE
         self._inpainting: Inpainting | None = None
         self._methods: dict[int, Callable[[int], None]] = {
             Op.EMBED: self._embed,
@@ -206,8 +206,9 @@ class CpuEngine(Engine):
         residual = torch.empty_like(self._tokens)
         for step in range(self._lattice.steps):
             self._embed(CONSTANT)
-            self._memory.enter(step)
-            for block in self._blocks:
+            for layer, block in zip(self._layers, self._blocks, strict=True):
+                if layer is not None:
+                    self._memory.enter(step, layer)
                 block(self._tokens, residual)
                 self._tokens.add_(residual)
             self._finish(step)
@@ -220,7 +221,6 @@ class CpuEngine(Engine):
             inpainting.impose(0, self._x)
         self._scheduler.begin()
         self._sums.clear()
-        self._entered = NOWHERE
 
     def _compiled(self, plan: Plan) -> _BoundProgram:
         """Return the plan's program, the last one if the plan has not changed."""
@@ -231,7 +231,7 @@ class CpuEngine(Engine):
         return self._program
 
     def _bind(self, plan: Plan) -> _BoundProgram:
-        program = compile_plan(plan, self._stack.kinds)
+        program = compile_plan(plan, self._kinds)
         return _BoundProgram(
             plan.copy(),
             [(self._methods[op], argument) for op, argument in program.ops],
@@ -253,9 +253,9 @@ class CpuEngine(Engine):
 
     def _compute(self, cell: int) -> None:
         step, block = divmod(cell, len(self._blocks))
-        if step != self._entered and self._stack.blocks[block].conditioned:
-            self._memory.enter(step)
-            self._entered = step
+        layer = self._layers[block]
+        if layer is not None:
+            self._memory.enter(step, layer)
         residual = self._cells[cell]
         self._blocks[block](self._tokens, residual)
         self._tokens.add_(residual)

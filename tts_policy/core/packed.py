@@ -120,9 +120,9 @@ class PackedEncoder:
 class FoldedMemory:
     """Keys and values of all layers, taken through the blocks' query and output projections.
 
-    Buffers of the step that is executed: keys and values [L, heads * S, D] and the part of the
-    scores that no token changes, scores [L, T, heads * S], minus infinity where masked. S counts
-    the time token of the step, entered by `enter`, and the To observation tokens of `observe`.
+    Buffers of each layer: keys and values [heads * S, D] and the part of the scores that no action
+    changes, scores [T, heads * S], minus infinity where masked. S counts the time token of the
+    step, entered by `enter`, and the To observation tokens of `observe`.
     """
 
     def __init__(self, denoiser: TransformerDenoiser, time_tokens: Tensor) -> None:
@@ -147,43 +147,44 @@ class FoldedMemory:
         out = torch.stack([block.out.weight for block in blocks])
         out = out.view(layers, width, heads, width // heads).transpose(1, 2)
         self._out = out.reshape(-1, width, width // heads).mT
-        self._keys = torch.zeros(layers, heads, memory, width)
-        self._values = torch.zeros(layers, heads, memory, width)
-        self._bias = torch.zeros(layers, 1, heads, memory)
+        # Keys and values in one, so that a time token is entered by one copy.
+        keys_values = torch.zeros(layers, 2, heads, memory, width)
         self._masked = additive(mask)[None, :, None, :].expand(layers, -1, heads, -1).contiguous()
-        self._scores = self._masked.clone()
-        self.keys = [part.flatten(0, 1).t() for part in self._keys]
-        self.values = [part.flatten(0, 1) for part in self._values]
-        self.scores = [part.flatten(1) for part in self._scores]
+        scores = self._masked.clone()
+        self._observed, self._observed_scores = keys_values[..., 1:, :], scores[..., 1:]
+        self.keys = [part[0].flatten(0, 1).t() for part in keys_values]
+        self.values = [part[1].flatten(0, 1) for part in keys_values]
+        self.scores = [part.flatten(1) for part in scores]
+        self._slots = list(
+            zip(keys_values[..., :1, :].unbind(0), scores[..., :1].unbind(0), strict=True)
+        )
         folded = [self._fold(token[None]) for token in time_tokens]
-        self._time = [tuple(part.contiguous() for part in parts) for parts in folded]
+        # By step and layer.
+        self._time = [
+            list(zip(kv.unbind(0), (self._masked[..., :1] + bias).unbind(0), strict=True))
+            for kv, bias in folded
+        ]
 
-    def _fold(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Memory tokens [n, D] -> keys and values [L, heads, n, D], biases [L, 1, heads, n]."""
+    def _fold(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory tokens [n, D] -> keys, values [L, 2, heads, n, D] and biases [L, 1, heads, n]."""
         layers, heads, size = self._sizes
         kv = self._kv(tokens).view(-1, layers, 2, heads, size).permute(2, 1, 3, 0, 4)
         keys, values = kv.reshape(2, layers * heads, -1, size).unbind(0)
         shape = (layers, heads, len(tokens), -1)
-        return (
-            torch.bmm(keys, self._query).view(shape),
-            torch.bmm(values, self._out).view(shape),
-            torch.bmm(keys, self._query_bias).view(layers, 1, heads, -1),
-        )
+        folded = torch.bmm(keys, self._query).view(shape), torch.bmm(values, self._out).view(shape)
+        bias = torch.bmm(keys, self._query_bias).view(layers, 1, heads, -1)
+        return torch.stack(folded, dim=1), bias
 
     def observe(self, tokens: Tensor) -> None:
         """Take the observation tokens [To, D] of a tick."""
-        keys, values, bias = self._fold(tokens)
-        self._keys[:, :, 1:].copy_(keys)
-        self._values[:, :, 1:].copy_(values)
-        self._bias[..., 1:].copy_(bias)
+        keys_values, bias = self._fold(tokens)
+        self._observed.copy_(keys_values)
+        torch.add(self._masked[..., 1:], bias, out=self._observed_scores)
 
-    def enter(self, step: int) -> None:
-        """Take the time token of a step."""
-        keys, values, bias = self._time[step]
-        self._keys[:, :, :1].copy_(keys)
-        self._values[:, :, :1].copy_(values)
-        self._bias[..., :1].copy_(bias)
-        torch.add(self._masked, self._bias, out=self._scores)
+    def enter(self, step: int, layer: int) -> None:
+        """Take the time token of a step for a layer."""
+        for slot, value in zip(self._slots[layer], self._time[step][layer], strict=True):
+            slot.copy_(value)
 
 
 class PackedCrossAttention:

@@ -12,7 +12,9 @@ Source: arXiv 2605.13316, section 3; the knob and the validity rules are this pr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,30 +64,61 @@ def static_plan(steps: int, blocks: int, count: int) -> Plan:
     return plan
 
 
-def _latest_of_kind(latest: NDArray[np.int64], kinds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Running maximum of [K, N] in order of execution, which is step-major, within each kind."""
-    result = np.empty_like(latest)
-    for kind in np.unique(kinds):
-        of_kind = latest[:, kinds == kind]
-        running = np.maximum.accumulate(of_kind.ravel())
-        result[:, kinds == kind] = running.reshape(of_kind.shape)
-    return result
+@dataclass(frozen=True)
+class _ByKind:
+    """Order in which the cells of each kind follow one another, in order of execution.
+
+    cells: [K, N], numbered as they are executed; order: all cells, those of a kind together;
+    begins: where each kind begins in it; of_block: number of the kind of every block [N]; base:
+    what keeps a running maximum in this order from one kind to the next.
+    """
+
+    cells: NDArray[np.int64]
+    order: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    of_block: NDArray[np.int64]
+    base: NDArray[np.int64]
+
+    def latest(self, latest: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Running maximum of [K, N] cell numbers, -1 for none, within each kind."""
+        running = latest.ravel()[self.order]
+        running += self.base
+        np.maximum.accumulate(running, out=running)
+        running -= self.base
+        result = np.empty_like(latest)
+        result.ravel()[self.order] = running
+        return result
+
+    def first(self, computed: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """First computed cell of the kind of every block [N]; behind the last cell if none."""
+        cells = np.where(computed, self.cells, self.cells.size).ravel()[self.order]
+        first: NDArray[np.int64] = np.minimum.reduceat(cells, self.begins)[self.of_block]
+        return first
+
+
+@lru_cache(maxsize=32)
+def _order_by_kind(steps: int, kinds: bytes) -> _ByKind:
+    """Order of K steps of blocks of these kinds, int64 [N]: it is the same at every tick."""
+    _, of_block = np.unique(np.frombuffer(kinds, np.int64), return_inverse=True)
+    cells = np.arange(steps * len(of_block)).reshape(steps, -1)
+    of_cell = np.tile(of_block, steps)
+    order = np.argsort(of_cell, kind='stable')
+    begins = np.searchsorted(of_cell[order], np.arange(of_block.max() + 1))
+    return _ByKind(cells, order, begins, of_block, of_cell[order] * (cells.size + 1))
+
+
+def _by_kind(steps: int, kinds: NDArray[np.int64]) -> _ByKind:
+    return _order_by_kind(steps, kinds.astype(np.int64, copy=False).tobytes())
 
 
 def computed_before(
     computed: NDArray[np.bool_], kinds: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Where FORWARD and TIMESTEP are valid, each [K, N], given the computed cells [K, N]."""
-    steps, blocks = computed.shape
-    cells = np.arange(steps * blocks).reshape(steps, blocks)
-    # A cell has an earlier one of its kind where the first computed one comes before it.
-    first = np.full(blocks, steps * blocks)
-    for kind in np.unique(kinds):
-        of_kind = cells[computed & (kinds == kind)]
-        first[kinds == kind] = of_kind[0] if of_kind.size else steps * blocks
-    by_step = np.logical_or.accumulate(computed, axis=0)
-    timestep = np.concatenate([np.zeros((1, blocks), bool), by_step[:-1]], axis=0)
-    return cells > first, timestep
+    by_kind = _by_kind(len(computed), kinds)
+    timestep = np.zeros_like(computed)
+    np.logical_or.accumulate(computed[:-1], axis=0, out=timestep[1:])
+    return by_kind.cells > by_kind.first(computed), timestep
 
 
 def make_plan(
@@ -144,14 +177,14 @@ def resolve_sources(plan: Plan, kinds: NDArray[np.int64]) -> NDArray[np.int64]:
         if FORWARD or TIMESTEP has no computed source, or a class is unknown.
 
     """
-    steps, blocks = plan.shape
-    if plan.min() < 0 or plan.max() > Reuse.ROLLOUT:
+    # Below zero is above the largest as an unsigned number.
+    if plan.view(np.uint8).max() > Reuse.ROLLOUT:
         raise PlanError(f'plan classes must be in [0, 3], got {plan.min()} to {plan.max()}')
-    cells = np.arange(steps * blocks).reshape(steps, blocks)
-    computed = plan == Reuse.COMPUTE
-    latest = np.where(computed, cells, -1)
+    by_kind = _by_kind(len(plan), kinds)
+    cells = by_kind.cells
+    latest = np.where(plan == Reuse.COMPUTE, cells, -1)
     timestep = np.maximum.accumulate(latest, axis=0)
-    forward = _latest_of_kind(latest, kinds)
+    forward = by_kind.latest(latest)
     sources = np.choose(plan, [cells, forward, timestep, cells])
     if sources.min() < 0:
         i, b = np.argwhere(sources < 0)[0]

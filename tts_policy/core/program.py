@@ -62,11 +62,13 @@ class _Sums:
     """The distinct sums of a plan, ordered by when the last of their sources is there."""
 
     def __init__(self, sources: NDArray[np.int64], computed: NDArray[np.bool_]) -> None:
-        blocks = computed.shape[1]
-        edges = np.diff(np.pad(~computed, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        steps, blocks = computed.shape
+        # A run begins and ends within a step: computed cells stand around every one.
+        framed = np.ones((steps, blocks + 2), bool)
+        framed[:, 1:-1] = computed
         flat = sources.ravel()
-        firsts = np.flatnonzero(edges[:, :-1] == 1)
-        ends = np.flatnonzero(edges[:, 1:] == -1) + 1
+        firsts = np.flatnonzero(framed[:, :-2] & ~computed)
+        ends = np.flatnonzero(framed[:, 2:] & ~computed) + 1
         # A source of this tick is ready once it is computed, one of an earlier tick always.
         ready = np.append(np.where(computed.ravel()[flat], flat, -1), -1)
         bounds = np.stack([firsts, ends], axis=1).ravel()

@@ -22,7 +22,7 @@ from tts_policy.core.stopwatch import Stopwatch
 from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 
 if find_spec('triton') is None:
-    pytest.skip('requirements/triton.txt is not installed', allow_module_level=True)
+    pytest.skip('triton is not on the path (scripts/test_triton.sh)', allow_module_level=True)
 # Read when Triton is imported.
 os.environ.setdefault('TRITON_INTERPRET', '1')
 

@@ -7,6 +7,12 @@ one rasteriser thread beside a busy core is faster than several.
 """
 
 import os
+from importlib import import_module
+from importlib.util import find_spec
 
 os.environ.setdefault('MUJOCO_GL', 'osmesa')
 os.environ.setdefault('LP_NUM_THREADS', '1')
+# Triton and the software renderer bring an LLVM each. A process that loads both, as one does where
+# torch has CUDA, ends in a segmentation fault unless Triton's is the first.
+if os.environ['MUJOCO_GL'] == 'osmesa' and find_spec('triton') is not None:
+    import_module('triton')

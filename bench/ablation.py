@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tts_policy.core.chunk_sampler import EngineMaker
 from tts_policy.core.denoiser import Denoiser
 from tts_policy.core.engine import EagerEngine
+from tts_policy.core.engines import EngineMaker
 from tts_policy.core.lattice import Lattice
 from tts_policy.core.memory import ConditionalMemory, Conditioning
 from tts_policy.core.scheduler import NoiseScheduler
@@ -25,7 +25,7 @@ class PerStepMemory(ConditionalMemory):
     def __init__(self, denoiser: TransformerDenoiser, timesteps: list[float]) -> None:
         super().__init__(denoiser, timesteps)
         self._denoiser = denoiser
-        self._timesteps = torch.tensor(timesteps)
+        self._timesteps = torch.tensor(timesteps, device=denoiser.device)
         self._features = torch.empty(0)
         self._step, self._memory = -1, torch.empty(0)
 
@@ -34,8 +34,9 @@ class PerStepMemory(ConditionalMemory):
         self.observation_tokens = self._denoiser.encoder.observation_tokens(features)
         self._features, self._step = features, -1
 
-    def keys_values(self, step: int, layer: int) -> Conditioning:
+    def keys_values(self, step: int | Tensor, layer: int) -> Conditioning:
         """Keys and values of one layer at one step."""
+        assert isinstance(step, int)
         if step != self._step:
             encoder = self._denoiser.encoder
             time = encoder.time_tokens(self._timesteps[step : step + 1])[:, None]
@@ -50,7 +51,7 @@ class AllStepsMemory(ConditionalMemory):
     def __init__(self, denoiser: TransformerDenoiser, timesteps: list[float]) -> None:
         super().__init__(denoiser, timesteps)
         self._denoiser = denoiser
-        self._timesteps = torch.tensor(timesteps)
+        self._timesteps = torch.tensor(timesteps, device=denoiser.device)
         self._keys_values: list[tuple[Tensor, Tensor]] = []
 
     def encode(self, features: Tensor) -> None:
@@ -64,8 +65,9 @@ class AllStepsMemory(ConditionalMemory):
             block.keys_values(memory) for block in self._denoiser.cross_attentions
         ]
 
-    def keys_values(self, step: int, layer: int) -> Conditioning:
+    def keys_values(self, step: int | Tensor, layer: int) -> Conditioning:
         """Keys and values of one layer at one step."""
+        assert isinstance(step, int)
         keys, values = self._keys_values[layer]
         denoiser = self._denoiser
         return Conditioning(

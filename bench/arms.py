@@ -19,12 +19,12 @@ from torch import Tensor
 from upstream import UpstreamSampler
 
 from tts_policy.core.bundle import load_bundle
-from tts_policy.core.chunk_sampler import ChunkSampler, EngineMaker
+from tts_policy.core.chunk_sampler import ChunkSampler
 from tts_policy.core.denoiser import Denoiser, DenoiserSpec
 from tts_policy.core.engine import EagerEngine
-from tts_policy.core.engines import engine_maker, make_engine
+from tts_policy.core.engines import EngineMaker, engine_maker, make_engine
 from tts_policy.core.network import PolicyNetwork
-from tts_policy.core.pruner import Pruner, PrunerSpec
+from tts_policy.core.pruner import PlanPruner, Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec
 from tts_policy.core.stopwatch import Stopwatch
@@ -34,14 +34,16 @@ TRAIN_STEPS = 100
 SPARSITIES = {'ddpm100': 0.95, 'ddim16': 0.80, 'ddim10': 0.80}
 OBSERVATIONS = 16
 
+# Makes the chunk of one tick and says when its stages end.
+Chunk = Callable[[Stopwatch], None]
+
 
 @dataclass(frozen=True)
 class Arm:
-    """`chunk(watch)` makes the chunk of one tick; scheduler: whose steps it takes, if our own."""
+    """A way to make chunks, by name; nothing is set up before `make` is called."""
 
     name: str
-    chunk: Callable[[Stopwatch], None]
-    scheduler: SchedulerSpec | None = None
+    make: Callable[[], Chunk]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Model:
     """
 
     denoiser: Denoiser
-    samplers: dict[str, tuple[SamplerSpec, Pruner]]
+    samplers: dict[str, tuple[SamplerSpec, PlanPruner]]
     observe: Callable[[], Tensor]
 
 
@@ -78,19 +80,19 @@ def _samplers() -> dict[str, SamplerSpec]:
 def random_model(horizon: int, device: str, tiny: bool = False) -> Model:
     """Random model of upstream's size, with weights that half precision holds as in a bundle."""
     torch.manual_seed(0)
-    sizes = {'width': 32, 'layers': 2} if tiny else {}
     spec = TransformerSpec(
         action_dim=8 if horizon == 10 else 10,
         horizon=horizon,
         obs_steps=2,
         obs_features=137,
-        **sizes,
+        width=32 if tiny else 256,
+        layers=2 if tiny else 8,
     )
     denoiser = TransformerDenoiser(spec).eval().requires_grad_(False)
     for parameter in denoiser.parameters():
         parameter.copy_(parameter.half())
     observations = cycle(list(torch.randn(OBSERVATIONS, 1, 2, 137).to(device)))
-    samplers = {
+    samplers: dict[str, tuple[SamplerSpec, PlanPruner]] = {
         name: (sampler, random_pruner(spec, sampler.scheduler.steps).to(device))
         for name, sampler in _samplers().items()
     }
@@ -119,13 +121,73 @@ def bundle_model(folder: Path, device: str) -> Model:
     """A bundle with its trained pruners; every chunk encodes the images of its window."""
     bundle = load_bundle(folder)
     network = bundle.network.to(device).eval().requires_grad_(False)
-    samplers = {
+    samplers: dict[str, tuple[SamplerSpec, PlanPruner]] = {
         name: (spec, pruner.to(device).eval().requires_grad_(False))
         for name, (spec, pruner) in bundle.samplers.items()
         if pruner is not None
     }
     windows = _random_windows(network, device)
     return Model(network.denoiser, samplers, lambda: network.features(*next(windows)))
+
+
+class SampledChunks:
+    """Chunks of one of our samplers, as the ticks of one episode."""
+
+    def __init__(
+        self, model: Model, sampler: str, sparsity: float, engine: EngineMaker, overlap: bool
+    ) -> None:
+        """Set up the sampler; overlap: on a GPU the pruner gets a stream of its own."""
+        spec, pruner = model.samplers[sampler]
+        self._model, self._sparsity, self._spec = model, sparsity, spec
+        self._chunks = ChunkSampler(
+            model.denoiser, spec, pruner, engine=engine, overlap_pruner=overlap
+        )
+
+    @torch.inference_mode()
+    def __call__(self, watch: Stopwatch) -> None:
+        """Make the chunk of the next tick."""
+        features = self._model.observe()
+        watch.lap('observation_encoder')
+        x, _, _ = self._chunks.sample(features, self._sparsity, watch)
+        x[0].cpu().double().numpy()
+        watch.lap('copy_out')
+
+    @torch.inference_mode()
+    def alone_ms(self, on_gpu: bool, repetitions: int = 20) -> dict[str, float]:
+        """Medians of what the stages of a tick cannot show; it ends the episode.
+
+        plan_ready_ms: from features on the device to the plan on the host, with nothing beside it;
+        scheduler_alone_ms: all steps of the scheduler, outside the loop they are part of;
+        first_tick_ms: the dense tick after a reset.
+        """
+        features = self._model.observe()
+        noise = torch.randn(3, *self._chunks.lattice.initial_noise.shape).to(features.device)
+        steps, scheduler = self._spec.scheduler.steps, NoiseScheduler(self._spec.scheduler)
+
+        def step_all() -> None:
+            x = noise[0]
+            for step in range(steps):
+                x = scheduler.step(step, x, noise[1], noise[2])
+            x.cpu()
+
+        parts = {
+            'plan_ready_ms': lambda: self._chunks.plan(features, self._sparsity),
+            'scheduler_alone_ms': step_all,
+            'first_tick_ms': lambda: self(Stopwatch()),
+        }
+        medians = {}
+        for name, part in parts.items():
+            taken = []
+            for _ in range(repetitions):
+                if name == 'first_tick_ms':
+                    self._chunks.reset()
+                if on_gpu:
+                    torch.cuda.synchronize()
+                started = time.perf_counter()
+                part()
+                taken.append(time.perf_counter() - started)
+            medians[name] = round(1e3 * statistics.median(taken), 3)
+        return medians
 
 
 def _sampler_arm(
@@ -136,54 +198,49 @@ def _sampler_arm(
     engine: EngineMaker = make_engine,
     overlap_pruner: bool = True,
 ) -> Arm:
-    spec, pruner = model.samplers[sampler]
-    chunks = ChunkSampler(
-        model.denoiser, spec, pruner, engine=engine, overlap_pruner=overlap_pruner
-    )
-
-    @torch.inference_mode()
-    def chunk(watch: Stopwatch) -> None:
-        features = model.observe()
-        watch.lap('observation_encoder')
-        x, _, _ = chunks.sample(features, sparsity, watch)
-        x[0].cpu().double().numpy()
-        watch.lap('copy_out')
-
-    return Arm(name, chunk, spec.scheduler)
+    return Arm(name, lambda: SampledChunks(model, sampler, sparsity, engine, overlap_pruner))
 
 
-def _dense_arm(model: Model, name: str, sample: Callable[[Tensor], Tensor]) -> Arm:
-    """An arm of another way to sample densely, from features to normalised actions."""
+def _dense_arm(model: Model, name: str, make: Callable[[], Callable[[Tensor], Tensor]]) -> Arm:
+    """An arm of another way to sample densely; made: from features to normalised actions."""
 
-    @torch.inference_mode()
-    def chunk(watch: Stopwatch) -> None:
-        features = model.observe()
-        watch.lap('observation_encoder')
-        x = sample(features)
-        watch.lap('denoising')
-        x[0].cpu().double().numpy()
-        watch.lap('copy_out')
+    def make_chunk() -> Chunk:
+        with torch.inference_mode():
+            sample = make()
 
-    return Arm(name, chunk)
+        @torch.inference_mode()
+        def chunk(watch: Stopwatch) -> None:
+            features = model.observe()
+            watch.lap('observation_encoder')
+            x = sample(features)
+            watch.lap('denoising')
+            x[0].cpu().double().numpy()
+            watch.lap('copy_out')
+
+        return chunk
+
+    return Arm(name, make_chunk)
 
 
 def _upstream_arm(model: Model, name: str, sampler: str) -> Arm:
-    spec, _ = model.samplers[sampler]
-    assert isinstance(model.denoiser, TransformerDenoiser)
-    upstream = UpstreamSampler(model.denoiser, spec.scheduler)
-    denoiser = model.denoiser.spec
-    noise = torch.randn(1, denoiser.horizon, denoiser.action_dim).to(model.denoiser.device)
-    return _dense_arm(model, name, lambda features: upstream.sample(features, noise))
+    def make() -> Callable[[Tensor], Tensor]:
+        spec, _ = model.samplers[sampler]
+        assert isinstance(model.denoiser, TransformerDenoiser)
+        upstream = UpstreamSampler(model.denoiser, spec.scheduler)
+        denoiser = model.denoiser.spec
+        noise = torch.randn(1, denoiser.horizon, denoiser.action_dim).to(model.denoiser.device)
+        return lambda features: upstream.sample(features, noise)
+
+    return _dense_arm(model, name, make)
 
 
 def _cuda_arms(model: Model, name: str, sparsity: float) -> list[Arm]:
     """Arms that only a GPU has: what a user would do instead, our other engines, the pruner."""
-    spec, _ = model.samplers[name]
-    arms = []
-    with torch.inference_mode():
-        graph = captured_dense(model.denoiser, spec)
-    arms.append(_dense_arm(model, f'graph_dense_{name}', graph))
-    arms.append(_dense_arm(model, f'compiled_dense_{name}', compiled_dense(model.denoiser, spec)))
+    denoiser, (spec, _) = model.denoiser, model.samplers[name]
+    arms = [
+        _dense_arm(model, f'graph_dense_{name}', lambda: captured_dense(denoiser, spec)),
+        _dense_arm(model, f'compiled_dense_{name}', lambda: compiled_dense(denoiser, spec)),
+    ]
     engines = ['graphs'] if find_spec('triton') is None else ['graphs', 'triton']
     for engine in engines:
         label, make = f'sparse_{engine}_{name}_{sparsity:.2f}', engine_maker(engine)
@@ -194,9 +251,9 @@ def _cuda_arms(model: Model, name: str, sparsity: float) -> list[Arm]:
     return arms
 
 
-def make_arms(model: Model) -> list[Arm]:
+def declare_arms(model: Model) -> list[Arm]:
     """Every arm of a model: our dense and sparse ones; of a transformer upstream and ablation."""
-    arms = []
+    arms: list[Arm] = []
     is_transformer = isinstance(model.denoiser, TransformerDenoiser)
     on_gpu = model.denoiser.device.type == 'cuda'
     for name, (spec, _) in model.samplers.items():
@@ -218,22 +275,6 @@ def make_arms(model: Model) -> list[Arm]:
     return arms
 
 
-def scheduler_s(arm: Arm, model: Model, repetitions: int = 20) -> float | None:
-    """Median seconds of all steps of an arm's scheduler alone, outside the loop it is part of."""
-    if arm.scheduler is None:
-        return None
-    scheduler, size = NoiseScheduler(arm.scheduler), model.denoiser.spec
-    x, eps = torch.randn(2, 1, size.horizon, size.action_dim).to(model.denoiser.device)
-    taken = []
-    for _ in range(repetitions):
-        started = time.perf_counter()
-        for step in range(arm.scheduler.steps):
-            x = scheduler.step(step, x, eps, eps)
-        x.cpu()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
-
-
 @dataclass(frozen=True)
 class Timing:
     """One chunk: seconds until its actions are on the host, processor time, stages.
@@ -246,13 +287,13 @@ class Timing:
     stages_s: dict[str, float]
 
 
-def run_timed(arm: Arm, on_gpu: bool) -> Timing:
+def run_timed(chunk: Chunk, on_gpu: bool) -> Timing:
     """Make one chunk, with nothing left in flight from the arm before."""
     if on_gpu:
         torch.cuda.synchronize()
     watch = DeviceStopwatch() if on_gpu else Stopwatch()
     cpu, started = time.process_time(), time.perf_counter()
-    arm.chunk(watch)
+    chunk(watch)
     wall_s = time.perf_counter() - started
     stages_s = watch.read() if isinstance(watch, DeviceStopwatch) else watch.stages_s
     return Timing(wall_s, time.process_time() - cpu, stages_s)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,8 +40,8 @@ def main() -> None:
     print(', '.join(f'{key} {value}' for key, value in describe_machine('cpu').items()))
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(SIZE, SIZE).to(dtype)
-        flops = 2 * SIZE**3
-        print(f'{dtype} product {SIZE}^3: {flops / median_s(lambda a=a: a @ a) / 1e9:.1f} GFLOP/s')
+        flops, seconds = 2 * SIZE**3, median_s(partial(torch.matmul, a, a))
+        print(f'{dtype} product {SIZE}^3: {flops / seconds / 1e9:.1f} GFLOP/s')
     for mib in WORKING_SETS_MIB:
         x = torch.randn(int(mib * 2**18))
         print(f'reading {mib} MiB: {x.nbytes / median_s(x.sum) / 1e9:.1f} GB/s')

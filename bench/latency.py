@@ -14,25 +14,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from arms import (
-    Arm,
+    Chunk,
+    Model,
+    SampledChunks,
     Timing,
     bundle_model,
-    make_arms,
+    declare_arms,
     random_model,
     run_timed,
-    scheduler_s,
 )
 from machine import describe_machine
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 MIN_CHUNKS = 200
+SAVE_EVERY = 25
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,15 +69,37 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def measure(arms: list[Arm], chunks: int, warm_up: int, device: str) -> dict[str, Any]:
-    """Run the arms in turn; returns percentiles and median stages by arm, in milliseconds."""
-    timings: dict[str, list[Timing]] = {arm.name: [] for arm in arms}
-    for turn in tqdm(range(warm_up + chunks), desc='chunks', dynamic_ncols=True):
-        for arm in arms:
-            timing = run_timed(arm, device == 'cuda')
-            if turn >= warm_up:
-                timings[arm.name].append(timing)
-    return {name: summarise(taken) for name, taken in timings.items()}
+Results = dict[str, dict[str, Any]]
+
+
+def measure(
+    arms: dict[str, Chunk],
+    chunks: int,
+    warm_up: int,
+    on_gpu: bool,
+    save: Callable[[Results], None],
+) -> Results:
+    """Run the arms in turn; returns percentiles and median stages by arm, in milliseconds.
+
+    What there is so far is saved now and then, and all of it when it is interrupted.
+    """
+    timings: dict[str, list[Timing]] = {name: [] for name in arms}
+
+    def summary() -> Results:
+        return {name: summarise(taken) for name, taken in timings.items() if taken}
+
+    try:
+        for turn in tqdm(range(warm_up + chunks), desc='chunks', dynamic_ncols=True):
+            for name, chunk in arms.items():
+                timing = run_timed(chunk, on_gpu)
+                if turn >= warm_up:
+                    timings[name].append(timing)
+            if (turn + 1) % SAVE_EVERY == 0:
+                save(summary())
+    except KeyboardInterrupt:
+        save(summary())
+        raise
+    return summary()
 
 
 def summarise(timings: list[Timing]) -> dict[str, Any]:
@@ -90,21 +116,22 @@ def summarise(timings: list[Timing]) -> dict[str, Any]:
         'cpu_p50_ms': np.median([timing.cpu_s for timing in timings]),
     }
     return {
+        'chunks': len(timings),
         **{name: round(1e3 * float(value), 3) for name, value in times.items()},
         'stages_ms': {name: round(1e3 * float(value), 3) for name, value in stages.items()},
     }
 
 
-def write_traces(arms: list[Arm], folder: Path, device: str) -> None:
+def write_traces(arms: dict[str, Chunk], folder: Path, device: str) -> None:
     """Write the timeline of one chunk of every arm, for chrome://tracing or Perfetto."""
     activities = [ProfilerActivity.CPU]
     if device == 'cuda':
         activities.append(ProfilerActivity.CUDA)
     folder.mkdir(parents=True, exist_ok=True)
-    for arm in arms:
+    for name, chunk in arms.items():
         with profile(activities=activities) as profiler:
-            run_timed(arm, device == 'cuda')
-        profiler.export_chrome_trace(str(folder / f'{arm.name}.json'))
+            run_timed(chunk, device == 'cuda')
+        profiler.export_chrome_trace(str(folder / f'{name}.json'))
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -122,35 +149,70 @@ def print_table(results: dict[str, Any]) -> None:
         print(f'{name:{width}}  {parts}')
 
 
-def main() -> None:
-    """Measure, print the table, write the JSON."""
+def make_chunks(model: Model, only: str) -> dict[str, Chunk]:
+    """Set up the arms whose name contains `only`, and no other."""
+    return {arm.name: arm.make() for arm in declare_arms(model) if only in arm.name}
+
+
+def writer(arguments: argparse.Namespace, model: Model) -> Callable[[Results], None]:
+    """Make what writes results to the file asked for, whole or not at all."""
+    machine = describe_machine(arguments.device)
+    print(', '.join(f'{key} {value}' for key, value in machine.items()))
+    settings = {
+        'model': str(arguments.bundle or 'random'),
+        'spec': vars(model.denoiser.spec),
+        'chunks': arguments.chunks,
+        'warm_up': arguments.warm_up,
+    }
+
+    def write(results: Results) -> None:
+        file: Path | None = arguments.json
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        data = {'machine': machine, 'settings': settings, 'arms': results}
+        part = file.with_name(f'{file.name}.part')
+        part.write_text(json.dumps(data, indent=1) + '\n', encoding='utf-8')
+        part.replace(file)
+
+    return write
+
+
+def main() -> int:
+    """Measure, print the table, write the JSON; returns the exit status."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
+    on_gpu = arguments.device == 'cuda'
+    if on_gpu and not torch.cuda.is_available():
+        print('latency: a CUDA device expected, got none', file=sys.stderr)
+        return 2
     if arguments.bundle is not None:
         model = bundle_model(arguments.bundle, arguments.device)
     else:
         model = random_model(arguments.horizon, arguments.device, arguments.tiny)
-    machine = describe_machine(arguments.device)
-    print(', '.join(f'{key} {value}' for key, value in machine.items()))
-    arms = [arm for arm in make_arms(model) if arguments.only in arm.name]
-    results = measure(arms, arguments.chunks, arguments.warm_up, arguments.device)
-    for arm in arms:
-        if (seconds := scheduler_s(arm, model)) is not None:
-            results[arm.name]['scheduler_alone_ms'] = round(1e3 * seconds, 3)
+    arms = make_chunks(model, arguments.only)
+    if not arms:
+        names = ', '.join(arm.name for arm in declare_arms(model))
+        print(
+            f'latency: --only must be part of one of {names}; got {arguments.only!r}',
+            file=sys.stderr,
+        )
+        return 2
+    save = writer(arguments, model)
+    try:
+        results = measure(arms, arguments.chunks, arguments.warm_up, on_gpu, save)
+    except KeyboardInterrupt:
+        return 130
+    save(results)
     if arguments.trace is not None:
         write_traces(arms, arguments.trace, arguments.device)
+    for name, chunk in arms.items():
+        if isinstance(chunk, SampledChunks):
+            results[name] |= chunk.alone_ms(on_gpu)
+    save(results)
     print_table(results)
-    if arguments.json is not None:
-        settings = {
-            'model': str(arguments.bundle or 'random'),
-            'spec': vars(model.denoiser.spec),
-            'chunks': arguments.chunks,
-            'warm_up': arguments.warm_up,
-        }
-        data = {'machine': machine, 'settings': settings, 'arms': results}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(data, indent=1) + '\n', encoding='utf-8')
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

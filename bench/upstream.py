@@ -62,6 +62,7 @@ def diffusers_scheduler(spec: SchedulerSpec) -> Any:
         'clip_sample': True,
         'prediction_type': 'epsilon',
     }
+    scheduler: Any
     if spec.kind == 'ddpm':
         scheduler = DDPMScheduler(variance_type='fixed_small', **shared)
     else:
@@ -97,8 +98,9 @@ class UpstreamSampler:
     def sample(self, features: Tensor, initial_noise: Tensor) -> Tensor:
         """Normalised actions [B, T, A] from features [B, To, Do]."""
         x = initial_noise
-        for timestep in self._scheduler.timesteps.to(x.device):
-            predicted = self.predict(x, timestep, features)
+        # They stay on the host, as upstream's do: the scheduler reads each of them there.
+        for timestep in self._scheduler.timesteps:
+            predicted = self.predict(x, timestep.to(x.device), features)
             x = self._scheduler.step(predicted, timestep, x, generator=self._generator)
             x = x.prev_sample
         return x

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,7 +101,11 @@ def test_it_writes_percentiles_and_stages_of_every_arm(tmp_path: Path) -> None:
         assert sum(arm['stages_ms'].values()) < 3 * arm['p99_ms']
     stages = data['arms']['sparse_ddpm100_0.95']['stages_ms']
     assert {'conditional_encoder', 'pruner', 'first_step', 'masked_steps'} <= set(stages)
-    assert data['arms']['sparse_ddim10_0.80']['scheduler_alone_ms'] > 0
+    for name in ('plan_ready_ms', 'scheduler_alone_ms', 'first_tick_ms'):
+        assert data['arms']['sparse_ddim10_0.80'][name] > 0
+        assert name not in data['arms']['upstream_dense_ddim10']
+    ablated = data['arms']['ablation_folded_time_tokens_ddpm100']['stages_ms']
+    assert {'first_step', 'masked_steps'} <= set(ablated)
     timeline = json.loads((tmp_path / 'trace' / 'sparse_ddim10_0.80.json').read_text())
     assert timeline['traceEvents']
     assert 'denoising' in data['arms']['upstream_dense_ddpm100']['stages_ms']
@@ -108,17 +113,70 @@ def test_it_writes_percentiles_and_stages_of_every_arm(tmp_path: Path) -> None:
 
 def test_every_engine_is_checked_against_the_eager_one(tmp_path: Path) -> None:
     command = [sys.executable, BENCH / 'gpu_check.py', '--tiny', '--json', tmp_path / 'check.json']
-    subprocess.run([*command, '--device', 'cpu'], check=True, capture_output=True, timeout=300)
-    engines = json.loads((tmp_path / 'check.json').read_text())['engines']
-    assert {'eager ddim10', 'graphs ddim10', 'graphs ddpm100'} <= set(engines)
-    assert all(row['error'] <= row['tolerance'] for row in engines.values())
+    run = subprocess.run([*command, '--device', 'cpu'], capture_output=True, timeout=300)
+    rows = {row['name']: row for row in json.loads((tmp_path / 'check.json').read_text())['rows']}
+    assert run.returncode == 0
+    assert {'eager ddim10', 'graphs ddim10', 'graphs ddpm100 late plan'} <= set(rows)
+    assert {'graphs policy ddim10', 'graphs policy ddpm100'} <= set(rows)
+    assert all(row['error'] <= row['tolerance'] for row in rows.values())
+    assert rows['graphs ddim10']['error'] > 0
+
+
+def test_an_engine_that_takes_too_long_is_a_line_of_the_report(tmp_path: Path) -> None:
+    command = [sys.executable, BENCH / 'gpu_check.py', '--tiny', '--device', 'cpu']
+    command += ['--limit', '0.1', '--json', tmp_path / 'check.json']
+    run = subprocess.run(command, capture_output=True, timeout=120)
+    rows = json.loads((tmp_path / 'check.json').read_text())['rows']
+    assert run.returncode == 1
+    assert [(row['name'], row['ok'], row['reason']) for row in rows] == [
+        ('eager', False, 'it took longer than 0.1 s'),
+        ('graphs', False, 'it took longer than 0.1 s'),
+    ]
+
+
+def test_chunks_that_are_no_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from engine_checks import _row
+
+    good, bad = np.zeros((2, 3)), np.full((2, 3), np.nan)
+    assert _row('ddim10', 'graphs', [good, good], [good, good])['ok']
+    assert not _row('ddim10', 'graphs', [good, bad], [good, good])['ok']
+    assert not _row('ddim10', 'triton', [bad, good], [good, good])['ok']
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize('memory', ['PerStepMemory', 'AllStepsMemory'])
+def test_ablated_memories_live_where_the_denoiser_does(tiny_model: object, memory: str) -> None:
+    import ablation
+
+    # Where there is no GPU, the meta device shows what was left on the CPU.
+    denoiser = tiny_model.denoiser.to('meta')
+    made = getattr(ablation, memory)(denoiser, [3.0, 1.0])
+    made.encode(tiny_model.observe().to('meta'))
+    assert made.keys_values(1, 0).keys.device.type == 'meta'
+
+
+def test_arms_that_are_not_asked_for_are_never_set_up(tiny_model: object) -> None:
+    from latency import make_chunks
+
+    arms = make_chunks(tiny_model, 'sparse_ddim16')
+    assert list(arms) == ['sparse_ddim16_0.80']
+    from arms import declare_arms
+
+    assert len(declare_arms(tiny_model)) > 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_a_missing_gpu_is_one_line() -> None:
-    command = [sys.executable, BENCH / 'gpu_check.py']
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 2 and run.stderr == 'gpu_check: a CUDA device expected, got none\n'
+@pytest.mark.parametrize('command', ['gpu_check', 'latency'])
+def test_a_missing_gpu_is_one_line(command: str) -> None:
+    arguments = ['--random', '--device', 'cuda'] if command == 'latency' else []
+    run = subprocess.run(
+        [sys.executable, BENCH / f'{command}.py', *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2 and run.stderr == f'{command}: a CUDA device expected, got none\n'
 
 
 def test_a_model_must_be_named() -> None:

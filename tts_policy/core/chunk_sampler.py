@@ -103,6 +103,12 @@ class ChunkSampler:
         x, plan = self._engine.denoise(request, watch, inpainting)
         return x, plan, self.lattice.commit(plan)
 
+    @torch.inference_mode()
+    def plan(self, features: Tensor, sparsity: float) -> Plan:
+        """Plan that a tick with these observation features [1, To, Do] would execute."""
+        self._engine.observe(features)
+        return self._request_plan(sparsity)()
+
     def _request_plan(self, sparsity: float) -> Callable[[], Plan]:
         """Start the pruner; the returned function waits for its plan."""
         pruner = self._pruner

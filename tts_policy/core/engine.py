@@ -192,14 +192,21 @@ class EagerEngine(Engine):
         self, plan: Callable[[], Plan], watch: Stopwatch, inpainting: Inpainting | None = None
     ) -> tuple[Tensor, Plan]:
         """Denoise by a plan; see `Engine.denoise`."""
+
+        def timed_plan() -> Plan:
+            watch.lap('first_step')
+            executed = plan()
+            watch.lap('plan')
+            return executed
+
         result = denoise_masked(
             self._denoiser,
             self._scheduler,
             self._conditioner,
             self._lattice,
-            plan,
+            timed_plan,
             self._force_first_step,
             inpainting,
         )
-        watch.lap('denoising')
+        watch.lap('masked_steps')
         return result

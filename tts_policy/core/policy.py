@@ -117,6 +117,8 @@ class TestTimeSparsePolicy:
         joints = (1, observation.steps, len(observation.joints))
         self._joints = Upload(joints, torch.float32, self.device)
         chunk = (action.horizon, len(action.joints))
+        self._committed = Upload(chunk, torch.float32, self.device)
+        self._shares = Upload((action.horizon,), torch.float32, self.device)
         self._actions = Download(chunk, torch.float32, self.device)
         self._sampler = ChunkSampler(self._denoiser, self.spec, pruner, seed, engine_maker(engine))
         encoder = self._denoiser.spec.conditioner_flops(self.spec.scheduler.steps)
@@ -256,14 +258,12 @@ class TestTimeSparsePolicy:
         weights = committed.weights
         if not (np.isfinite(committed.actions).all() and ((weights >= 0) & (weights <= 1)).all()):
             raise ValueError('committed actions must be finite with weights in [0, 1]')
-        spec, first = self._denoiser.spec, self.contract.newest_action
+        horizon, first = self.contract.action.horizon, self.contract.newest_action
+        actions, shares = np.zeros((horizon, shape[1])), np.zeros(horizon)
         held = slice(first, first + shape[0])
-        actions = torch.zeros(spec.horizon, spec.action_dim, device=self.device)
-        given = torch.from_numpy(committed.actions).to(actions)
-        actions[held] = self._network.action_normalizer.normalize(given)
-        share = torch.zeros(spec.horizon, device=self.device)
-        share[held] = torch.from_numpy(weights).to(share)
-        return actions, share
+        actions[held], shares[held] = committed.actions, weights
+        normalised = self._network.action_normalizer.normalize(self._committed.send(actions))
+        return normalised, self._shares.send(shares)
 
     def _stats(self, plan: Plan, oldest: int, watch: Stopwatch) -> ChunkStats:
         pruned = plan is not self._sampler.dense

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine against the eager one, on the device it is for; see `gpu_check`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arms import Model, random_model
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tts_policy.core.bundle import save_random_bundle
+from tts_policy.core.chunk_sampler import ChunkSampler
+from tts_policy.core.engines import engine_maker
+from tts_policy.core.inpainting import CommittedActions
+from tts_policy.core.network import NetworkSpec
+from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.core.pruner import PlanPruner
+from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.train.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
+
+SPARSITIES = (0.8, 0.5, 0.9, 0.8, 0.0, 0.8)
+EPISODES, WARM_UP, TICKS = 3, 20, 200
+# Largest difference of a normalised action; with half precision as a share of the largest action.
+TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2
+HALF = ('triton',)
+# Those whose ticks replay what was captured: nothing is left to allocate.
+CAPTURED = ('graphs', 'triton')
+# About 50 ms at the clock of a GPU.
+LATE_CYCLES = 100_000_000
+
+
+class LatePruner(PlanPruner):
+    """A pruner that keeps its stream busy, on a GPU, before it says anything."""
+
+    def __init__(self, pruner: PlanPruner) -> None:
+        super().__init__()
+        self._pruner = pruner
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """Those of the pruner that is late."""
+        return self._pruner.sparsities
+
+    def gates(self, time_tokens: Tensor) -> Any:
+        """Those of the pruner that is late."""
+        return self._pruner.gates(time_tokens)
+
+    def forward(self, gates: Any, observation_tokens: Tensor, sparsity: float) -> Tensor:
+        """Logits of the pruner that is late, after a while."""
+        if observation_tokens.is_cuda:
+            torch.cuda._sleep(LATE_CYCLES)
+        logits: Tensor = self._pruner(gates, observation_tokens, sparsity)
+        return logits
+
+
+def _sampled(
+    model: Model, sampler: str, engine: str, features: list[Tensor], late: bool = False
+) -> list[NDArray[Any]]:
+    """Chunks [T, A] of all ticks of all episodes."""
+    spec, pruner = model.samplers[sampler]
+    given: PlanPruner = LatePruner(pruner).eval() if late else pruner
+    chunks = ChunkSampler(model.denoiser, spec, given, engine=engine_maker(engine))
+    made = []
+    for episode in range(EPISODES):
+        chunks.reset(episode)
+        for observed, sparsity in zip(features, SPARSITIES, strict=True):
+            x, _, _ = chunks.sample(observed, sparsity, Stopwatch())
+            made.append(x[0].cpu().numpy().copy())
+    return made
+
+
+def _windows() -> list[dict[str, NDArray[Any]]]:
+    """Windows of consecutive ticks: the older frame is the newer one of the tick before."""
+    rng, observation = np.random.default_rng(0), PANDA_CONTRACT.observation
+    camera = observation.cameras[0]
+    frames = rng.integers(
+        0, 256, (len(SPARSITIES) + 1, camera.height, camera.width, 3), dtype=np.uint8
+    )
+    joints = rng.standard_normal((len(SPARSITIES), observation.steps, len(observation.joints)))
+    return [
+        {camera.key: frames[tick : tick + 2], 'joints': joints[tick]}
+        for tick in range(len(SPARSITIES))
+    ]
+
+
+def _acted(bundle: Path, sampler: str, engine: str, device: str) -> list[NDArray[Any]]:
+    """Actions of all ticks of all episodes; every second tick holds some of the tick before."""
+    policy = TestTimeSparsePolicy.from_bundle(bundle, sampler, device, engine=engine)
+    made: list[NDArray[Any]] = []
+    for episode in range(EPISODES):
+        policy.reset(episode)
+        for tick, window in enumerate(_windows()):
+            committed = None
+            if tick % 2 == 1:
+                committed = CommittedActions(made[-1][1:5], np.array([1.0, 1.0, 0.5, 0.2]))
+            sparsity = min(SPARSITIES[tick], policy.max_sparsity)
+            made.append(policy.act(window, sparsity, committed).actions)
+    return made
+
+
+def _allocations(tick: Callable[[], Any]) -> dict[str, int]:
+    """What ticks in steady state made the allocator do, keep and ask the device for."""
+    for _ in range(WARM_UP):
+        tick()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    for _ in range(TICKS):
+        tick()
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    return {
+        name: after[key] - before[key]
+        for name, key in (
+            ('segments', 'segment.all.allocated'),
+            ('kept_bytes', 'allocated_bytes.all.current'),
+            ('allocations', 'allocation.all.allocated'),
+        )
+    }
+
+
+def _row(
+    name: str, engine: str, made: list[NDArray[Any]], expected: list[NDArray[Any]]
+) -> dict[str, Any]:
+    # A value that is not a number stays one here, and compares as wrong.
+    error = float(np.abs(np.array(made) - np.array(expected)).max())
+    tolerance = TOLERANCE
+    if engine in HALF:
+        tolerance = HALF_TOLERANCE * float(np.abs(np.array(expected)).max())
+    ok = error <= tolerance
+    return {'name': f'{engine} {name}', 'ok': ok, 'error': error, 'tolerance': tolerance}
+
+
+def _with_allocations(
+    row: dict[str, Any], tick: Callable[[], Any], limits: tuple[str, ...]
+) -> dict[str, Any]:
+    counted = _allocations(tick)
+    return {**row, **counted, 'ok': row['ok'] and not any(counted[name] for name in limits)}
+
+
+def _sampler_rows(
+    model: Model, sampler: str, engine: str, features: list[Tensor]
+) -> Iterator[dict[str, Any]]:
+    expected = _sampled(model, sampler, 'eager', features)
+    row = _row(sampler, engine, _sampled(model, sampler, engine, features), expected)
+    if model.denoiser.device.type == 'cuda':
+        spec, pruner = model.samplers[sampler]
+        chunks = ChunkSampler(model.denoiser, spec, pruner, engine=engine_maker(engine))
+        limits = ('segments', 'kept_bytes', *(('allocations',) if engine in CAPTURED else ()))
+        row = _with_allocations(row, lambda: chunks.sample(features[0], 0.8, Stopwatch()), limits)
+    yield row
+    late = _sampled(model, sampler, engine, features, late=True)
+    yield _row(f'{sampler} late plan', engine, late, expected)
+
+
+def _policy_row(bundle: Path, sampler: str, engine: str, device: str) -> dict[str, Any]:
+    expected = _acted(bundle, sampler, 'eager', device)
+    made = _acted(bundle, sampler, engine, device)
+    row = _row(f'policy {sampler}', engine, made, expected)
+    if device == 'cuda':
+        policy = TestTimeSparsePolicy.from_bundle(bundle, sampler, device, engine=engine)
+        window = _windows()[0]
+        row = _with_allocations(row, lambda: policy.act(window, 0.8), ('segments', 'kept_bytes'))
+    return row
+
+
+@torch.inference_mode()
+def engine_rows(engine: str, device: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Rows `{name, ok, error, tolerance, ...}` of an engine, one after another."""
+    model = random_model(10, device, tiny)
+    features = [model.observe() for _ in SPARSITIES]
+    for sampler in model.samplers:
+        yield from _sampler_rows(model, sampler, engine, features)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / 'bundle'
+        network = NetworkSpec(width=32, layers=2, heads=2) if tiny else NetworkSpec()
+        save_random_bundle(bundle, PANDA_CONTRACT, PANDA_SAMPLERS, network)
+        for sampler in PANDA_SAMPLERS:
+            yield _policy_row(bundle, sampler, engine, device)

@@ -114,28 +114,9 @@ def plan_trajectory(
         when fewer than `min_points` are still to come.
 
     """
-    actions = np.asarray(actions, dtype=np.float64)
-    if actions.ndim != 2 or actions.shape[1] != len(joints) or len(actions) == 0:
-        raise TrajectoryRefused(
-            f'chunk: expected [usable, {len(joints)}] set-points, got shape {actions.shape}'
-        )
-    if not np.isfinite(actions).all():
-        point, joint = (int(i) for i in np.argwhere(~np.isfinite(actions))[0])
-        raise TrajectoryRefused(
-            f'{joints[joint]}: expected finite set-points, got {actions[point, joint]} at action '
-            f'{point}'
-        )
+    actions = _checked(actions, joints)
     times_ns = (np.arange(len(actions), dtype=np.int64) + offset_steps) * period_ns
-    age_ns = max(now_ns - stamp_ns, 0)
-    first = int(np.searchsorted(times_ns, age_ns + lead_ns, side='right'))
-    left = len(actions) - first
-    if left < min_points:
-        ahead_ms = (int(times_ns[-1]) - age_ns) / 1e6
-        last = f'is due in {ahead_ms:.0f} ms' if left else f'was due {abs(ahead_ms):.0f} ms ago'
-        raise ChunkTooLate(
-            f'chunk: expected {min_points} set-points or more still to come, got {left}: '
-            f'the last {last}'
-        )
+    first = _first_in_time(times_ns, max(now_ns - stamp_ns, 0), lead_ns, min_points)
     velocities = np.zeros_like(actions)
     if len(actions) > 1:
         velocities[:-1] = np.gradient(actions, period_ns * 1e-9, axis=0)[:-1]
@@ -147,6 +128,36 @@ def plan_trajectory(
         velocities[first:],
         first,
     )
+
+
+def _checked(actions: np.ndarray, joints: Sequence[str]) -> np.ndarray:
+    """Set-points float64 [usable, A]; TrajectoryRefused for another shape, NaN or infinity."""
+    actions = np.asarray(actions, dtype=np.float64)
+    if actions.ndim != 2 or actions.shape[1] != len(joints) or len(actions) == 0:
+        raise TrajectoryRefused(
+            f'chunk: expected [usable, {len(joints)}] set-points, got shape {actions.shape}'
+        )
+    if not np.isfinite(actions).all():
+        point, joint = (int(i) for i in np.argwhere(~np.isfinite(actions))[0])
+        raise TrajectoryRefused(
+            f'{joints[joint]}: expected finite set-points, got {actions[point, joint]} at action '
+            f'{point}'
+        )
+    return actions
+
+
+def _first_in_time(times_ns: np.ndarray, age_ns: int, lead_ns: int, min_points: int) -> int:
+    """Index of the first point due later than `lead_ns` from now; ChunkTooLate if too few are."""
+    first = int(np.searchsorted(times_ns, age_ns + lead_ns, side='right'))
+    left = len(times_ns) - first
+    if left < min_points:
+        ahead_ms = (int(times_ns[-1]) - age_ns) / 1e6
+        last = f'is due in {ahead_ms:.0f} ms' if left else f'was due {abs(ahead_ms):.0f} ms ago'
+        raise ChunkTooLate(
+            f'chunk: expected {min_points} set-points or more still to come, got {left}: '
+            f'the last {last}'
+        )
+    return first
 
 
 def hold_trajectory(

@@ -42,6 +42,7 @@ FORWARDED = {
     'device': ('', 'Torch device; empty: as params_file says.'),
     'sampler': ('', 'Sampler of the bundle; empty: as params_file says.'),
     'sparsity': ('', 'Share of reused computation; empty: as params_file says.'),
+    'realtime_priority': ('0', 'Priority 1 to 99 of the policy under SCHED_FIFO; 0: none.'),
     'log_level': ('info', 'Level of the policy node: debug to fatal.'),
 }
 

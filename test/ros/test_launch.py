@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import signal
@@ -122,6 +123,37 @@ def test_launch_arguments_are_complete_and_described(name: str) -> None:
     arguments = module.generate_launch_description().get_launch_arguments()
     assert {argument.name for argument in arguments} >= EXPECTED_ARGUMENTS
     assert all(len(argument.description) > 10 for argument in arguments)
+
+
+def forwarded(name: str) -> set[str]:
+    """Arguments that a launch file passes on to policy.launch.py; read without launch."""
+    tree = ast.parse((REPOSITORY / 'launch' / name).read_text(encoding='utf-8'))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'FORWARDED':
+            assert isinstance(node.value, ast.Dict)
+            return {ast.literal_eval(key) for key in node.value.keys if key is not None}
+    raise AssertionError(f'{name}: expected FORWARDED, got none')
+
+
+def declared(name: str) -> set[str]:
+    """Arguments that a launch file declares by name; read without launch."""
+    tree = ast.parse((REPOSITORY / 'launch' / name).read_text(encoding='utf-8'))
+    return {
+        ast.literal_eval(node.args[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == 'DeclareLaunchArgument'
+        and isinstance(node.args[0], ast.Constant)
+    }
+
+
+@pytest.mark.parametrize('name', ['demo.launch.py', 'replay.launch.py'])
+def test_what_is_passed_on_is_an_argument_of_the_policy(name: str) -> None:
+    assert forwarded(name) <= declared('policy.launch.py')
+
+
+def test_the_demo_can_run_the_policy_under_a_realtime_priority() -> None:
+    assert {'realtime_priority', 'log_level'} <= forwarded('demo.launch.py')
 
 
 LAUNCH = """

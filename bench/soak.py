@@ -161,6 +161,8 @@ def start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
         'sparsity': args.sparsity,
         'n_execute': args.n_execute,
         'autostart': 'true',
+        # What the scripted robot shows is noise: chunks begin far from where it says it is.
+        'limits.first_point_default': 1000.0,
     }
     command = [sys.executable, '-m', 'tts_policy.ros.policy_node', '--ros-args']
     if args.realtime_priority:

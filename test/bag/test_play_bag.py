@@ -50,6 +50,7 @@ def policy(start_process: Callable[..., RosProcess], small_bundle: Path) -> Call
             'use_sim_time': 'true',
             'reliable_sensors': 'true',
             'autostart': 'true',
+            'limits.first_point_default': 9.0,
             **parameters,
         }
         arguments = [item for name, value in values.items() for item in ('-p', f'{name}:={value}')]

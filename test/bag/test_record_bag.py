@@ -184,7 +184,7 @@ def test_a_recording_of_the_live_node_is_evaluated_like_what_it_was_played(
     bag = Recording(frames=40, gaps_after=(20,)).write(tmp_path / 'bag')
     out = tmp_path / 'recorded'
     parameters = ['use_sim_time:=true', 'reliable_sensors:=true', 'autostart:=true']
-    parameters += ['sampler:=ddim10', f'bundle:={small_bundle}']
+    parameters += ['sampler:=ddim10', f'bundle:={small_bundle}', 'limits.first_point_default:=9.0']
     arguments = [item for value in parameters for item in ('-p', value)]
     start_process('tts_policy.ros.policy_node', '--ros-args', *arguments)
     said = ['/tts_policy/chunk_stats', '/tts_policy/proposed_trajectory']

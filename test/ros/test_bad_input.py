@@ -30,7 +30,10 @@ QUIET_S = 0.6
 @pytest.fixture(scope='module')
 def node_process(small_bundle: Path) -> Iterator[RosProcess]:
     """Start one unconfigured node for all tests of this module."""
-    process = RosProcess('tts_policy.ros.policy_node', '--ros-args', '-p', 'enable_output:=true')
+    # An untrained policy starts anywhere.
+    values = ('enable_output:=true', 'limits.first_point_default:=9.0')
+    arguments = [item for value in values for item in ('-p', value)]
+    process = RosProcess('tts_policy.ros.policy_node', '--ros-args', *arguments)
     yield process
     status = process.stop()
     assert status == 0, process.output

@@ -37,9 +37,10 @@ MODULE = 'tts_policy.ros.policy_node'
 
 
 def start(bundle: Path, namespace: str, **values: Any) -> RosProcess:
-    """Start an active node."""
+    """Start an active node; an untrained policy starts anywhere."""
     arguments = ['--ros-args', '-r', f'__ns:={namespace}']
-    for name, value in {'bundle': bundle, 'autostart': 'true', **values}.items():
+    given = {'bundle': bundle, 'autostart': 'true', 'limits.first_point_default': 9.0, **values}
+    for name, value in given.items():
         arguments += ['-p', f'{name}:={value}']
     return RosProcess(MODULE, *arguments)
 

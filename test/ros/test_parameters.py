@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -36,6 +36,36 @@ def test_every_parameter_has_a_value_of_its_type_so_that_all_can_be_asked_for(no
     settings = parameters.read(node)
     parameters.check(settings)
     assert not parameters.joint_limits(settings, ['shoulder']).lower.max() > float('-inf')
+
+
+def settings(**changes: Any) -> parameters.Settings:
+    defaults = {spec.name: spec.default for spec in PARAMETERS}
+    return parameters.Settings(defaults | {k.replace('__', '.'): v for k, v in changes.items()})
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('names', [None, ['finger', 'shoulder']])
+def test_the_way_to_the_first_point_is_bounded_where_nobody_set_a_bound(
+    names: list[str] | None,
+) -> None:
+    joints = ['shoulder', 'finger']
+    got = parameters.joint_limits(settings(limits__joints=names), joints)
+    assert got.first_distance.tolist() == [0.5, 0.5]
+    got = parameters.joint_limits(
+        settings(limits__joints=names, limits__first_point_default=0.2), joints
+    )
+    assert got.first_distance.tolist() == [0.2, 0.2]
+
+
+def test_a_bound_of_the_first_point_that_was_set_is_the_one_in_force() -> None:
+    given = settings(limits__joints=['finger', 'shoulder'], limits__first_point=[0.05, 3.0])
+    got = parameters.joint_limits(given, ['shoulder', 'finger'])
+    assert got.first_distance.tolist() == [3.0, 0.05]
+
+
+def test_the_tolerance_counts_for_the_limits_of_a_robot_description_alone() -> None:
+    got = parameters.joint_limits(settings(limits__tolerance=0.1), ['shoulder'])
+    assert got.tolerance == 0.1
 
 
 def test_an_array_that_was_given_is_kept(ros: None) -> None:

@@ -171,6 +171,8 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
            'Highest change of that speed per joint'),
     _fixed('limits.first_point', Type.DOUBLE_ARRAY, None, 'rad or m',
            'Longest way from the measured state to the first point per joint'),
+    _fixed('limits.first_point_default', Type.DOUBLE, 0.5, 'rad or m',
+           'The same for every joint while limits.first_point is empty', 0.001, 1000.0),
     _fixed('limits.tolerance', Type.DOUBLE, 0.02, '',
            'Share of a bound by which it may be exceeded; positions are clipped', 0.0, 0.5),
     _fixed('limits.urdf', Type.STRING, 'when_present', '',

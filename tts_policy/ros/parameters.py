@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -215,6 +215,8 @@ def hold_rule(settings: Settings) -> HoldRule:
 def joint_limits(settings: Settings, joints: Sequence[str]) -> JointLimits:
     """Limits for the joints of the contract, mapped by name; unbounded where none are set.
 
+    The first point alone is always bounded: the arm may be anywhere, whatever the policy thinks.
+
     Raises
     ------
     ParameterError
@@ -232,17 +234,22 @@ def joint_limits(settings: Settings, joints: Sequence[str]) -> JointLimits:
             raise ParameterError(
                 f'limits.joints: expected the joints that {given} belong to, got none'
             )
-        return JointLimits.unbounded(joints)
+        return replace(
+            JointLimits.unbounded(joints),
+            first_distance=np.full(len(joints), settings['limits.first_point_default']),
+            tolerance=settings['limits.tolerance'],
+        )
     if sorted(names) != sorted(joints):
         raise ParameterError(
             f'limits.joints: expected exactly the joints of the bundle {list(joints)}, '
             f'got {list(names)}'
         )
     order = [list(names).index(joint) for joint in joints]
+    fill = {'lower': -np.inf, 'first_point': settings['limits.first_point_default']}
     columns = {}
     for key, value in arrays.items():
-        fill = -np.inf if key == 'lower' else np.inf
-        column = np.full(len(joints), fill) if not value else np.asarray(value, dtype=np.float64)
+        given_values = value or [fill.get(key, np.inf)] * len(joints)
+        column = np.asarray(given_values, dtype=np.float64)
         if column.shape != (len(joints),) or np.isnan(column).any():
             raise ParameterError(
                 f'limits.{key}: expected {len(joints)} numbers, one per limits.joints, '

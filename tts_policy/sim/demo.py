@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 UNSEEN_SEED = 200_000
 INTERRUPTED = 130
 MOST_DROPPED = 0.1
+# More than any arm can turn: no bound.
+FIRST_POINT_RAD = 100.0
 BAR_FORMAT = '{desc}: episode {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}'
 
 
@@ -106,6 +108,8 @@ class Demo:
             'reliable_sensors': not self._options.realtime,
             # A sampler that is too slow for the real clock is to be seen missing its deadlines.
             'check_latency': False,
+            # So are the jumps of a policy that is not good yet: nothing breaks here.
+            'limits.first_point_default': FIRST_POINT_RAD,
             'inference_timeout_s': OWED_LIMIT_S,
         }
         log = self._log / f'policy_node_{arm.sampler.name}.log'

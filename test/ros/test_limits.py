@@ -51,6 +51,23 @@ def test_positions_within_the_tolerance_are_clipped() -> None:
     assert np.array_equal(got.positions, np.clip(actions, -1, 1))
 
 
+def test_a_clipped_point_is_at_rest_so_that_no_spline_passes_the_bound() -> None:
+    rising = np.stack([np.zeros(15), 0.96 + np.arange(15) * 0.01], axis=1)
+    got = limits().apply(plan(rising), MEASURED)
+    assert got.positions[:, 1].max() == 1.0
+    assert (got.velocities[5:, 1] == 0.0).all()
+    assert np.allclose(got.velocities[:4, 1], 0.2)
+
+
+def test_the_velocity_of_the_first_point_is_bounded_whatever_was_dropped_before_it() -> None:
+    spike = RAMP.copy()
+    spike[2, 0] = -0.9
+    late = plan_trajectory(spike, JOINTS, PERIOD, 1, STAMP, STAMP + 3 * PERIOD)
+    assert late.velocities[0, 0] > 9.0
+    got = limits().apply(late, MEASURED)
+    assert np.abs(got.velocities).max() <= 1.0
+
+
 @pytest.mark.parametrize(
     ('actions', 'changes', 'reason'),
     [

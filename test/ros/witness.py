@@ -83,7 +83,7 @@ class Witness:
         accelerations = np.diff(rates, axis=0) / PERIOD_S
         assert (np.abs(accelerations) <= ACCELERATION * (1 + TOLERANCE) + 1e-6).all()
         velocities = np.array([point.velocities for point in command.points])
-        assert np.isfinite(velocities).all()
+        assert (np.abs(velocities) <= VELOCITY + 1e-9).all()
         assert (velocities[-1] == 0.0).all()
 
     def _check_takeover(self, command: JointTrajectory) -> None:

@@ -2,7 +2,8 @@
 """Bounds of the joints, and the check of a trajectory against them.
 
 A chunk that breaks a bound by more than its tolerance is refused whole; within the tolerance its
-positions are clipped.
+positions are clipped. A controller's spline runs through the velocities of the points too: they
+are clipped as well, and zero where a position was, or it would pass the bound between two points.
 """
 
 from __future__ import annotations
@@ -106,7 +107,13 @@ class JointLimits:
             'distance of the first point to the measured state',
             lambda j: f'at most {self.first_distance[j]}',
         )
-        return replace(trajectory, positions=np.clip(positions, self.lower, self.upper))
+        clipped = np.clip(positions, self.lower, self.upper)
+        velocities = np.clip(trajectory.velocities, -self.velocity, self.velocity)
+        return replace(
+            trajectory,
+            positions=clipped,
+            velocities=np.where(clipped == positions, velocities, 0.0),
+        )
 
     def reachable(
         self, trajectory: Trajectory, measured: np.ndarray, now_ns: int, min_points: int

@@ -111,9 +111,10 @@ def test_acceleration_between_points_is_bounded() -> None:
 
 def test_the_step_from_the_set_point_in_force_counts_as_motion() -> None:
     before = np.array([-0.06, 1.0])
-    limits().apply(plan(), MEASURED, (0, RAMP[0]))
+    times = np.array([0])
+    limits().apply(plan(), MEASURED, (times, RAMP[:1]))
     with pytest.raises(TrajectoryRefused, match=r'a: expected velocity at most 1\.0, got 1\.2'):
-        limits().apply(plan(), MEASURED, (0, before))
+        limits().apply(plan(), MEASURED, (times, before[None]))
 
 
 def test_scaling_tightens_motion_but_not_the_range() -> None:

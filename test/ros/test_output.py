@@ -41,11 +41,18 @@ class Recorder:
 class Bench:
     """An output with two recorders, and a measured state."""
 
-    def __init__(self, velocity: float = np.inf, min_points: int = 1) -> None:
+    def __init__(
+        self, velocity: float = np.inf, min_points: int = 1, acceleration: float = np.inf
+    ) -> None:
         self.command, self.proposed = Recorder(), Recorder()
         base = JointLimits.unbounded(JOINTS)
         limits = JointLimits(
-            JOINTS, base.lower, base.upper, np.full(3, velocity), base.acceleration, base.upper
+            JOINTS,
+            base.lower,
+            base.upper,
+            np.full(3, velocity),
+            np.full(3, acceleration),
+            base.upper,
         )
         self.output = CommandOutput(
             ChunkTiming(JOINTS, PERIOD, 1, 0, min_points),
@@ -87,6 +94,36 @@ def test_a_start_that_is_out_of_reach_is_refused_by_name() -> None:
     with pytest.raises(TrajectoryRefused, match=r'a: expected velocity at most 1\.0, got 10\.2'):
         bench.output.send(RAMP + np.array([0.5, 0.0, 0.0]), T0, T0, enabled=True)
     assert not bench.command.sent
+
+
+def test_a_start_begins_with_the_first_point_that_the_acceleration_allows() -> None:
+    bench = Bench(acceleration=5.0)
+    away = RAMP * [0.0, 0.0, 1.0] + [0.1, 0.02, 0.0]
+    sent = bench.output.send(away, T0, T0, enabled=True)
+    # 0.11 rad from rest: 2 * 0.11 / t^2 is 5.5 rad/s^2 after four periods, 3.5 after five.
+    assert sent.trajectory.dropped == 4
+
+
+@pytest.mark.fault
+def test_a_start_that_takes_too_much_acceleration_is_refused() -> None:
+    bench = Bench(acceleration=0.2, min_points=4)
+    with pytest.raises(TrajectoryRefused, match=r'a: expected acceleration at most 0\.2, got'):
+        bench.output.send(RAMP * [0.0, 0.0, 1.0] + [0.2, 0.02, 0.0], T0, T0, enabled=True)
+
+
+@pytest.mark.fault
+def test_a_chunk_that_turns_the_arm_around_at_once_is_refused() -> None:
+    """Both chunks move evenly: only where one takes over from the other is there a change."""
+    now = T0 + 8 * PERIOD
+    back = RAMP[7] - (RAMP[1] - RAMP[0]) - (RAMP - RAMP[0])
+    # From 0.4 rad/s to -0.4 rad/s within a period of 0.05 s.
+    gentle, strong = Bench(acceleration=12.0), Bench(acceleration=17.0)
+    for bench in (gentle, strong):
+        bench.output.send(RAMP, T0, T0, enabled=True)
+        bench.output.measured(now, RAMP[7])
+    assert strong.output.send(back, now, now, enabled=True)
+    with pytest.raises(TrajectoryRefused, match=r'b: expected acceleration at most 12\.0, got 16'):
+        gentle.output.send(back, now, now, enabled=True)
 
 
 def test_a_joint_state_that_comes_out_of_order_is_not_the_measured_one() -> None:

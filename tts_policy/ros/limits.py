@@ -78,13 +78,14 @@ class JointLimits:
         self,
         trajectory: Trajectory,
         measured: np.ndarray,
-        before: tuple[int, np.ndarray] | None = None,
+        before: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Trajectory:
         """Check the points against every bound and clip positions within the tolerance.
 
         `measured` [A] is the newest measured state; the first point must lie within
-        `first_distance` of it. `before` is the set-point in force when the first point takes over,
-        and its time in ns after the trajectory's stamp: the step from there counts as well.
+        `first_distance` of it. `before` are the last set-points in force before the first point,
+        times in ns after the trajectory's stamp [P] and positions [P, A]: the step from there
+        counts as well.
 
         Raises
         ------
@@ -118,10 +119,10 @@ class JointLimits:
     def reachable(
         self, trajectory: Trajectory, measured: np.ndarray, now_ns: int, min_points: int
     ) -> Trajectory:
-        """Drop the first points of a start that cannot be reached at the velocity allowed.
+        """Drop the first points of a start that cannot be reached at what is allowed.
 
         The arm is at rest at `measured` [A]; the way to the first point left lasts from `now_ns`
-        until that point is due.
+        until that point is due, and takes half of that time squared times the acceleration.
 
         Raises
         ------
@@ -131,17 +132,25 @@ class JointLimits:
         """
         left_s = (trajectory.stamp_ns + trajectory.times_ns - now_ns)[:, None] * 1e-9
         rates = (trajectory.positions - measured) / left_s
-        broken = np.abs(rates) > self.velocity * (1.0 + self.tolerance)
-        starts = ~broken.any(axis=1)[: max(1, len(rates) - min_points + 1)]
+        changes = 2.0 * rates / left_s
+        scale = 1.0 + self.tolerance
+        fast = np.abs(rates) > self.velocity * scale
+        hard = np.abs(changes) > self.acceleration * scale
+        starts = ~(fast | hard).any(axis=1)[: max(1, len(rates) - min_points + 1)]
         if not starts.any():
-            self._refuse(broken, rates, 'velocity', lambda j: f'at most {self.velocity[j]}')
+            self._refuse(fast, rates, 'velocity', lambda j: f'at most {self.velocity[j]}')
+            self._refuse(
+                hard, changes, 'acceleration', lambda j: f'at most {self.acceleration[j]}'
+            )
         return trajectory.after(int(np.argmax(starts)))
 
-    def _check_motion(self, trajectory: Trajectory, before: tuple[int, np.ndarray] | None) -> None:
+    def _check_motion(
+        self, trajectory: Trajectory, before: tuple[np.ndarray, np.ndarray] | None
+    ) -> None:
         positions, times_s = trajectory.positions, trajectory.times_ns * 1e-9
         if before is not None:
-            positions = np.concatenate([before[1][None], positions])
-            times_s = np.concatenate([[before[0] * 1e-9], times_s])
+            positions = np.concatenate([before[1], positions])
+            times_s = np.concatenate([before[0] * 1e-9, times_s])
         if len(positions) < 2:
             return
         steps_s = np.diff(times_s)[:, None]

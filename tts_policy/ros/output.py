@@ -23,7 +23,7 @@ from tts_policy.ros.trajectory import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from tts_policy.ros.limit_source import LimitSource
     from tts_policy.ros.sinks import TrajectorySink
@@ -129,15 +129,16 @@ class CommandOutput:
             raise TrajectoryRefused('chunk: expected a measured joint state, got none yet')
         now_ns = max(now_ns, stamp_ns)
         measured = self._measured[1]
-        old_at = self._old_at(now_ns, enabled)
+        old = self._old(now_ns, enabled)
+        old_at = None if old is None else old.positions_at
         if self.blend_ns > 0:
             start = old_at or (lambda due_ns: np.repeat(measured[None], len(due_ns), axis=0))
             trajectory = blend(trajectory, start, now_ns, self.blend_ns)
         limits, before = self._limits.current(), None
-        if old_at is None:
+        if old is None:
             trajectory = limits.reachable(trajectory, measured, now_ns, timing.min_points)
         else:
-            before = self._before(trajectory, old_at)
+            before = self._before(trajectory, old)
         trajectory = limits.apply(trajectory, measured, before)
         continuity = measure(trajectory, old_at, timing.period_ns)
         (self._command if enabled else self._proposed).send(trajectory)
@@ -182,23 +183,24 @@ class CommandOutput:
         self._last, self._commanded = None, False
         return True
 
-    def _old_at(self, now_ns: int, enabled: bool) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Set-points of the trajectory to be replaced; None where there is none of this kind."""
+    def _old(self, now_ns: int, enabled: bool) -> Trajectory | None:
+        """Return the trajectory to be replaced; None where there is none of this kind."""
         last = self._last
         if last is None or self._commanded is not enabled or now_ns < last.stamp_ns:
             return None
         # After its end the arm is at rest: the next chunk is a start, bounded by its distance.
         if now_ns > last.stamp_ns + int(last.times_ns[-1]):
             return None
-        return last.positions_at
+        return last
 
-    def _before(
-        self, trajectory: Trajectory, old_at: Callable[[np.ndarray], np.ndarray]
-    ) -> tuple[int, np.ndarray]:
-        """Set-point a period before the first point.
+    def _before(self, trajectory: Trajectory, old: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+        """Set-points a period before the first point and, as far as known, two periods.
 
         A first point that is due sooner than that is judged by the pace of the chunk all the
         same: whatever it is away from the old set-points, blending is there to spread.
         """
-        before_ns = int(trajectory.times_ns[0]) - self._timing.period_ns
-        return before_ns, old_at(np.array([trajectory.stamp_ns + before_ns]))[0]
+        times_ns = int(trajectory.times_ns[0]) - self._timing.period_ns * np.array([2, 1])
+        due_ns = trajectory.stamp_ns + times_ns
+        # What was in force before the old chunk's first point is not known any more.
+        known = (due_ns >= old.stamp_ns + old.times_ns[0]) | np.array([False, True])
+        return times_ns[known], old.positions_at(due_ns[known])

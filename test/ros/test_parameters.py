@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from rclpy.node import Node
 
+    from tts_policy.core.contract import PolicyContract
+
 
 @pytest.fixture
 def node(ros: None) -> Iterator[Node]:
@@ -66,6 +68,24 @@ def test_a_bound_of_the_first_point_that_was_set_is_the_one_in_force() -> None:
 def test_the_tolerance_counts_for_the_limits_of_a_robot_description_alone() -> None:
     got = parameters.joint_limits(settings(limits__tolerance=0.1), ['shoulder'])
     assert got.tolerance == 0.1
+
+
+@pytest.mark.fault
+def test_a_gripper_that_the_bundle_does_not_have_cannot_hold_its_last_command(
+    small_contract: PolicyContract,
+) -> None:
+    joints = small_contract.action.joints
+    rule = parameters.hold_rule(settings(hold_last_command=['finger']), joints)
+    assert rule.last_command == ['finger']
+    with pytest.raises(parameters.ParameterError, match=r"hold_last_command: .* got \['fingr'\]"):
+        parameters.hold_rule(settings(hold_last_command=['finger', 'fingr']), joints)
+
+
+@pytest.mark.fault
+def test_more_points_than_a_chunk_has_are_refused(small_contract: PolicyContract) -> None:
+    assert parameters.chunk_timing(settings(min_points=15), small_contract).min_points == 15
+    with pytest.raises(parameters.ParameterError, match='min_points: expected at most the 15'):
+        parameters.chunk_timing(settings(min_points=16), small_contract)
 
 
 def test_an_array_that_was_given_is_kept(ros: None) -> None:

@@ -52,7 +52,7 @@ class ChunkDelivery:
         self.output = CommandOutput(
             parameters.chunk_timing(settings, contract),
             limits,
-            parameters.hold_rule(settings),
+            parameters.hold_rule(settings, contract.action.joints),
             topics.command,
             topics.proposed,
         )

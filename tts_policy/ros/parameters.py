@@ -165,13 +165,26 @@ def window_spec(settings: Settings, contract: PolicyContract) -> WindowSpec:
 
 
 def chunk_timing(settings: Settings, contract: PolicyContract) -> ChunkTiming:
-    """When the points of a chunk are due, and which are worth sending."""
+    """When the points of a chunk are due, and which are worth sending.
+
+    Raises
+    ------
+    ParameterError
+        for more points than a chunk has: none would ever be sent.
+
+    """
+    usable, min_points = contract.usable_actions, settings['min_points']
+    if min_points > usable:
+        raise ParameterError(
+            f'min_points: expected at most the {usable} usable actions of a chunk, '
+            f'got {min_points}'
+        )
     return ChunkTiming(
         joints=contract.action.joints,
         period_ns=seconds_to_ns(contract.observation.period_s),
         offset_steps=contract.action.offset_steps,
         lead_ns=settings.ns('lead_time_s'),
-        min_points=settings['min_points'],
+        min_points=min_points,
     )
 
 
@@ -203,11 +216,24 @@ def sensor_options(settings: Settings) -> SensorOptions:
     )
 
 
-def hold_rule(settings: Settings) -> HoldRule:
-    """How to hold the position."""
+def hold_rule(settings: Settings, joints: Sequence[str]) -> HoldRule:
+    """How to hold the position of the joints of the contract.
+
+    Raises
+    ------
+    ParameterError
+        for a joint the bundle does not have: a gripper would lose its grip.
+
+    """
+    last_command = list(settings['hold_last_command'] or ())
+    unknown = [joint for joint in last_command if joint not in joints]
+    if unknown:
+        raise ParameterError(
+            f'hold_last_command: expected joints of the bundle {list(joints)}, got {unknown}'
+        )
     return HoldRule(
         delay_ns=settings.ns('hold_delay_s'),
-        last_command=settings['hold_last_command'] or (),
+        last_command=last_command,
         max_age_ns=settings.ns('max_observation_age_s'),
     )
 

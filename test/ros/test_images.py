@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -83,6 +84,26 @@ def test_other_formats_depths_and_sizes_are_refused(message: CompressedImage, re
     with pytest.raises(ConversionError, match='t: ') as caught:
         compressed_to_rgb(message, 24, 32, 't')
     assert reason in str(caught.value)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('filling', [b'\xff', b'\xff\xe0\x00\x02'], ids=['fill', 'empty'])
+def test_a_jpeg_of_nothing_but_markers_is_given_up_soon(filling: bytes) -> None:
+    """The callback that reads it is of the thread that watches over the arm."""
+    data = b'\xff\xd8' + filling * (8_000_000 // len(filling))
+    began_s = time.perf_counter()
+    assert encoded_size(data) is None
+    assert time.perf_counter() - began_s < 0.1
+
+
+@pytest.mark.fault
+def test_an_image_at_which_the_decoder_raises_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def imdecode(*_: object) -> None:
+        raise cv2.error('out of memory')
+
+    monkeypatch.setattr(images.cv2, 'imdecode', imdecode)
+    with pytest.raises(ConversionError, match='can be decoded, got damage'):
+        compressed_to_rgb(compressed(PIXELS, 'png'), 24, 32, 't')
 
 
 @pytest.mark.fault

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Pixels a side that are decoded at most, where another size than the model's is accepted.
 MAX_SIDE = 4096
+# Steps from one marker of a jpeg to the next before its size; a camera's has less than twenty.
+MAX_MARKERS = 1000
 _PNG = b'\x89PNG\r\n\x1a\n'
 _JPEG = b'\xff\xd8'
 # Start-of-frame markers hold the size; C4, C8 and CC of that range are something else.
@@ -43,7 +45,9 @@ def encoded_size(data: bytes) -> tuple[int, int] | None:
     if data[:2] != _JPEG:
         return None
     at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    for _ in range(MAX_MARKERS):
+        if at + 9 > len(data) or data[at] != 0xFF:
+            return None
         marker = data[at + 1]
         if marker in _START_OF_FRAME:
             height, width = struct.unpack('>HH', data[at + 5 : at + 9])
@@ -97,7 +101,10 @@ def compressed_to_rgb(
             f'{topic}: expected a jpeg or png, got {len(data)} bytes of format {msg.format!r}'
         )
     check_size(size, height, width, topic, fit)
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        pixels = None
     if pixels is None or pixels.shape[:2] != size:
         raise ConversionError(f'{topic}: expected {msg.format!r} that can be decoded, got damage')
     if pixels.dtype != np.uint8:

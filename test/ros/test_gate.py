@@ -56,6 +56,21 @@ def test_silence_that_nobody_looked_at_does_not_pass_unseen() -> None:
     assert made.closed_by(5.0) is not None
 
 
+def test_a_time_in_which_nobody_listened_is_no_silence_but_keeps_it_closed() -> None:
+    """While a bundle is loaded the heartbeats of a live switch wait to be heard."""
+    made = gate(timeout_s=0.5)
+    made.hear(False, 0.0)
+    made.listen_anew()
+    assert 'nothing received yet' in str(made.closed_by(3.0))
+    made.hear(False, 3.0)
+    assert made.closed_by(3.0) is None
+    assert made.stops == 0
+    made.hear(True, 3.1)
+    made.listen_anew()
+    made.hear(False, 6.0)
+    assert 'emergency stop' in str(made.closed_by(6.0))
+
+
 @given(
     st.lists(
         st.one_of(

@@ -87,7 +87,7 @@ def test_other_formats_depths_and_sizes_are_refused(message: CompressedImage, re
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize('filling', [b'\xff', b'\xff\xe0\x00\x02'], ids=['fill', 'empty'])
+@pytest.mark.parametrize('filling', [b'\xff', b'\xff\xe0\x00\x02'], ids=['fill', 'segments'])
 def test_a_jpeg_of_nothing_but_markers_is_given_up_soon(filling: bytes) -> None:
     """The callback that reads it is of the thread that watches over the arm."""
     data = b'\xff\xd8' + filling * (8_000_000 // len(filling))

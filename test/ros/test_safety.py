@@ -54,6 +54,23 @@ def test_a_stop_that_a_heartbeat_follows_at_once_is_heard_from_every_publisher(
     assert gate.stopped == 'emergency stop'
 
 
+def test_a_configure_that_takes_long_is_no_silence_of_a_dead_mans_switch(ros: None) -> None:
+    pytest.importorskip('torch', reason='torch is not installed')
+    from tts_policy.ros.policy_node import PolicyNode
+
+    def load(*_: object, warmed: object) -> None:
+        raise ValueError('loaded for long, and in vain')
+
+    node = PolicyNode(load=load)  # type: ignore[arg-type]
+    node._gate.timeout_s = 0.5
+    node._gate.hear(False, time.monotonic() - 3.0)
+    node.trigger_configure()
+    closed, stopped = node._gate.closed_by(time.monotonic()), node._gate.stopped
+    node.destroy_node()
+    assert stopped is None
+    assert closed is not None and 'nothing received yet' in closed
+
+
 @pytest.mark.parametrize('latched', [True, False])
 def test_a_robot_description_is_heard_once_from_latched_and_volatile_publishers(
     ros: None, latched: bool

@@ -12,6 +12,8 @@ logic; times are seconds of a steady clock, which a simulation cannot stop.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class OutputGate:
     """Closed by a stop, by silence of the stop topic, or by the operator."""
@@ -43,10 +45,26 @@ class OutputGate:
             return f'emergency_stop: {silence}'
         return None if self.enabled else 'output disabled'
 
+    def listen_anew(self) -> None:
+        """Forget when the topic was heard last, as nobody listened meanwhile.
+
+        Closed until the next message, if there is a timeout; a stop stays one.
+        """
+        self._heard_s = None
+
     @property
     def stopped(self) -> str | None:
         """What stopped the output until the service is called, None where nothing did."""
         return self._stopped
+
+    def values(self, now_s: float) -> dict[str, Any]:
+        """Flat table for a report."""
+        closed = self.closed_by(now_s)
+        return {
+            'output_enabled': closed is None,
+            'output_closed_by': closed or '',
+            'stops': self.stops,
+        }
 
     def reopen(self, now_s: float) -> str | None:
         """Forget the stop; returns why that is refused, None when it was done."""

@@ -118,6 +118,7 @@ class PolicyNode(LifecycleNode):
         """Load and warm up the bundle, check the parameters against it, create topics."""
         self._settings = settings = parameters.read(self)
         self._monitor.begin()
+        self._gate.listen_anew()
         names = ('bundle', 'sampler', 'device', 'seed', 'threads', 'engine')
         model = (settings[name] for name in names)
         worker = InferenceWorker(
@@ -374,13 +375,8 @@ class PolicyNode(LifecycleNode):
             self._publish_report()
 
     def _publish_report(self) -> None:
-        closed = self._gate.closed_by(time.monotonic())
-        values = {
-            'sparsity': self._settings['sparsity'],
-            'output_enabled': closed is None,
-            'output_closed_by': closed or '',
-            'stops': self._gate.stops,
-        }
+        gate = self._gate.values(time.monotonic())
+        values = {'sparsity': self._settings['sparsity'], **gate}
         if self._delivery is not None:
             values['sparsity_chosen'] = round(self._delivery.sparsity, 4)
         self._monitor.publish(

@@ -143,7 +143,7 @@ URDF = """<robot name="r"><joint name="a" type="revolute">
 
 
 def test_required_limits_that_are_missing_or_broken_let_nothing_pass() -> None:
-    source = LimitSource(limits(), 'required')
+    source = LimitSource(limits(), 'required', ['b'])
     with pytest.raises(TrajectoryRefused, match='expected a URDF on robot_description'):
         source.current()
     source.describe(URDF)
@@ -154,6 +154,29 @@ def test_required_limits_that_are_missing_or_broken_let_nothing_pass() -> None:
     source.describe(URDF)
     source.scale = 0.5
     assert source.current().velocity.tolist() == [0.05, 0.5]
+
+
+JOINT = URDF.partition('>')[2].removesuffix('</robot>')
+BOTH = f'<robot name="r">{JOINT}{JOINT}</robot>'.replace('"a"', '"b"', 1)
+
+
+@pytest.mark.fault
+def test_a_required_description_has_to_be_that_of_the_arm() -> None:
+    source = LimitSource(limits(), 'required')
+    source.describe(URDF)
+    with pytest.raises(
+        TrajectoryRefused, match=r"expected the joints \['a', 'b'\], missing \['b'"
+    ):
+        source.current()
+    source.describe(BOTH)
+    assert source.current().velocity.tolist() == [0.1, 0.1]
+
+
+def test_a_description_that_names_other_joints_says_so_where_it_is_not_required() -> None:
+    source = LimitSource(limits(), 'when_present')
+    source.describe(URDF.replace('"a"', '"left_a"'))
+    assert source.unnamed == ['a', 'b']
+    assert source.current().velocity.tolist() == [1.0, 1.0]
 
 
 def test_limits_of_the_parameters_hold_while_no_urdf_is_present() -> None:

@@ -9,6 +9,8 @@ from tts_policy.ros.trajectory import TrajectoryRefused
 from tts_policy.ros.urdf import parse_limits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tts_policy.ros.limits import JointLimits
 
 OFF, WHEN_PRESENT, REQUIRED = 'off', 'when_present', 'required'
@@ -18,19 +20,30 @@ class LimitSource:
     """Limits of the parameters and of the newest robot description.
 
     A description that cannot be used leaves no limits in force at all: then nothing is commanded.
+    Where one is required it has to name every joint but those of a `gripper`, which has a
+    description of its own at times.
     """
 
-    def __init__(self, base: JointLimits, urdf: str) -> None:
+    def __init__(self, base: JointLimits, urdf: str, gripper: Sequence[str] = ()) -> None:
         self.scale = 1.0
         self.missing: str | None = None
+        self.unnamed: list[str] = []
         self._base = self._limits = base
-        if urdf == REQUIRED:
+        self._arm = [joint for joint in base.joints if joint not in gripper]
+        self._required = urdf == REQUIRED
+        if self._required:
             self.missing = 'limits: expected a URDF on robot_description, got none yet'
 
     def describe(self, text: str) -> None:
         """Take a robot description; `missing` says what is wrong with it, if anything."""
         try:
-            self._limits = self._base.tightened(parse_limits(text))
+            urdf = parse_limits(text)
+            self.unnamed = [joint for joint in self._arm if joint not in urdf]
+            if self._required and self.unnamed:
+                raise ValueError(
+                    f'robot_description: expected the joints {self._arm}, missing {self.unnamed}'
+                )
+            self._limits = self._base.tightened(urdf)
             self.missing = None
         except ValueError as error:
             self.missing = str(error)

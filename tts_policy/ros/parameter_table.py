@@ -176,8 +176,9 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     _fixed('limits.tolerance', Type.DOUBLE, 0.02, '',
            'Share of a bound by which it may be exceeded; positions are clipped', 0.0, 0.5),
     _fixed('limits.urdf', Type.STRING, 'when_present', '',
-           'Whether the limits of robot_description count: off, when one is present, or required '
-           'before anything is commanded', choices=('off', 'when_present', 'required')),
+           'Whether the limits of robot_description count: off, when one is present, or required, '
+           'for every joint but gripper.joints, before anything is commanded',
+           choices=('off', 'when_present', 'required')),
     _row(Change.START, 'autostart', Type.BOOL, False, '',
          'Configure and activate without being asked'),
 )

@@ -229,7 +229,9 @@ class PolicyNode(LifecycleNode):
         if settings['check_latency']:
             parameters.check_latency(contract, settings['n_execute'], self._latency_s())
         limits = LimitSource(
-            parameters.joint_limits(settings, contract.action.joints), settings['limits.urdf']
+            parameters.joint_limits(settings, contract.action.joints),
+            settings['limits.urdf'],
+            settings['gripper.joints'] or (),
         )
         topics = CommandTopics(
             self, settings, contract.action.joints, partial(self._monitor.error, 'action')
@@ -265,6 +267,8 @@ class PolicyNode(LifecycleNode):
             limits.describe(text)
         if limits.missing is not None:
             self._monitor.error('limits', limits.missing)
+        elif limits.unnamed:
+            self._monitor.warn('limits', f'robot_description: no limits of {limits.unnamed}')
         else:
             self.get_logger().info('limits tightened by robot_description')
 

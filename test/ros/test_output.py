@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,7 +17,7 @@ from tts_policy.ros.continuity import blend, measure
 from tts_policy.ros.limit_source import LimitSource
 from tts_policy.ros.limits import JointLimits
 from tts_policy.ros.output import ChunkTiming, CommandOutput, HoldRule
-from tts_policy.ros.sinks import SplitSink
+from tts_policy.ros.sinks import ActionSink, SplitSink
 from tts_policy.ros.trajectory import ChunkTooLate, Trajectory, TrajectoryRefused, plan_trajectory
 
 JOINTS = ('a', 'b', 'grip')
@@ -42,7 +45,11 @@ class Bench:
     """An output with two recorders, and a measured state."""
 
     def __init__(
-        self, velocity: float = np.inf, min_points: int = 1, acceleration: float = np.inf
+        self,
+        velocity: float = np.inf,
+        min_points: int = 1,
+        acceleration: float = np.inf,
+        command: Any = None,
     ) -> None:
         self.command, self.proposed = Recorder(), Recorder()
         base = JointLimits.unbounded(JOINTS)
@@ -58,7 +65,7 @@ class Bench:
             ChunkTiming(JOINTS, PERIOD, 1, 0, min_points),
             LimitSource(limits, 'off'),
             HoldRule(100, ('grip',), 250_000_000),
-            self.command,
+            command or self.command,
             self.proposed,
         )
         self.output.measured(T0, REST)
@@ -137,6 +144,40 @@ def test_a_joint_state_that_comes_out_of_order_is_not_the_measured_one() -> None
     bench.output.send(RAMP, T0 - 100 * PERIOD, T0 - 100 * PERIOD, enabled=True)
     bench.output.hold(T0 - 100 * PERIOD)
     assert np.allclose(bench.command.finished[1].positions[0][:2], REST[:2] + 1.0)
+
+
+class Controller:
+    """Stands for the client of an action whose server is there or not."""
+
+    ready = False
+
+    def __init__(self) -> None:
+        self.goals: list[Any] = []
+
+    def server_is_ready(self) -> bool:
+        return self.ready
+
+    def send_goal_async(self, goal: Any) -> Any:
+        self.goals.append(goal)
+        return SimpleNamespace(add_done_callback=lambda _: None)
+
+
+@pytest.mark.fault
+def test_what_no_controller_took_is_not_in_force_when_one_comes() -> None:
+    controller, refused = Controller(), list[str]()
+    bench = Bench(1.0, command=ActionSink(controller, SimpleNamespace, refused.append))
+    with pytest.raises(TrajectoryRefused, match='expected an action server, got none'):
+        bench.output.send(RAMP, T0, T0, enabled=True)
+    assert not bench.output.hold(T0)
+    controller.ready = True
+    now = T0 + 8 * PERIOD
+    bench.output.measured(now, REST)
+    # The arm is where it was: 0.1 rad take more than one period.
+    sent = bench.output.send(RAMP + RAMP[8] * [1, 1, 0], now, now, enabled=True)
+    assert sent.trajectory.dropped > 0
+    controller.ready = False
+    assert bench.output.hold(now)
+    assert len(controller.goals) == 1 and 'got none' in refused[0]
 
 
 def test_committed_are_the_set_points_in_force_until_the_next_chunk_comes() -> None:

@@ -11,7 +11,7 @@ from action_msgs.msg import GoalStatus
 from rclpy.duration import Duration
 from std_msgs.msg import Float64MultiArray
 
-from tts_policy.ros.trajectory import Trajectory, trajectory_message
+from tts_policy.ros.trajectory import Trajectory, TrajectoryRefused, trajectory_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class TrajectorySink(Protocol):
     """Takes trajectories on their way to a controller."""
 
     def send(self, trajectory: Trajectory) -> None:
-        """Let it replace the one before."""
+        """Let it replace the one before; raises TrajectoryRefused where nobody takes it."""
 
     def finish(self, trajectory: Trajectory) -> None:
         """Send the last one: wait until it was taken, and send nothing after it."""
@@ -52,7 +52,8 @@ class TopicSink:
 class ActionSink:
     """A control_msgs/FollowJointTrajectory action; a new goal replaces the one before.
 
-    `refused` hears of a goal that the controller does not take, or ends while it is the newest.
+    `refused` hears of a goal that the controller does not take, or ends while it is the newest,
+    and of a last one that nobody was there for.
     """
 
     def __init__(self, client: Any, goal_type: Any, refused: Callable[[str], None]) -> None:
@@ -62,10 +63,16 @@ class ActionSink:
         self._sent = 0
 
     def send(self, trajectory: Trajectory) -> None:
-        """Send a goal without waiting for its acceptance."""
+        """Send a goal without waiting for its acceptance.
+
+        Raises
+        ------
+        TrajectoryRefused
+            without a server: the arm will not follow, so nothing may build on it.
+
+        """
         if not self._client.server_is_ready():
-            self._refused('follow_joint_trajectory: expected an action server, got none')
-            return
+            raise TrajectoryRefused('follow_joint_trajectory: expected an action server, got none')
         self._sent += 1
         goal = self._goal_type(trajectory=trajectory_message(trajectory))
         answer = self._client.send_goal_async(goal)
@@ -73,7 +80,10 @@ class ActionSink:
 
     def finish(self, trajectory: Trajectory) -> None:
         """Send the last goal."""
-        self.send(trajectory)
+        try:
+            self.send(trajectory)
+        except TrajectoryRefused as error:
+            self._refused(str(error))
 
     def _on_answer(self, number: int, future: Any) -> None:
         try:

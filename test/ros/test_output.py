@@ -86,6 +86,17 @@ def test_nothing_is_sent_without_a_measured_state() -> None:
     assert not bench.command.sent
 
 
+@pytest.mark.fault
+def test_nothing_is_sent_that_would_be_compared_with_a_state_of_long_ago() -> None:
+    """The joints fell silent while the policy was inferring."""
+    bench = Bench()
+    with pytest.raises(TrajectoryRefused, match=r'state of at most 0\.250 s, got one of 0\.3'):
+        bench.output.send(RAMP, T0, T0 + 6 * PERIOD, enabled=True)
+    assert not bench.command.sent
+    bench.output.measured(T0 + PERIOD, REST)
+    assert bench.output.send(RAMP, T0, T0 + 6 * PERIOD, enabled=True)
+
+
 def test_a_start_begins_with_the_first_point_that_can_be_reached_in_time() -> None:
     bench = Bench(velocity=1.0)
     away = RAMP + np.array([0.2, 0.0, 0.0])
@@ -248,6 +259,7 @@ def test_the_step_from_the_old_chunk_to_the_new_one_is_bounded() -> None:
     bench = Bench(velocity=1.0)
     bench.output.send(RAMP, T0, T0, enabled=True)
     now = T0 + 8 * PERIOD
+    bench.output.measured(now, RAMP[8])
     bench.output.send(RAMP[::-1] * 0 + RAMP[8], now, now, enabled=True)
     with pytest.raises(TrajectoryRefused, match='a: expected velocity at most'):
         bench.output.send(RAMP * 0 + 0.2, now + PERIOD, now + PERIOD, enabled=True)
@@ -266,6 +278,7 @@ def test_a_chunk_after_the_end_of_the_old_one_is_a_new_start() -> None:
     bench = Bench(velocity=1.0)
     bench.output.send(RAMP, T0, T0, enabled=True)
     late = T0 + 15 * PERIOD
+    bench.output.measured(late, REST)
     with pytest.raises(TrajectoryRefused, match='velocity'):
         bench.output.send(RAMP + 0.5, late, late, enabled=True)
     assert bench.output.send(RAMP + 0.5, late + 1, late + 1, enabled=True).continuity.jump == 0.0
@@ -276,11 +289,13 @@ def test_blending_begins_on_the_old_set_points_and_ends_on_the_new_ones() -> Non
     bench.output.send(RAMP, T0, T0, enabled=True)
     shifted = RAMP[8:9] + RAMP * 0.5 + [0.05, 0.0, 0.0]
     now = T0 + 8 * PERIOD + 10_000_000
+    bench.output.measured(now, RAMP[8])
     hard = bench.output.send(shifted, T0 + 8 * PERIOD, now, enabled=True)
     bench = Bench()
     bench.output.blend_ns = 4 * PERIOD
     bench.output.send(RAMP, T0 - 4 * PERIOD, T0 - 4 * PERIOD, enabled=True)
     bench.output.send(RAMP, T0, T0, enabled=True)
+    bench.output.measured(now, RAMP[8])
     soft = bench.output.send(shifted, T0 + 8 * PERIOD, now, enabled=True)
     assert soft.continuity.jump < 0.2 * hard.continuity.jump
     assert soft.continuity.velocity_jump < 0.5 * hard.continuity.velocity_jump

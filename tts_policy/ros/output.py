@@ -47,7 +47,8 @@ class ChunkTiming:
 class HoldRule:
     """How to hold: due after `delay_ns`; `last_command` joints (a gripper) keep their set-point.
 
-    A measured state older than `max_age_ns` is no place to go back to: then all joints do.
+    A measured state older than `max_age_ns` is no place to go back to, then all joints do; nor is
+    it one that a chunk can be compared with.
     """
 
     delay_ns: int
@@ -125,10 +126,8 @@ class CommandOutput:
             timing.lead_ns,
             timing.min_points,
         )
-        if self._measured is None:
-            raise TrajectoryRefused('chunk: expected a measured joint state, got none yet')
+        measured = self._measured_at(now_ns)
         now_ns = max(now_ns, stamp_ns)
-        measured = self._measured[1]
         old = self._old(now_ns, enabled)
         old_at = None if old is None else old.positions_at
         if self.blend_ns > 0:
@@ -182,6 +181,19 @@ class CommandOutput:
         self._command.finish(hold_trajectory(joints, position, now_ns, rule.delay_ns))
         self._last, self._commanded = None, False
         return True
+
+    def _measured_at(self, now_ns: int) -> np.ndarray:
+        """Measured positions [A]; raises TrajectoryRefused where there are none, or old ones."""
+        if self._measured is None:
+            raise TrajectoryRefused('chunk: expected a measured joint state, got none yet')
+        stamp_ns, measured = self._measured
+        age_ns, limit_ns = now_ns - stamp_ns, self._hold_rule.max_age_ns
+        if age_ns > limit_ns:
+            raise TrajectoryRefused(
+                f'chunk: expected a joint state of at most {limit_ns / 1e9:.3f} s, '
+                f'got one of {age_ns / 1e9:.3f} s'
+            )
+        return measured
 
     def _old(self, now_ns: int, enabled: bool) -> Trajectory | None:
         """Return the trajectory to be replaced; None where there is none of this kind."""

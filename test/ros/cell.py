@@ -36,13 +36,13 @@ PARAMETERS: dict[str, Any] = {
 }
 
 
-def start_node(small_bundle: Path, namespace: str, **more: Any) -> RosProcess:
+def start_node(small_bundle: Path, namespace: str, load_s: str = '0', **more: Any) -> RosProcess:
     """Start the node whose policy can be spoiled; it configures and activates itself."""
     arguments = ['--ros-args', '-r', f'__ns:={namespace}']
     values = {**PARAMETERS, 'bundle': small_bundle, 'autostart': 'true', **more}
     for name, value in values.items():
         arguments += ['-p', f'{name}:={value}']
-    return RosProcess('faulty_node', *arguments, PYTHONPATH=FOLDER)
+    return RosProcess('faulty_node', *arguments, PYTHONPATH=FOLDER, LOAD_S=load_s)
 
 
 def own_node(

@@ -7,12 +7,15 @@ motion away from the measured state, so that limits can be tight, and spoiled th
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rclpy.logging import get_logger
 from std_msgs.msg import String
 
 from tts_policy.core.policy import TestTimeSparsePolicy
@@ -75,7 +78,9 @@ def load(
     engine: str,
     warmed: Callable[[float], None],
 ) -> FaultyPolicy:
-    """Load the bundle; nothing is wrong with it yet."""
+    """Load the bundle within LOAD_S seconds; nothing is wrong with it yet."""
+    get_logger('faulty_node').info('loading')
+    time.sleep(float(os.environ.get('LOAD_S', '0')))
     policy = FaultyPolicy.from_bundle(path, sampler, device, seed, threads, engine)
     warmed(0.01)
     return policy
@@ -97,4 +102,4 @@ class FaultyNode(PolicyNode):
 
 
 if __name__ == '__main__':
-    run_node(FaultyNode, 'tts_policy')
+    sys.exit(run_node(FaultyNode, 'tts_policy'))

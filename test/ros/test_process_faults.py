@@ -13,7 +13,7 @@ pytest.importorskip('rclpy', reason='rclpy is not installed')
 pytest.importorskip('torch', reason='torch is not installed')
 
 from cell import FOLDER, held, moving, own_node, reported, start_node
-from processes import BUSY_FACTOR, RosProcess, wait_until
+from processes import BUSY_FACTOR, END_LIMIT_S, RosProcess, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,6 +79,17 @@ def test_a_node_that_ends_in_motion_leaves_an_arm_that_stops_and_can_be_taken_up
     finally:
         feeder.stop()
         assert process.stop() == 0
+
+
+def test_a_node_that_is_told_to_stop_while_it_loads_does_so_at_once(small_bundle: Path) -> None:
+    process = start_node(small_bundle, '/loading', load_s='120')
+    try:
+        wait_until(lambda: 'loading' in process.output, 20, 'a node that loads')
+        process.send(signal.SIGINT)
+        assert process.wait(BUSY_FACTOR * END_LIMIT_S) == 0, process.output
+    finally:
+        process.send(signal.SIGKILL)
+    assert 'configure failed: told to stop while loading' in process.output
 
 
 def test_a_dead_mans_switch_that_falls_silent_stops_the_arm(

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from tts_policy.ros.observation import Arrival, ObservationWindow
 
 
+# How often a wait for the policy looks whether it is still wanted.
+_LOOK_S = 0.05
+
+
 class InferenceFailed(RuntimeError):
     """The thread ended: loading failed, or the policy raised."""
 
@@ -131,17 +135,19 @@ class InferenceWorker:
         """What the next tick lacks; empty when nothing."""
         return '' if self._ticks is None else self._ticks.waiting_for
 
-    def start(self) -> TestTimeSparsePolicy:
+    def start(self, interrupted: Callable[[], bool] = lambda: False) -> TestTimeSparsePolicy:
         """Start the thread and wait until it has loaded the policy.
 
         Raises
         ------
         InferenceFailed
-            with the reason when loading fails.
+            with the reason when loading fails, or as soon as it is `interrupted`.
 
         """
         self._thread.start()
-        self._loaded.wait()
+        while not self._loaded.wait(_LOOK_S):
+            if interrupted():
+                raise InferenceFailed('told to stop while loading')
         if self.policy is None:
             raise InferenceFailed(self.failure)
         return self.policy
@@ -159,13 +165,16 @@ class InferenceWorker:
         return None
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread; False when it is still inside the policy after the timeout."""
+        """End the thread; False when it is still inside the policy after the timeout.
+
+        One that still loads is not waited for.
+        """
         with self._condition:
             self._stopping = True
             self._active = False
             self._generation += 1
             self._condition.notify_all()
-        self._thread.join(timeout_s)
+        self._thread.join(timeout_s if self._loaded.is_set() else 0.0)
         return not self._thread.is_alive()
 
     def activate(self) -> None:

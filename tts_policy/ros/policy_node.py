@@ -83,6 +83,7 @@ class PolicyNode(LifecycleNode):
         super().__init__('tts_policy', **kwargs)
         parameters.declare(self)
         self.finalized = False
+        self.stopping: Callable[[], bool] = lambda: False
         self._load = load
         self._state = 'unconfigured'
         self._settings = parameters.read(self)
@@ -132,7 +133,7 @@ class PolicyNode(LifecycleNode):
         try:
             parameters.check(settings)
             self._worker = worker
-            policy = worker.start()
+            policy = worker.start(self.stopping)
             self._connect(worker, policy)
         except (InferenceFailed, ValueError) as error:
             self._release()
@@ -238,7 +239,7 @@ class PolicyNode(LifecycleNode):
         )
         self._entities.append(topics.destroy)
         self._delivery = ChunkDelivery(
-            policy, settings, limits, topics, self._gate, self._monitor, self._choose_sparsity
+            policy, settings, limits, topics, self._gate, self._monitor, worker.configure_ticks
         )
         worker.window = ObservationWindow(parameters.window_spec(settings, contract))
         intake = Intake(
@@ -310,10 +311,6 @@ class PolicyNode(LifecycleNode):
         assert self._worker is not None and self._delivery is not None
         sparsity, interval_ns = self._delivery.apply(self._settings)
         self._worker.configure_ticks(sparsity, interval_ns)
-
-    def _choose_sparsity(self, sparsity: float, interval_ns: int) -> None:
-        if self._worker is not None:
-            self._worker.configure_ticks(sparsity, interval_ns)
 
     def _on_warm(self, latency_s: float) -> None:
         self._warm_latency_s = latency_s

@@ -2,12 +2,15 @@
 """A node as a process: spun until SIGINT, SIGTERM or its own end, and shut down in order.
 
 rclpy's own signal handlers close the context at once; nothing could be sent any more then, not
-even the hold position. Here the node's lifecycle shutdown comes first.
+even the hold position. Here the node's lifecycle shutdown comes first. A node that is busy can ask
+whether it is to end (`FinalizableNode.stopping`).
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import traceback
 from typing import TYPE_CHECKING, Protocol
@@ -25,9 +28,10 @@ _WAIT_S = 0.1
 
 
 class FinalizableNode(Protocol):
-    """A lifecycle node that knows whether it was shut down."""
+    """A lifecycle node that knows whether it was shut down, and is told whether it is to be."""
 
     finalized: bool
+    stopping: Callable[[], bool]
 
     def trigger_shutdown(self) -> object:
         """Do the shutdown transition."""
@@ -54,6 +58,7 @@ def run_node(
         rclpy.logging.get_logger(name).fatal(str(error))
         rclpy.shutdown()
         return 1
+    node.stopping = stop.is_set
     status = 0
     executor = SingleThreadedExecutor()
     executor.add_node(node)
@@ -76,4 +81,9 @@ def run_node(
         executor.shutdown()
         node.destroy_node()
         rclpy.shutdown()
+    if any(thread.daemon for thread in threading.enumerate()):
+        # The end of the interpreter would tear down what a thread left behind still runs in.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status

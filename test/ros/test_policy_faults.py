@@ -58,6 +58,16 @@ def test_a_hung_inference_deactivates_the_node_with_a_hold(arm: Feeder, fault: s
         assert not arm.change('activate')
 
 
+def test_a_stall_that_is_over_leaves_no_error_behind_once_the_node_is_active_again(
+    arm: Feeder,
+) -> None:
+    arm.inject('stall 2.0')
+    reported(arm, 'inference failed: a tick has taken')
+    wait_until(lambda: arm.change('activate'), 4, 'an activate')
+    moving(arm)
+    wait_until(lambda: arm.status and arm.status.level == b'\x00', 4, 'an OK in diagnostics')
+
+
 def test_a_policy_that_raises_deactivates_the_node_with_a_hold(arm: Feeder) -> None:
     arm.inject('raise')
     reported(arm, 'inference failed: RuntimeError: out of memory')

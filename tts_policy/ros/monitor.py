@@ -24,7 +24,8 @@ DISCOVERY_S = 0.5
 class Monitor:
     """Faults and statistics of one node, and the report made of them.
 
-    `failure` is a reason that stays in the report until the next configure.
+    `failure` is a reason that stays in the report until the next configure, or an activate that
+    succeeds.
     """
 
     def __init__(self, node: Node) -> None:
@@ -44,7 +45,8 @@ class Monitor:
         self._faults.clear()
 
     def activated(self) -> None:
-        """Be patient with missing input for a while."""
+        """Forget why the node was not active; be patient with missing input for a while."""
+        self.failure = None
         self._active_since_s = time.monotonic()
         self._waits = 0
 

@@ -31,6 +31,20 @@ def test_it_stops_at_what_the_bundle_recommends() -> None:
     assert run(SparsityGovernor(0.8), 0.0, 0.001, 0.2) == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize(
+    ('requested', 'budget_s', 'short'),
+    [(0.0, 0.001, True), (0.9, 0.001, True), (0.0, 0.1, False), (0.9, 0.1, False)],
+)
+def test_a_budget_that_cannot_be_held_is_told(
+    requested: float, budget_s: float, short: bool
+) -> None:
+    governor = SparsityGovernor(0.8)
+    run(governor, requested, budget_s, 0.2)
+    assert (governor.short_s is not None) is short
+    run(governor, requested, 0.0, 0.2)
+    assert governor.short_s is None
+
+
 def test_it_comes_back_when_there_is_room_again() -> None:
     governor = SparsityGovernor(0.8)
     run(governor, 0.2, 0.001, 0.2)

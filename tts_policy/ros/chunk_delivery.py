@@ -105,6 +105,12 @@ class ChunkDelivery:
         self._report(delivery, sent, refused)
         if delivery.tick.reset is None:
             self._governor.record(delivery.latency_s)
+        if self._governor.short_s is not None:
+            self._monitor.warn(
+                'budget',
+                f'latency budget of {self._settings["latency_budget_s"]:g} s not held: p95 is '
+                f'{self._governor.short_s:.3f} s at the highest sparsity that is recommended',
+            )
         self._choose(*self.apply(self._settings))
 
     def _report(self, delivery: Delivery, sent: Sent | None, refused: str | None) -> None:

@@ -19,12 +19,16 @@ ROOM = 0.7
 
 
 class SparsityGovernor:
-    """Chooses the sparsity of the next tick."""
+    """Chooses the sparsity of the next tick.
+
+    `short_s` is the p95 latency in s while it exceeds the budget and nothing is left to raise.
+    """
 
     def __init__(self, recommended: float) -> None:
         self._recommended = recommended
         self._raised = 0.0
         self._latencies_s: deque[float] = deque(maxlen=TICKS)
+        self.short_s: float | None = None
 
     def record(self, latency_s: float) -> None:
         """Take the latency of one tick; dense first ticks of an episode are to be left out."""
@@ -32,13 +36,14 @@ class SparsityGovernor:
 
     def choose(self, requested: float, budget_s: float) -> float:
         """Sparsity in [requested, recommended] for the next tick; budget_s 0 is no budget."""
-        room = self._recommended - requested
-        if budget_s <= 0.0 or room <= 0.0:
-            self._raised = 0.0
+        room = max(0.0, self._recommended - requested)
+        if budget_s <= 0.0:
+            self._raised, self.short_s = 0.0, None
             return requested
         if len(self._latencies_s) == TICKS:
             p95_s = float(np.percentile(list(self._latencies_s), 95))
             before = self._raised
+            self.short_s = p95_s if p95_s > budget_s and before >= room else None
             if p95_s > budget_s:
                 self._raised += STEP
             elif p95_s < ROOM * budget_s:

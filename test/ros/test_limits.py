@@ -117,6 +117,16 @@ def test_the_step_from_the_set_point_in_force_counts_as_motion() -> None:
         limits().apply(plan(), MEASURED, (times, before[None]))
 
 
+def test_joints_without_a_bound_are_named() -> None:
+    assert limits().missing() is None
+    assert limits(acceleration=np.full(2, np.inf)).missing() is None
+    one = limits(velocity=np.array([1.0, np.inf]), upper=np.array([np.inf, 1.0]))
+    assert one.missing() == "limits: none on position of ['a'] and velocity of ['b']"
+    source = LimitSource(one, 'when_present')
+    source.describe(URDF)
+    assert source.unbounded() == "limits: none on velocity of ['b']"
+
+
 def test_scaling_tightens_motion_but_not_the_range() -> None:
     half = limits().scaled(0.5)
     assert half.velocity.tolist() == [0.5, 0.5]

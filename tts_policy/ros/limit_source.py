@@ -48,6 +48,10 @@ class LimitSource:
         except ValueError as error:
             self.missing = str(error)
 
+    def unbounded(self) -> str | None:
+        """Which joints nothing bounds by now, in words; None where all are."""
+        return self._limits.missing()
+
     def current(self) -> JointLimits:
         """Limits of this moment.
 

@@ -43,6 +43,18 @@ class JointLimits:
         inf = np.full(len(joints), np.inf)
         return JointLimits(tuple(joints), -inf, inf, inf, inf, inf)
 
+    def missing(self) -> str | None:
+        """Which joints lack a bound on position or velocity, in words; None where none does."""
+        parts = []
+        for name, bounds in (
+            ('position', self.upper - self.lower),
+            ('velocity', self.velocity),
+        ):
+            joints = [j for j, bound in zip(self.joints, bounds, strict=True) if np.isinf(bound)]
+            if joints:
+                parts.append(f'{name} of {joints}')
+        return f'limits: none on {" and ".join(parts)}' if parts else None
+
     def scaled(self, scale: float) -> JointLimits:
         """Scale what bounds motion, not where the joints may be; `scale` is in (0, 1]."""
         return replace(

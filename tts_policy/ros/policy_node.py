@@ -163,6 +163,8 @@ class PolicyNode(LifecycleNode):
         self._worker.activate()
         self._state = 'active'
         self._monitor.activated()
+        if unbounded := self._delivery.limits.unbounded():
+            self.get_logger().warning(unbounded)
         closed = self._gate.closed_by(time.monotonic())
         self.get_logger().info(f'active, {f"{closed} (dry run)" if closed else "output enabled"}')
         return result

@@ -76,6 +76,7 @@ def load(
     seed: int,
     threads: int,
     engine: str,
+    sparsity: float | None,
     warmed: Callable[[float], None],
 ) -> FaultyPolicy:
     """Load the bundle within LOAD_S seconds; nothing is wrong with it yet."""

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from processes import BUSY_FACTOR, wait_until
 
-from tts_policy.ros.inference import Delivery, InferenceFailed, InferenceWorker
+from tts_policy.ros.inference import Delivery, InferenceFailed, InferenceWorker, load_policy
 from tts_policy.ros.observation import ObservationWindow, WindowSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 PERIOD = 50_000_000
 INTERVAL = 8 * PERIOD
@@ -217,6 +218,29 @@ def test_loading_that_fails_is_raised_with_the_reason() -> None:
     with pytest.raises(InferenceFailed, match=r'ValueError: model\.yaml expected'):
         worker.start()
     assert worker.stop(1.0)
+
+
+@pytest.mark.parametrize(('sparsity', 'expected'), [(None, 0.8), (0.0, 0.0), (0.5, 0.5)])
+def test_the_latency_before_the_first_tick_is_that_of_the_sparsity_asked_for(
+    small_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sparsity: float | None,
+    expected: float,
+) -> None:
+    pytest.importorskip('torch', reason='torch is not installed')
+    from tts_policy.core.policy import TestTimeSparsePolicy
+
+    asked, act, latencies_s = [], TestTimeSparsePolicy.act, list[float]()
+
+    def recorded(policy: TestTimeSparsePolicy, window: Any, sparsity: float) -> Any:
+        asked.append(sparsity)
+        return act(policy, window, sparsity)
+
+    monkeypatch.setattr(TestTimeSparsePolicy, 'act', recorded)
+    model = (str(small_bundle), 'ddim10', 'cpu', 0, 1, 'auto')
+    load_policy(*model, sparsity, warmed=latencies_s.append)
+    assert set(asked) == {expected}
+    assert len(latencies_s) == 1 and latencies_s[0] > 0.0
 
 
 def test_stop_says_when_the_thread_is_still_busy(bench: Bench) -> None:

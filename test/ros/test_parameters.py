@@ -88,6 +88,11 @@ def test_more_points_than_a_chunk_has_are_refused(small_contract: PolicyContract
         parameters.chunk_timing(settings(min_points=16), small_contract)
 
 
+def test_the_latency_of_a_bundle_is_measured_at_the_sparsity_that_will_be_used() -> None:
+    assert parameters.model_options(settings(sparsity=0.3))[-1] == 0.3
+    assert parameters.model_options(settings(sparsity=0.3, latency_budget_s=0.1))[-1] is None
+
+
 def test_an_array_that_was_given_is_kept(ros: None) -> None:
     given = [Parameter('limits.joints', value=['elbow'])]
     node = rclpy.create_node('given', parameter_overrides=given)

@@ -326,16 +326,17 @@ def load_policy(
     seed: int,
     threads: int,
     engine: str,
+    sparsity: float | None = None,
     warmed: Callable[[float], None] = lambda latency_s: None,
 ) -> TestTimeSparsePolicy:
     """Load a bundle and warm it up; to be called by the thread that will run it.
 
-    `warmed` is told the latency in seconds of a tick at the recommended sparsity.
+    `warmed` is told the latency in seconds of a tick at that sparsity, None for the recommended.
 
     Raises
     ------
     ValueError
-        BundleError, naming the file and what is wrong with it.
+        BundleError, naming the file and what is wrong with it; a sparsity out of range.
 
     """
     from tts_policy.core.policy import TestTimeSparsePolicy
@@ -351,7 +352,8 @@ def load_policy(
     grey['joints'] = np.zeros((spec.steps, len(spec.joints)))
     policy.reset()
     # The first tick is dense; of the sparse ones the first is slower than what follows.
-    chunks = [policy.act(grey, sparsity=policy.recommended_sparsity) for _ in range(3)]
+    share = policy.recommended_sparsity if sparsity is None else sparsity
+    chunks = [policy.act(grey, sparsity=share) for _ in range(3)]
     warmed(chunks[-1].stats.latency_s)
     policy.reset()
     return policy

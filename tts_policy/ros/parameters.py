@@ -152,6 +152,16 @@ def check_with_policy(policy: TestTimeSparsePolicy, values: dict[str, Any]) -> N
         )
 
 
+def model_options(settings: Settings) -> tuple[Any, ...]:
+    """What `inference.load_policy` is to load, and the sparsity that its latency counts for.
+
+    With a latency budget that is the recommended one (None), which is within its reach.
+    """
+    names = ('bundle', 'sampler', 'device', 'seed', 'threads', 'engine')
+    sparsity = None if settings['latency_budget_s'] > 0.0 else settings['sparsity']
+    return (*(settings[name] for name in names), sparsity)
+
+
 def window_spec(settings: Settings, contract: PolicyContract) -> WindowSpec:
     """Observation window for a contract; its first camera is the reference, joints without one."""
     return WindowSpec.of(

@@ -120,10 +120,8 @@ class PolicyNode(LifecycleNode):
         self._settings = settings = parameters.read(self)
         self._monitor.begin()
         self._gate.listen_anew()
-        names = ('bundle', 'sampler', 'device', 'seed', 'threads', 'engine')
-        model = (settings[name] for name in names)
         worker = InferenceWorker(
-            partial(self._load, *model, warmed=self._on_warm),
+            partial(self._load, *parameters.model_options(settings), warmed=self._on_warm),
             self._now_ns,
             self._deliver,
             self._count_reset,

@@ -39,7 +39,8 @@ def test_a_robot_that_is_killed_and_comes_back_is_waited_for(
     test_node: Node, small_bundle: Path
 ) -> None:
     namespace = '/killed_robot'
-    process, feeder, witness = own_node(test_node, small_bundle, namespace)
+    # On a quiet machine the robot is back within 2 s.
+    process, feeder, witness = own_node(test_node, small_bundle, namespace, gap_limit_s=1.0)
     robots = [RosProcess('feeder', namespace, PYTHONPATH=FOLDER)]
     try:
         moving(feeder)

@@ -46,7 +46,10 @@ SPOILED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class FaultyPolicy(TestTimeSparsePolicy):
-    """Faults: a name of SPOILED, `stall SECONDS` (once), `slow SECONDS`, `hang`, `raise`."""
+    """Faults: a name of SPOILED, `stall SECONDS` (once), `slow SECONDS`, `hang`, `raise`.
+
+    `publish` hangs after the policy, where its chunk is delivered.
+    """
 
     __test__ = False
     fault = ''
@@ -96,10 +99,15 @@ class FaultyNode(PolicyNode):
 
     def _on_fault(self, message: String) -> None:
         FaultyPolicy.fault = message.data
-        if message.data == 'hang':
+        if message.data in ('hang', 'publish'):
             FaultyPolicy.released.clear()
         else:
             FaultyPolicy.released.set()
+
+    def _deliver(self, delivery: Any) -> None:
+        if FaultyPolicy.fault == 'publish':
+            FaultyPolicy.released.wait(60.0)
+        super()._deliver(delivery)
 
 
 if __name__ == '__main__':

@@ -248,3 +248,51 @@ def test_stop_says_when_the_thread_is_still_busy(bench: Bench) -> None:
     bench.frames(0, 1)
     wait_until(lambda: bench.policy.calls[-1:] == ['act'], 5, 'a tick in flight')
     assert not bench.worker.stop(0.05)
+
+
+@pytest.mark.fault
+def test_a_delivery_that_hangs_is_a_fault_and_blocks_nobody() -> None:
+    """A publish that hangs does so with the worker held: messages and timers must go on."""
+    go, hangs = threading.Event(), threading.Event()
+
+    def deliver(delivery: Delivery) -> None:
+        hangs.set()
+        assert go.wait(BUSY_FACTOR * 5.0)
+
+    policy = ScriptedPolicy()
+    worker = InferenceWorker(
+        lambda: policy,  # type: ignore[arg-type, return-value]
+        lambda: T0 + PERIOD,
+        deliver,
+        lambda reason: None,
+        limit_s=0.3,
+    )
+    worker.start()
+    worker.window = ObservationWindow(SPEC)
+    worker.configure_ticks(0.8, INTERVAL)
+    worker.activate()
+    for frame in (0, 1):
+        for key in ('joints', 'camera'):
+            worker.store(key, T0 + frame * PERIOD, np.array(frame))
+    assert hangs.wait(BUSY_FACTOR * 5.0)
+    done = threading.Event()
+
+    def executor() -> None:
+        worker.store('joints', T0 + 2 * PERIOD, np.array(2))
+        worker.deactivate()
+        with worker.exclusive() as held:
+            assert not held
+        worker.request_reset('service')
+        worker.clock_moved(backward=True)
+        worker.inspect()
+        assert not worker.stop(0.0)
+        done.set()
+
+    threading.Thread(target=executor, daemon=True).start()
+    try:
+        assert done.wait(BUSY_FACTOR * 2.0)
+        assert 'a chunk was not delivered within 0.3 s' in str(worker.fault())
+    finally:
+        go.set()
+    assert worker.stop(BUSY_FACTOR * 5.0)
+    assert policy.calls.count('act') == 1

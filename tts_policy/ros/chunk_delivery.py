@@ -7,6 +7,7 @@ Runs in the inference thread with the worker held, so that settings change betwe
 from __future__ import annotations
 
 import json
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from tts_policy.ros.monitor import Monitor
     from tts_policy.ros.output import Sent
     from tts_policy.ros.parameters import Settings
+
+# How long a hold point may take after the inference thread failed.
+_HOLD_TIMEOUT_S = 0.5
 
 
 class ChunkDelivery:
@@ -75,6 +79,22 @@ class ChunkDelivery:
         interval_ns = n_execute * seconds_to_ns(self._contract.observation.period_s)
         self.sparsity = self._governor.choose(settings['sparsity'], settings['latency_budget_s'])
         return self.sparsity, interval_ns
+
+    def hold(self, now_ns: int, hung: bool) -> bool:
+        """Command the present position once; False when nothing was commanded or went out.
+
+        Where the inference thread is `hung` the way out may be what it hangs in: that is tried in
+        a thread of its own, for a while.
+        """
+        if not hung:
+            return self.output.hold(now_ns)
+        held: list[bool] = []
+        thread = threading.Thread(
+            target=lambda: held.append(self.output.hold(now_ns)), name='hold', daemon=True
+        )
+        thread.start()
+        thread.join(_HOLD_TIMEOUT_S)
+        return any(held)
 
     def committed(self, stamp_ns: int, latency_s: float) -> CommittedActions | None:
         """What a chunk of the observation of that stamp has to continue, if anything."""

@@ -4,11 +4,14 @@
 Other threads only store messages, and say activate, deactivate or reset. One condition guards the
 observation window and every flag. A chunk is delivered while that condition is held and only if
 nothing happened since its tick began: once `deactivate` or `request_reset` has returned, no chunk
-of before can reach the robot. Stamps are nanoseconds of the ROS clock; latencies perf_counter.
+of before can reach the robot. Only for a delivery that hangs nobody waits longer than a tick may
+take: the worker has failed then, for good, and the others go on without the condition.
+Stamps are nanoseconds of the ROS clock; latencies perf_counter.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import traceback
@@ -99,8 +102,12 @@ class InferenceWorker:
         on_reset: Callable[[str], None],
         seed: int = 0,
         commit: Callable[[ScheduledTick], CommittedActions | None] = lambda tick: None,
+        limit_s: float = math.inf,
     ) -> None:
-        """`commit` is asked at every tick that goes on with an episode what it must continue."""
+        """`commit` is asked at every tick that goes on with an episode what it must continue.
+
+        A tick that takes more than `limit_s`, delivery included, is a fault.
+        """
         self.policy: TestTimeSparsePolicy | None = None
         self.failure: str | None = None
         self.discarded = 0
@@ -111,6 +118,7 @@ class InferenceWorker:
         self._deliver = deliver
         self._on_reset = on_reset
         self._commit = commit
+        self._limit_s = limit_s
         self._condition = threading.Condition()
         self._loaded = threading.Event()
         self._active = False
@@ -152,16 +160,16 @@ class InferenceWorker:
             raise InferenceFailed(self.failure)
         return self.policy
 
-    def fault(self, limit_s: float) -> str | None:
-        """Why the thread cannot be relied on: it ended, or a tick takes more than `limit_s`."""
+    def fault(self) -> str | None:
+        """Why the thread cannot be relied on: it ended, or a tick takes too long. Never waits."""
         if self.failure is not None:
             return f'inference failed: {self.failure}'
         if not self._thread.is_alive():
             return 'inference failed: the thread is gone'
         began_s = self._began_s
         busy_s = 0.0 if began_s is None else time.perf_counter() - began_s
-        if busy_s > limit_s:
-            return f'inference failed: a tick has taken {busy_s:.1f} s, limit {limit_s:g} s'
+        if busy_s > self._limit_s:
+            return f'inference failed: a tick has taken {busy_s:.1f} s, limit {self._limit_s:g} s'
         return None
 
     def stop(self, timeout_s: float) -> bool:
@@ -169,17 +177,20 @@ class InferenceWorker:
 
         One that still loads is not waited for.
         """
-        with self._condition:
+        with self.exclusive() as held:
             self._stopping = True
             self._active = False
             self._generation += 1
-            self._condition.notify_all()
+            if held:
+                self._condition.notify_all()
         self._thread.join(timeout_s if self._loaded.is_set() else 0.0)
         return not self._thread.is_alive()
 
     def activate(self) -> None:
         """Begin a new episode with an empty window."""
-        with self._condition:
+        with self.exclusive() as held:
+            if not held:
+                return
             self._active = True
             self._generation += 1
             if self._ticks is not None:
@@ -188,25 +199,26 @@ class InferenceWorker:
 
     def deactivate(self) -> None:
         """Stop ticking; the chunk in flight will be discarded."""
-        with self._condition:
+        with self.exclusive():
             self._active = False
             self._generation += 1
 
     def configure_ticks(self, sparsity: float, interval_ns: int) -> None:
         """Take effect together, at the next tick."""
-        with self._condition:
+        with self.exclusive():
             self._sparsity = sparsity
             self._interval_ns = interval_ns
 
     def request_reset(self, reason: str) -> None:
         """Forget the episode before the next tick; the window and the rhythm of ticks stay."""
-        with self._condition:
-            self._restart(reason, keep_rhythm=True)
+        with self.exclusive() as held:
+            if held:
+                self._restart(reason, keep_rhythm=True)
 
     def store(self, key: str, stamp_ns: int, value: Any) -> Arrival | None:
         """Put a message into the window; None when the node is not active."""
-        with self._condition:
-            if not self._active or self._ticks is None:
+        with self.exclusive() as held:
+            if not held or not self._active or self._ticks is None:
                 return None
             now_ns = self._now_ns()
             arrival = self._ticks.store(key, stamp_ns, value, now_ns)
@@ -216,8 +228,8 @@ class InferenceWorker:
 
     def clock_moved(self, backward: bool) -> None:
         """Tell of a step of a simulated clock."""
-        with self._condition:
-            if self._ticks is None:
+        with self.exclusive() as held:
+            if not held or self._ticks is None:
                 return
             now_ns = self._now_ns()
             if backward:
@@ -226,14 +238,18 @@ class InferenceWorker:
             self._advance(now_ns)
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """No chunk is delivered, and no tick begins, inside."""
-        with self._condition:
-            yield
+    def exclusive(self) -> Iterator[bool]:
+        """No chunk is delivered, and no tick begins, inside; False where a delivery hangs."""
+        held = self._acquire()
+        try:
+            yield held
+        finally:
+            if held:
+                self._condition.release()
 
     def inspect(self) -> tuple[dict[str, float | None], list[str]]:
         """Ages of the newest samples in seconds, and a reason per key that is stale."""
-        with self._condition:
+        with self.exclusive():
             if self.window is None:
                 return {}, []
             now_ns = self._now_ns()
@@ -241,9 +257,19 @@ class InferenceWorker:
 
     def latest(self, key: str) -> np.ndarray | None:
         """Value of the newest sample of a key."""
-        with self._condition:
+        with self.exclusive():
             newest = None if self.window is None else self.window.latest(key)
             return None if newest is None else newest[1]
+
+    def _acquire(self) -> bool:
+        """Wait for the condition until the tick that holds it takes too long."""
+        while not self._condition.acquire(timeout=_LOOK_S if self.failure is None else 0.0):
+            if self.fault() is not None:
+                self.failure = (
+                    self.failure or f'a chunk was not delivered within {self._limit_s:g} s'
+                )
+                return False
+        return True
 
     def _advance(self, now_ns: int) -> None:
         assert self._ticks is not None
@@ -289,15 +315,16 @@ class InferenceWorker:
             tick.scheduled.observation, sparsity=tick.sparsity, committed=tick.committed
         )
         with self._condition:
-            self._began_s = None
             if tick.generation != self._generation:
                 self.discarded += 1
+                self._began_s = None
                 return not self._stopping
             assert self._ticks is not None
             self._ticks.finish(tick.scheduled, tick.interval_ns)
             self._deliver(
                 Delivery(tick, chunk, self._now_ns(), time.perf_counter() - tick.began_s)
             )
+            self._began_s = None
         return True
 
     def _next_tick(self) -> Tick | None:

@@ -127,6 +127,7 @@ class PolicyNode(LifecycleNode):
             self._count_reset,
             settings['seed'],
             self._committed,
+            settings['inference_timeout_s'],
         )
         try:
             parameters.check(settings)
@@ -152,7 +153,7 @@ class PolicyNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin a new episode."""
         assert self._worker is not None and self._delivery is not None
-        reason = self._worker.fault(self._settings['inference_timeout_s'])
+        reason = self._worker.fault()
         if reason is not None:
             self.get_logger().error(f'not activated: {reason}')
             return FAILURE
@@ -350,7 +351,8 @@ class PolicyNode(LifecycleNode):
                 self._hold(closed)
 
     def _hold(self, why: str) -> None:
-        if self._delivery is not None and self._delivery.output.hold(self._now_ns()):
+        hung = self._worker is not None and self._worker.fault() is not None
+        if self._delivery is not None and self._delivery.hold(self._now_ns(), hung):
             self.get_logger().info(f'{why}: holding position')
 
     # Watch
@@ -362,7 +364,7 @@ class PolicyNode(LifecycleNode):
     def _watch(self) -> None:
         worker = self._worker
         if self._state == 'active' and worker is not None:
-            reason = worker.fault(self._settings['inference_timeout_s'])
+            reason = worker.fault()
             if reason is not None:
                 self._monitor.fail(reason)
                 self.trigger_deactivate()

@@ -134,7 +134,7 @@ def run_episode(
         if episode.frame_due:
             frames.append(world.render())
             states.append([state[name] for name in contract.observation.joints])
-        output.measured(now_ns, np.array([state[name] for name in joints]))
+        output.measured(now_ns, np.array([state[name] for name in joints]), now_ns)
         if episode.tick_due:
             window = {CAMERA_KEY: np.stack(frames), 'joints': np.array(states)}
             committed = None

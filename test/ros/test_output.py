@@ -68,7 +68,7 @@ class Bench:
             command or self.command,
             self.proposed,
         )
-        self.output.measured(T0, REST)
+        self.output.measured(T0, REST, T0)
 
 
 def test_chunks_go_to_the_robot_or_become_proposals() -> None:
@@ -93,7 +93,7 @@ def test_nothing_is_sent_that_would_be_compared_with_a_state_of_long_ago() -> No
     with pytest.raises(TrajectoryRefused, match=r'state of at most 0\.250 s, got one of 0\.3'):
         bench.output.send(RAMP, T0, T0 + 6 * PERIOD, enabled=True)
     assert not bench.command.sent
-    bench.output.measured(T0 + PERIOD, REST)
+    bench.output.measured(T0 + PERIOD, REST, T0 + PERIOD)
     assert bench.output.send(RAMP, T0, T0 + 6 * PERIOD, enabled=True)
 
 
@@ -138,7 +138,7 @@ def test_a_chunk_that_turns_the_arm_around_at_once_is_refused() -> None:
     gentle, strong = Bench(acceleration=12.0), Bench(acceleration=17.0)
     for bench in (gentle, strong):
         bench.output.send(RAMP, T0, T0, enabled=True)
-        bench.output.measured(now, RAMP[7])
+        bench.output.measured(now, RAMP[7], now)
     assert strong.output.send(back, now, now, enabled=True)
     with pytest.raises(TrajectoryRefused, match=r'b: expected acceleration at most 12\.0, got 16'):
         gentle.output.send(back, now, now, enabled=True)
@@ -147,14 +147,25 @@ def test_a_chunk_that_turns_the_arm_around_at_once_is_refused() -> None:
 def test_a_joint_state_that_comes_out_of_order_is_not_the_measured_one() -> None:
     bench = Bench()
     bench.output.send(RAMP, T0, T0, enabled=True)
-    bench.output.measured(T0 - PERIOD, REST + 1.0)
+    bench.output.measured(T0 - PERIOD, REST + 1.0, T0)
     bench.output.hold(T0)
     assert np.allclose(bench.command.finished[0].positions[0][:2], REST[:2])
     # Far behind means that the clock was set back.
-    bench.output.measured(T0 - 100 * PERIOD, REST + 1.0)
+    bench.output.measured(T0 - 100 * PERIOD, REST + 1.0, T0 - 100 * PERIOD)
     bench.output.send(RAMP, T0 - 100 * PERIOD, T0 - 100 * PERIOD, enabled=True)
     bench.output.hold(T0 - 100 * PERIOD)
     assert np.allclose(bench.command.finished[1].positions[0][:2], REST[:2] + 1.0)
+
+
+@pytest.mark.fault
+def test_a_joint_state_ahead_of_the_clock_hides_none_that_comes_later() -> None:
+    bench = Bench()
+    bench.output.measured(T0 + 4 * PERIOD, REST + 5.0, T0)
+    now = T0 + PERIOD
+    bench.output.measured(now, RAMP[0], now)
+    bench.output.send(RAMP, now, now, enabled=True)
+    bench.output.hold(now)
+    assert np.allclose(bench.command.finished[0].positions[0][:2], RAMP[0][:2])
 
 
 class Controller:
@@ -182,7 +193,7 @@ def test_what_no_controller_took_is_not_in_force_when_one_comes() -> None:
     assert not bench.output.hold(T0)
     controller.ready = True
     now = T0 + 8 * PERIOD
-    bench.output.measured(now, REST)
+    bench.output.measured(now, REST, now)
     # The arm is where it was: 0.1 rad take more than one period.
     sent = bench.output.send(RAMP + RAMP[8] * [1, 1, 0], now, now, enabled=True)
     assert sent.trajectory.dropped > 0
@@ -221,7 +232,7 @@ def test_a_late_chunk_is_refused_and_the_old_one_stays_in_force() -> None:
     with pytest.raises(ChunkTooLate):
         bench.output.send(RAMP, T0 + PERIOD, T0 + 13 * PERIOD, enabled=True)
     assert len(bench.command.sent) == 1
-    bench.output.measured(T0, REST)
+    bench.output.measured(T0, REST, T0)
     assert bench.output.hold(T0 + 13 * PERIOD)
     # The measured state is too old to go back to: the set-point in force is held.
     assert np.allclose(bench.command.finished[0].positions[0], RAMP[12])
@@ -233,7 +244,7 @@ def test_hold_keeps_the_grip_and_stops_the_arm_where_it_is_once() -> None:
     bench.output.send(RAMP, T0, T0, enabled=False)
     assert not bench.output.hold(T0)
     bench.output.send(RAMP + [0, 0, -0.03], T0, T0, enabled=True)
-    bench.output.measured(T0 + PERIOD, REST)
+    bench.output.measured(T0 + PERIOD, REST, T0 + PERIOD)
     assert bench.output.hold(T0 + PERIOD)
     (hold,) = bench.command.finished
     assert hold.positions[0] == pytest.approx([-0.01, 0.02, 0.01])
@@ -259,7 +270,7 @@ def test_the_step_from_the_old_chunk_to_the_new_one_is_bounded() -> None:
     bench = Bench(velocity=1.0)
     bench.output.send(RAMP, T0, T0, enabled=True)
     now = T0 + 8 * PERIOD
-    bench.output.measured(now, RAMP[8])
+    bench.output.measured(now, RAMP[8], now)
     bench.output.send(RAMP[::-1] * 0 + RAMP[8], now, now, enabled=True)
     with pytest.raises(TrajectoryRefused, match='a: expected velocity at most'):
         bench.output.send(RAMP * 0 + 0.2, now + PERIOD, now + PERIOD, enabled=True)
@@ -269,7 +280,7 @@ def test_a_clock_that_jumped_back_takes_nothing_over_from_the_future() -> None:
     bench = Bench(velocity=1.0)
     bench.output.send(RAMP, T0, T0, enabled=True)
     before = T0 - 100 * PERIOD
-    bench.output.measured(before, REST + 5.0)
+    bench.output.measured(before, REST + 5.0, before)
     sent = bench.output.send(RAMP + 5.0, before, before, enabled=True)
     assert sent.continuity.jump == 0.0
 
@@ -278,7 +289,7 @@ def test_a_chunk_after_the_end_of_the_old_one_is_a_new_start() -> None:
     bench = Bench(velocity=1.0)
     bench.output.send(RAMP, T0, T0, enabled=True)
     late = T0 + 15 * PERIOD
-    bench.output.measured(late, REST)
+    bench.output.measured(late, REST, late)
     with pytest.raises(TrajectoryRefused, match='velocity'):
         bench.output.send(RAMP + 0.5, late, late, enabled=True)
     assert bench.output.send(RAMP + 0.5, late + 1, late + 1, enabled=True).continuity.jump == 0.0
@@ -289,13 +300,13 @@ def test_blending_begins_on_the_old_set_points_and_ends_on_the_new_ones() -> Non
     bench.output.send(RAMP, T0, T0, enabled=True)
     shifted = RAMP[8:9] + RAMP * 0.5 + [0.05, 0.0, 0.0]
     now = T0 + 8 * PERIOD + 10_000_000
-    bench.output.measured(now, RAMP[8])
+    bench.output.measured(now, RAMP[8], now)
     hard = bench.output.send(shifted, T0 + 8 * PERIOD, now, enabled=True)
     bench = Bench()
     bench.output.blend_ns = 4 * PERIOD
     bench.output.send(RAMP, T0 - 4 * PERIOD, T0 - 4 * PERIOD, enabled=True)
     bench.output.send(RAMP, T0, T0, enabled=True)
-    bench.output.measured(now, RAMP[8])
+    bench.output.measured(now, RAMP[8], now)
     soft = bench.output.send(shifted, T0 + 8 * PERIOD, now, enabled=True)
     assert soft.continuity.jump < 0.2 * hard.continuity.jump
     assert soft.continuity.velocity_jump < 0.5 * hard.continuity.velocity_jump

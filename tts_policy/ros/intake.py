@@ -45,7 +45,7 @@ class Intake:
 
     def on_measured(self, stamp_ns: int, positions: np.ndarray) -> None:
         """Remember the measured state."""
-        self._output.measured(stamp_ns, positions)
+        self._output.measured(stamp_ns, positions, self._now_ns())
 
     def on_refused(self, topic: str, error: ConversionError) -> None:
         """Report a message that does not fit."""

@@ -91,12 +91,13 @@ class CommandOutput:
         self._measured = self._last = None
         self._commanded = False
 
-    def measured(self, stamp_ns: int, positions: np.ndarray) -> None:
+    def measured(self, stamp_ns: int, positions: np.ndarray, now_ns: int) -> None:
         """Measured positions [A] of the joints; what comes out of order is passed over.
 
-        A stamp that is far older is that of a clock which was set back.
+        A stamp that is far older is that of a clock which was set back. Nothing is older than one
+        that is ahead of the clock, `now_ns`: such a stamp is wrong.
         """
-        if self._measured is not None:
+        if self._measured is not None and self._measured[0] <= now_ns:
             behind_ns = self._measured[0] - stamp_ns
             if 0 < behind_ns <= self._hold_rule.max_age_ns:
                 return

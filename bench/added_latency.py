@@ -73,6 +73,8 @@ class Arm:
 class PlayerSink:
     """Sends trajectories to the controller of an episode."""
 
+    following = True
+
     def __init__(self, episode: Episode) -> None:
         self._episode = episode
 

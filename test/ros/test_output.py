@@ -30,6 +30,8 @@ REST = np.array([-0.01, 0.02, 0.04])
 class Recorder:
     """Keeps what it is sent."""
 
+    following = True
+
     def __init__(self) -> None:
         self.sent: list[Trajectory] = []
         self.finished: list[Trajectory] = []
@@ -175,13 +177,26 @@ class Controller:
 
     def __init__(self) -> None:
         self.goals: list[Any] = []
+        self.answers, self.results = list[Any](), list[Any]()
+
+    def answer(self, accepted: bool) -> None:
+        """Answer the newest goal."""
+        result = SimpleNamespace(add_done_callback=self.results.append)
+        handle = SimpleNamespace(accepted=accepted, get_result_async=lambda: result)
+        self.answers[-1](SimpleNamespace(result=lambda: handle))
+
+    def abort(self) -> None:
+        """End the newest goal that was accepted."""
+        end = SimpleNamespace(status=6, result=SimpleNamespace(error_string='off its path'))
+        none = {'cancelled': lambda: False, 'exception': lambda: None}
+        self.results[-1](SimpleNamespace(result=lambda: end, **none))
 
     def server_is_ready(self) -> bool:
         return self.ready
 
     def send_goal_async(self, goal: Any) -> Any:
         self.goals.append(goal)
-        return SimpleNamespace(add_done_callback=lambda _: None)
+        return SimpleNamespace(add_done_callback=self.answers.append)
 
 
 @pytest.mark.fault
@@ -200,6 +215,29 @@ def test_what_no_controller_took_is_not_in_force_when_one_comes() -> None:
     controller.ready = False
     assert bench.output.hold(now)
     assert len(controller.goals) == 1 and 'got none' in refused[0]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('accepted', [False, True])
+def test_after_a_goal_that_failed_the_next_chunk_is_a_start(accepted: bool) -> None:
+    controller, refused = Controller(), list[str]()
+    controller.ready = True
+    bench = Bench(1.0, command=ActionSink(controller, SimpleNamespace, refused.append))
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    assert bench.output.committed(T0 + PERIOD, PERIOD, True, soft=False)
+    controller.answer(accepted)
+    if accepted:
+        controller.abort()
+    assert len(refused) == 1
+    now = T0 + 8 * PERIOD
+    assert bench.output.committed(now, PERIOD, True, soft=False) is None
+    bench.output.measured(now, REST, now)
+    sent = bench.output.send(RAMP + RAMP[8] * [1, 1, 0], now, now, enabled=True)
+    assert sent.trajectory.dropped > 0
+    controller.answer(True)
+    assert bench.output.committed(now + PERIOD, 14 * PERIOD, True, soft=False)
+    # Whatever the controller made of it, it is told to hold when the gate closes.
+    assert bench.output.hold(now)
 
 
 def test_committed_are_the_set_points_in_force_until_the_next_chunk_comes() -> None:

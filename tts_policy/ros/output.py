@@ -153,8 +153,8 @@ class CommandOutput:
         Held are those that will be past when it is sent, `delay_ns` after the observation; soft:
         the rest of the old chunk too, ever less. None where nothing is in force.
         """
-        last, timing = self._last, self._timing
-        if last is None or self._commanded is not enabled or stamp_ns < last.stamp_ns:
+        last, timing = self._newest(stamp_ns, enabled), self._timing
+        if last is None:
             return None
         first_ns, last_ns = (last.stamp_ns + int(time_ns) for time_ns in last.times_ns[[0, -1]])
         overlap = (last_ns - stamp_ns) // timing.period_ns - timing.offset_steps + 1
@@ -198,13 +198,18 @@ class CommandOutput:
 
     def _old(self, now_ns: int, enabled: bool) -> Trajectory | None:
         """Return the trajectory to be replaced; None where there is none of this kind."""
+        last = self._newest(now_ns, enabled)
+        # After its end the arm is at rest: the next chunk is a start, bounded by its distance.
+        if last is None or now_ns > last.stamp_ns + int(last.times_ns[-1]):
+            return None
+        return last
+
+    def _newest(self, now_ns: int, enabled: bool) -> Trajectory | None:
+        """Return what was sent last; None where it was of the other kind or is not followed."""
         last = self._last
         if last is None or self._commanded is not enabled or now_ns < last.stamp_ns:
             return None
-        # After its end the arm is at rest: the next chunk is a start, bounded by its distance.
-        if now_ns > last.stamp_ns + int(last.times_ns[-1]):
-            return None
-        return last
+        return last if not enabled or self._command.following else None
 
     def _before(self, trajectory: Trajectory, old: Trajectory) -> tuple[np.ndarray, np.ndarray]:
         """Set-points a period before the first point and, as far as known, two periods.

@@ -24,7 +24,14 @@ GOAL_ENDS = {GoalStatus.STATUS_ABORTED: 'aborted', GoalStatus.STATUS_CANCELED: '
 
 
 class TrajectorySink(Protocol):
-    """Takes trajectories on their way to a controller."""
+    """Takes trajectories on their way to a controller.
+
+    `following` is False while it is known that the newest one is not being followed.
+    """
+
+    @property
+    def following(self) -> bool:
+        """Whether the newest trajectory is in force, as far as is known."""
 
     def send(self, trajectory: Trajectory) -> None:
         """Let it replace the one before; raises TrajectoryRefused where nobody takes it."""
@@ -35,6 +42,8 @@ class TrajectorySink(Protocol):
 
 class TopicSink:
     """A trajectory_msgs/JointTrajectory topic, as the joint trajectory controller listens to."""
+
+    following = True
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
@@ -61,6 +70,12 @@ class ActionSink:
         self._goal_type = goal_type
         self._refused = refused
         self._sent = 0
+        self._lost = 0
+
+    @property
+    def following(self) -> bool:
+        """Whether the newest goal was neither refused nor ended early, as far as is known."""
+        return self._lost != self._sent or self._sent == 0
 
     def send(self, trajectory: Trajectory) -> None:
         """Send a goal without waiting for its acceptance.
@@ -89,9 +104,11 @@ class ActionSink:
         try:
             handle = future.result()
         except Exception as error:  # noqa: BLE001 - whatever the middleware says, it was not taken
+            self._lost = number
             self._refused(f'follow_joint_trajectory: expected an answer to the goal, got {error}')
             return
         if not handle.accepted:
+            self._lost = number
             self._refused('follow_joint_trajectory: expected the goal to be accepted, it was not')
             return
         handle.get_result_async().add_done_callback(partial(self._on_result, number))
@@ -103,12 +120,15 @@ class ActionSink:
         answer = future.result()
         end = GOAL_ENDS.get(answer.status)
         if end is not None:
+            self._lost = number
             why = answer.result.error_string or f'error code {answer.result.error_code}'
             self._refused(f'follow_joint_trajectory: the goal was {end}: {why}')
 
 
 class GripperStream:
     """Set-points of a gripper's joints as numbers, sent whenever `stream` is called."""
+
+    following = True
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
@@ -146,6 +166,11 @@ class SplitSink:
         self._arm, self._gripper = arm, gripper
         self._arm_joints = [joint for joint in joints if joint not in gripper_joints]
         self._gripper_joints = list(gripper_joints)
+
+    @property
+    def following(self) -> bool:
+        """Whether the arm follows: a gripper says nothing."""
+        return self._arm.following
 
     def send(self, trajectory: Trajectory) -> None:
         """Send each its joints."""

@@ -88,6 +88,22 @@ def test_more_points_than_a_chunk_has_are_refused(small_contract: PolicyContract
         parameters.chunk_timing(settings(min_points=16), small_contract)
 
 
+@pytest.mark.fault
+def test_a_latency_that_never_leaves_enough_points_is_refused(
+    small_contract: PolicyContract,
+) -> None:
+    """The interval fits: every chunk would be a missed deadline all the same."""
+    period_s = small_contract.observation.period_s
+    few = settings(n_execute=1, min_points=2, lead_time_s=0.01)
+    parameters.check_latency(small_contract, few, 3.5 * period_s)
+    many = settings(n_execute=1, min_points=13, lead_time_s=0.01)
+    with pytest.raises(parameters.ParameterError, match=r'min_points: expected 13 .*, got 12'):
+        parameters.check_latency(small_contract, many, 3.5 * period_s)
+    slow = settings(n_execute=1, min_points=2, lead_time_s=14 * period_s)
+    with pytest.raises(parameters.ParameterError, match=r'lead_time_s 0\.7 s, got 1'):
+        parameters.check_latency(small_contract, slow, 0.0)
+
+
 def test_the_latency_of_a_bundle_is_measured_at_the_sparsity_that_will_be_used() -> None:
     assert parameters.model_options(settings(sparsity=0.3))[-1] == 0.3
     assert parameters.model_options(settings(sparsity=0.3, latency_budget_s=0.1))[-1] is None

@@ -127,7 +127,7 @@ def refusal(
         try:
             check_with_policy(policy, {change.name: change.value})
             if change.name == 'n_execute':
-                check_latency(policy.contract, change.value, latency_s)
+                check_interval(policy.contract, change.value, latency_s)
         except ValueError as error:
             return str(error)
     return None
@@ -198,7 +198,28 @@ def chunk_timing(settings: Settings, contract: PolicyContract) -> ChunkTiming:
     )
 
 
-def check_latency(contract: PolicyContract, n_execute: int, latency_s: float) -> None:
+def check_latency(contract: PolicyContract, settings: Settings, latency_s: float) -> None:
+    """Refuse settings with which a chunk that takes `latency_s` is of no use.
+
+    Raises
+    ------
+    ParameterError
+        when it always comes with fewer than `min_points` to go, or as `check_interval` does.
+
+    """
+    timing = chunk_timing(settings, contract)
+    due_ns = (np.arange(contract.usable_actions) + timing.offset_steps) * timing.period_ns
+    left = int((due_ns > seconds_to_ns(latency_s) + timing.lead_ns).sum())
+    if left < timing.min_points:
+        raise ParameterError(
+            f'min_points: expected {timing.min_points} set-points or more still to come after '
+            f'{latency_s:.3f} s of latency and lead_time_s {settings["lead_time_s"]:g} s, '
+            f'got {left}'
+        )
+    check_interval(contract, settings['n_execute'], latency_s)
+
+
+def check_interval(contract: PolicyContract, n_execute: int, latency_s: float) -> None:
     """Refuse a replan interval that leaves the arm without set-points before the next chunk.
 
     Raises

@@ -229,7 +229,7 @@ class PolicyNode(LifecycleNode):
         settings, contract = self._settings, policy.contract
         parameters.check_with_policy(policy, settings.values)
         if settings['check_latency']:
-            parameters.check_latency(contract, settings['n_execute'], self._latency_s())
+            parameters.check_latency(contract, settings, self._latency_s())
         limits = LimitSource(
             parameters.joint_limits(settings, contract.action.joints),
             settings['limits.urdf'],

@@ -104,11 +104,11 @@ class ActionSink:
         try:
             handle = future.result()
         except Exception as error:  # noqa: BLE001 - whatever the middleware says, it was not taken
-            self._lost = number
+            self._lost = max(self._lost, number)
             self._refused(f'follow_joint_trajectory: expected an answer to the goal, got {error}')
             return
         if not handle.accepted:
-            self._lost = number
+            self._lost = max(self._lost, number)
             self._refused('follow_joint_trajectory: expected the goal to be accepted, it was not')
             return
         handle.get_result_async().add_done_callback(partial(self._on_result, number))

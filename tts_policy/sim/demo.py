@@ -130,9 +130,9 @@ class Demo:
                 seed = self._options.seed + len(records)
 
                 def show(record: EpisodeRecord, seed: int = seed) -> None:
-                    lifted = sum(done.success for done in records)
+                    succeeded = sum(episode.success for episode in records)
                     bar.set_postfix_str(
-                        f'seed {seed}, tick {len(record.ticks)}, lifted {lifted}/{len(records)}'
+                        f'seed {seed}, tick {len(record.ticks)}, done {succeeded}/{len(records)}'
                     )
 
                 records.append(self._driver.run_episode(show))
@@ -155,7 +155,7 @@ def _episode_line(number: int, of: int, record: EpisodeRecord) -> str:
     report = record.report
     latency_ms = [1e3 * tick['latency_s'] for tick in record.ticks]
     median = f'{np.median(latency_ms):.0f}' if latency_ms else '–'
-    outcome = 'lifted' if record.success else f'failed ({report["reason"]})'
+    outcome = 'done' if record.success else f'failed ({report["reason"]})'
     refused = [tick['refused'] for tick in record.ticks if tick['refused']]
     return (
         f'  {number:2}/{of}  seed {record.seed}  {outcome} after {report["duration_s"]:.2f} s, '

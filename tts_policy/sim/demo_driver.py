@@ -68,7 +68,7 @@ class EpisodeRecord:
 
     @property
     def success(self) -> bool:
-        """Whether the cube was lifted."""
+        """Whether the task was done."""
         return bool(self.report.get('success'))
 
     @property

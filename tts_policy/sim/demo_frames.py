@@ -256,7 +256,7 @@ class FrameRenderer:
 
     def _tell(self, tick: dict[str, Any] | None, index: int, now_s: float, last: bool) -> None:
         record = self._scene.record
-        self._say('time', f't = {now_s:.2f} s' + ('  lifted' if last and record.success else ''))
+        self._say('time', f't = {now_s:.2f} s' + ('  done' if last and record.success else ''))
         if tick is None:
             for key in ('latency', 'reused', 'flops'):
                 self._say(key, '–', MUTED)

@@ -230,9 +230,10 @@ class TestTimeSparsePolicy:
 
         """
         sparsity = self.check_sparsity(sparsity)
-        known = None if committed is None else self._known(committed)
         watch = Stopwatch()
         images, joints = self._checked(window)
+        # A window that is refused leaves no upload behind, for nothing would wait for it.
+        known = None if committed is None else self._known(committed)
         on_device = self._joints.send(joints[None])
         watch.lap('copy_in')
         normalised = self._network.joint_normalizer.normalize(on_device)

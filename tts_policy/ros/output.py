@@ -18,6 +18,7 @@ from tts_policy.ros.continuity import Continuity, blend, measure
 from tts_policy.ros.trajectory import (
     Trajectory,
     TrajectoryRefused,
+    due_times_ns,
     hold_trajectory,
     plan_trajectory,
 )
@@ -160,7 +161,7 @@ class CommandOutput:
         overlap = (last_ns - stamp_ns) // timing.period_ns - timing.offset_steps + 1
         if overlap < 1:
             return None
-        due_ns = stamp_ns + (np.arange(overlap) + timing.offset_steps) * timing.period_ns
+        due_ns = stamp_ns + due_times_ns(overlap, timing.offset_steps, timing.period_ns)
         held = int((due_ns <= stamp_ns + delay_ns + timing.lead_ns).sum())
         weights = hold_weights(held, overlap, soft)
         # What was in force before the old chunk's first point is not known any more.

@@ -18,6 +18,7 @@ from tts_policy.ros.observation import WindowSpec
 from tts_policy.ros.output import ChunkTiming, HoldRule
 from tts_policy.ros.parameter_table import PARAMETERS, Change, ParameterSpec, Type
 from tts_policy.ros.sensors import SensorOptions
+from tts_policy.ros.trajectory import due_times_ns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -208,7 +209,7 @@ def check_latency(contract: PolicyContract, settings: Settings, latency_s: float
 
     """
     timing = chunk_timing(settings, contract)
-    due_ns = (np.arange(contract.usable_actions) + timing.offset_steps) * timing.period_ns
+    due_ns = due_times_ns(contract.usable_actions, timing.offset_steps, timing.period_ns)
     left = int((due_ns > seconds_to_ns(latency_s) + timing.lead_ns).sum())
     if left < timing.min_points:
         raise ParameterError(

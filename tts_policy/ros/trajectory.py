@@ -115,7 +115,7 @@ def plan_trajectory(
 
     """
     actions = _checked(actions, joints)
-    times_ns = (np.arange(len(actions), dtype=np.int64) + offset_steps) * period_ns
+    times_ns = due_times_ns(len(actions), offset_steps, period_ns)
     first = _first_in_time(times_ns, max(now_ns - stamp_ns, 0), lead_ns, min_points)
     velocities = np.zeros_like(actions)
     if len(actions) > 1:
@@ -128,6 +128,11 @@ def plan_trajectory(
         velocities[first:],
         first,
     )
+
+
+def due_times_ns(count: int, offset_steps: int, period_ns: int) -> np.ndarray:
+    """When the first `count` actions are due, ns after the observation: int64 [count]."""
+    return (np.arange(count, dtype=np.int64) + offset_steps) * period_ns
 
 
 def _checked(actions: np.ndarray, joints: Sequence[str]) -> np.ndarray:

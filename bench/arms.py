@@ -28,6 +28,7 @@ from tts_policy.core.pruner import PlanPruner, Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec
 from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.core.transfer import Download
 from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
 
 TRAIN_STEPS = 100
@@ -142,6 +143,8 @@ class SampledChunks:
         self._chunks = ChunkSampler(
             model.denoiser, spec, pruner, engine=engine, overlap_pruner=overlap
         )
+        shape = self._chunks.lattice.initial_noise.shape
+        self._copied = Download(shape, torch.float32, model.denoiser.device)
 
     @torch.inference_mode()
     def __call__(self, watch: Stopwatch) -> None:
@@ -149,7 +152,8 @@ class SampledChunks:
         features = self._model.observe()
         watch.lap('observation_encoder')
         x, _, _ = self._chunks.sample(features, self._sparsity, watch)
-        x[0].cpu().double().numpy()
+        self._copied.start(x)
+        self._copied.wait().astype(float)
         watch.lap('copy_out')
 
     @torch.inference_mode()
@@ -205,16 +209,19 @@ def _dense_arm(model: Model, name: str, make: Callable[[], Callable[[Tensor], Te
     """An arm of another way to sample densely; made: from features to normalised actions."""
 
     def make_chunk() -> Chunk:
+        size = model.denoiser.spec
+        shape = 1, size.horizon, size.action_dim
         with torch.inference_mode():
             sample = make()
+            copied = Download(shape, torch.float32, model.denoiser.device)
 
         @torch.inference_mode()
         def chunk(watch: Stopwatch) -> None:
             features = model.observe()
             watch.lap('observation_encoder')
-            x = sample(features)
+            copied.start(sample(features))
             watch.lap('denoising')
-            x[0].cpu().double().numpy()
+            copied.wait().astype(float)
             watch.lap('copy_out')
 
         return chunk
@@ -259,7 +266,7 @@ def declare_arms(model: Model) -> list[Arm]:
     for name, (spec, _) in model.samplers.items():
         sparsity = spec.recommended_sparsity or SPARSITIES[name]
         comparable = is_transformer and not spec.scheduler.is_flow
-        if comparable and (spec.scheduler.kind == 'ddpm' or spec.scheduler.steps == 10):
+        if comparable:
             arms.append(_upstream_arm(model, f'upstream_dense_{name}', name))
         arms.append(_sampler_arm(model, f'dense_{name}', name, 0.0))
         arms.append(_sampler_arm(model, f'sparse_{name}_{sparsity:.2f}', name, sparsity))

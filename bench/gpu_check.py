@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--tiny', action='store_true', help='shrink the random model, for tests')
     parser.add_argument('--engine', help='check this one alone, in this process')
     parser.add_argument(
-        '--limit', type=float, default=120.0, metavar='S', help='seconds that an engine may take'
+        '--limit', type=float, default=600.0, metavar='S', help='seconds that an engine may take'
     )
     parser.add_argument('--json', type=Path, help='write the result to this file as well')
     return parser.parse_args()

@@ -89,6 +89,8 @@ def test_it_writes_percentiles_and_stages_of_every_arm(tmp_path: Path) -> None:
     assert data['machine']['threads'] == 1 and data['machine']['torch'] == torch.__version__
     assert {
         'upstream_dense_ddpm100',
+        'upstream_dense_ddim16',
+        'upstream_dense_ddim10',
         'dense_ddpm100',
         'sparse_ddpm100_0.95',
         'ablation_per_step_encoding_ddpm100',
@@ -120,6 +122,15 @@ def test_every_engine_is_checked_against_the_eager_one(tmp_path: Path) -> None:
     assert {'graphs policy ddim10', 'graphs policy ddpm100'} <= set(rows)
     assert all(row['error'] <= row['tolerance'] for row in rows.values())
     assert rows['graphs ddim10']['error'] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_every_engine_is_right_on_the_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, BENCH / 'gpu_check.py', '--json', tmp_path / 'check.json']
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_an_engine_that_takes_too_long_is_a_line_of_the_report(tmp_path: Path) -> None:

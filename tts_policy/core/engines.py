@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -56,10 +57,16 @@ def make_triton(
 ) -> Engine:
     """Make the engine of the persistent kernel, weights in half precision on a GPU.
 
-    Raises ValueError where triton is not installed or the kernel cannot run the denoiser.
+    Raises ValueError where triton is not installed, on a CPU without the interpreter, on a GPU
+    with it, or where the kernel cannot run the denoiser.
     """
     if find_spec('triton') is None:
         raise ValueError("engine 'triton' needs triton (requirements/triton.txt)")
+    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
+    if lattice.store.is_cuda == interpreted:
+        needed = 'a GPU, or TRITON_INTERPRET=1 on a CPU'
+        got = f'{lattice.store.device} {"with" if interpreted else "without"} the interpreter'
+        raise ValueError(f"engine 'triton' needs {needed}, got {got}")
     from tts_policy.core.triton_engine import TritonEngine
 
     dtype = torch.float16 if lattice.store.is_cuda else torch.float32

@@ -31,6 +31,8 @@ from tts_policy.core.stopwatch import Stopwatch
 from tts_policy.core.threads import set_threads
 from tts_policy.core.transfer import Download, Upload
 
+DEVICES = ('cpu', 'cuda')
+
 
 class WindowError(ValueError):
     """An observation window that does not meet the contract."""
@@ -93,14 +95,16 @@ class TestTimeSparsePolicy:
             if the device is not available, or the engine cannot run the policy there.
 
         """
-        if device.startswith('cuda') and not torch.cuda.is_available():
+        if device not in DEVICES:
+            raise ValueError(
+                f'device must be one of {list(DEVICES)} (CUDA_VISIBLE_DEVICES chooses among '
+                f'several GPUs), got {device!r}'
+            )
+        if device == 'cuda' and not torch.cuda.is_available():
             raise ValueError(
                 f"device must be available here, got {device!r} without CUDA: use 'cpu'"
             )
-        try:
-            self.device = torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from None
+        self.device = torch.device(device)
         self.spec, pruner = bundle.sampler(sampler)
         self.samplers = tuple(bundle.samplers)
         self.sampler = sampler

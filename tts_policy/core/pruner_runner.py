@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a pruner beside whatever the main stream does, without an allocation or a needless wait.
 
-On a GPU it has a stream of its own and a captured graph for every sparsity that it knows; its
-logits arrive in page-locked memory, and waiting for them is the one wait before the actions. On a
-CPU it is called in line.
+On a GPU it has a stream of its own and, beside engines that capture, a graph for every sparsity
+that it knows; its logits arrive in page-locked memory, and waiting for them is the one wait before
+the actions. On a CPU it is called in line.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,9 +25,12 @@ class Upload:
         self.device = torch.zeros(shape, dtype=dtype, device=device) if on_gpu else self.host
 
     def send(self, values: NDArray[Any]) -> Tensor:
-        """Send values to the first rows; returns the tensor on the device, always the same."""
+        """Send values to the first rows; returns the tensor on the device, always the same.
+
+        Values may be laid out in any way, as those of a flipped image are.
+        """
         rows = len(values)
-        self.host[:rows].copy_(torch.from_numpy(values))
+        self.host[:rows].copy_(torch.from_numpy(np.ascontiguousarray(values)))
         if self.device is not self.host:
             self.device[:rows].copy_(self.host[:rows], non_blocking=True)
         return self.device
@@ -44,7 +48,7 @@ class Download:
         """Copy values of this shape once the current stream has made them."""
         self._host.copy_(values, non_blocking=True)
         if self._done is not None:
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(values.device))
 
     def wait(self) -> NDArray[Any]:
         """Return what was copied, in a buffer that the next `start` overwrites."""

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from tts_policy.core.bundle import Bundle, BundleError, load_bundle
+from tts_policy.core.lattice import Lattice
 from tts_policy.core.plan import Reuse
 from tts_policy.core.policy import TestTimeSparsePolicy, WindowError
+from tts_policy.core.transformer import TransformerSpec
 
 Windows = list[dict[str, NDArray[Any]]]
 
@@ -66,6 +68,33 @@ def test_noise_is_held_within_an_episode_and_drawn_anew_by_reset(
     assert np.array_equal(first, again)
     policy.reset()
     assert not np.array_equal(policy.act(windows[0], 0.0).actions, first)
+
+
+def test_at_temperature_0_a_chunk_depends_on_its_observation_alone(
+    bundle: Path, windows: Windows
+) -> None:
+    loaded = load_bundle(bundle)
+    for name, (spec, pruner) in loaded.samplers.items():
+        samplers = {name: (replace(spec, temperature=0.0), pruner)}
+        policy = TestTimeSparsePolicy(Bundle(loaded.name, loaded.network, samplers), name)
+        policy.reset(1)
+        first = policy.act(windows[0], 0.0).actions
+        policy.reset(2)
+        again = [policy.act(window, 0.0).actions for window in (windows[1], windows[0])][1]
+        assert np.array_equal(first, again)
+
+
+def test_temperature_scales_initial_and_step_noise() -> None:
+    spec = TransformerSpec(3, 8, 2, 7, width=32, layers=1, heads=2)
+    whole, half = (
+        Lattice(spec, 5, True, torch.device('cpu'), temperature=temperature)
+        for temperature in (1.0, 0.5)
+    )
+    for lattice in (whole, half):
+        lattice.reset(torch.Generator().manual_seed(0))
+    assert torch.equal(half.initial_noise, 0.5 * whole.initial_noise)
+    assert torch.equal(half.step_noise, 0.5 * whole.step_noise)
+    assert whole.step_noise.std() > 0.5
 
 
 def test_without_hold_noise_every_tick_draws_its_own(bundle: Path, windows: Windows) -> None:
@@ -156,8 +185,8 @@ def test_unknown_sampler_and_absent_device_are_refused(bundle: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match='without CUDA'):
             TestTimeSparsePolicy.from_bundle(bundle, device='cuda')
-    for device in ('gpu', 'cpu:x', ''):
-        with pytest.raises(ValueError, match=f'device must be .*, got {device!r}'):
+    for device in ('gpu', 'meta', 'cuda:1', 'cpu:x', ''):
+        with pytest.raises(ValueError, match=f'device must be one of .*, got {device!r}'):
             TestTimeSparsePolicy.from_bundle(bundle, device=device)
 
 
@@ -171,3 +200,14 @@ def test_cuda_matches_the_cpu(bundle: Path, windows: Windows) -> None:
     for cpu, cuda in zip(*chunks, strict=True):
         assert np.array_equal(cpu.plan, cuda.plan)
         assert np.abs(cpu.actions - cuda.actions).max() < 1e-4
+
+
+def test_a_flipped_image_is_the_image_it_shows(bundle: Path, windows: Windows) -> None:
+    key = next(name for name in windows[0] if name != 'joints')
+    flipped = {**windows[0], key: windows[0][key][:, ::-1]}
+    copied = {**flipped, key: flipped[key].copy()}
+    actions = [
+        TestTimeSparsePolicy.from_bundle(bundle, seed=3).act(window, 0.0).actions
+        for window in (flipped, copied)
+    ]
+    assert np.array_equal(*actions)

@@ -100,6 +100,7 @@ def test_a_dense_scheduler_needs_no_entry_in_the_bundle(bundle: Bundle) -> None:
     setting = arm.setting(bundle)
     assert (setting.sampler.scheduler.kind, setting.sampler.scheduler.steps) == ('ddim', 3)
     assert setting.sampler.hold_noise and setting.execute == 8
+    assert setting.sampler.temperature == bundle.samplers['ddim10'][0].temperature
     assert arm.plan_source(bundle, torch.empty(0)) is None
 
 
@@ -115,6 +116,18 @@ def test_options_change_what_they_name_and_nothing_else(bundle: Bundle) -> None:
     )
     assert (changed.execute, changed.blind) == (2, True)
     assert sampler.scheduler == plain.sampler.scheduler
+
+
+@pytest.mark.parametrize(
+    ('option', 'hold_noise', 'temperature'),
+    [('held', True, 1.0), ('fresh', False, 1.0), ('noiseless', True, 0.0)],
+)
+def test_noise_of_an_arm_is_what_its_option_says(
+    bundle: Bundle, option: str, hold_noise: bool, temperature: float
+) -> None:
+    for sampler in ('ddim10', 'ddim3'):
+        spec = Arm.parse(f'{sampler}+{option}').setting(bundle).sampler
+        assert (spec.hold_noise, spec.temperature) == (hold_noise, temperature)
 
 
 def test_a_plan_without_a_pruner_in_the_bundle_is_refused(bundle: Bundle) -> None:

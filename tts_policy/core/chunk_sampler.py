@@ -49,7 +49,13 @@ class ChunkSampler:
         with torch.inference_mode():
             scheduler = NoiseScheduler(spec.scheduler)
             self._noise_levels = torch.tensor(scheduler.noise_levels(), device=device)
-            self.lattice = Lattice(denoiser.spec, steps, scheduler.needs_noise, device)
+            self.lattice = Lattice(
+                denoiser.spec,
+                steps,
+                scheduler.needs_noise,
+                device,
+                temperature=spec.temperature,
+            )
             self._engine = engine(denoiser, scheduler, self.lattice, spec.force_first_step)
             self._pruner = (
                 None if pruner is None else self._runner(pruner, denoiser.spec, overlap_pruner)

@@ -25,7 +25,8 @@ class Lattice:
 
     store: [K * N + 1, T, D]; features is its view by step and block, and the last row is the
     engine's, for a constant that it adds up together with features.
-    initial_noise: [1, T, A]; step_noise: [K, 1, T, A], empty for a scheduler that adds none.
+    initial_noise: [1, T, A]; step_noise: [K, 1, T, A], empty for a scheduler that adds none; both
+    are normally distributed with `temperature` as their deviation.
     """
 
     def __init__(
@@ -35,7 +36,9 @@ class Lattice:
         needs_noise: bool,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        temperature: float = 1.0,
     ) -> None:
+        self.temperature = temperature
         self.steps, self.blocks = steps, spec.blocks
         cells, shape = steps * spec.blocks, (spec.horizon, spec.width)
         self.store = torch.zeros(cells + 1, *shape, device=device, dtype=dtype)
@@ -61,6 +64,7 @@ class Lattice:
         pinned = self.store.is_cuda
         for noise in (self.initial_noise, self.step_noise):
             drawn = torch.randn(noise.shape, generator=generator, pin_memory=pinned)
+            drawn.mul_(self.temperature)
             noise.copy_(drawn, non_blocking=True)
 
     def rollout_valid(self, max_age: int) -> NDArray[np.bool_]:

@@ -16,12 +16,15 @@ class SamplerSpec:
     force_first_step: every block of step 0 is computed, so that the pruner can overlap with it.
     hold_noise: initial and per-step noise stay the same for the ticks of an episode; without it
     the features of an earlier tick are of little use (design, section 3).
+    temperature: factor of all noise, in [0, 1]. At 0 a chunk depends on its observation alone
+    (low-temperature sampling, Ajay et al. 2023, section 3.4).
     max_rollout_age: a cached feature older than this many ticks is not reused.
     """
 
     scheduler: SchedulerSpec
     force_first_step: bool = True
     hold_noise: bool = True
+    temperature: float = 1.0
     max_rollout_age: int = 16
     recommended_sparsity: float = 0.0
 
@@ -29,6 +32,8 @@ class SamplerSpec:
         """Refuse impossible settings; raises ValueError naming the field."""
         if not 1 <= self.max_rollout_age <= 10_000:
             raise ValueError(f'max_rollout_age must be in [1, 10000], got {self.max_rollout_age}')
+        if not 0.0 <= self.temperature <= 1.0:
+            raise ValueError(f'temperature must be in [0, 1], got {self.temperature}')
         if not 0.0 <= self.recommended_sparsity <= self.max_sparsity:
             raise ValueError(
                 f'recommended_sparsity must be in [0, {self.max_sparsity:.4g}], '

@@ -8,6 +8,7 @@ An arm is written SCHEDULER[:PLAN:SPARSITY][+OPTION...], for instance
     ddim10:learned:0.8                the pruner's plan at 80 % reuse
     ddim10:static:0.8+forced          static schedule of that cost, step 0 computed
     ddim10:learned:0.8+execute4+age8  4 actions a chunk, cached features at most 8 ticks old
+    ddpm100+fresh                     noise of full temperature, drawn anew for every chunk
 """
 
 from __future__ import annotations
@@ -57,11 +58,15 @@ def _sampler(**changes: object) -> Callable[[Setting, int], Setting]:
     return lambda setting, _: replace(setting, sampler=replace(setting.sampler, **changes))  # type: ignore[arg-type]
 
 
+NOISE: dict[str, Callable[[Setting, int], Setting]] = {
+    'held': _sampler(hold_noise=True, temperature=1.0),
+    'fresh': _sampler(hold_noise=False, temperature=1.0),
+    'noiseless': _sampler(temperature=0.0),
+}
 OPTIONS: dict[str, Callable[[Setting, int], Setting]] = {
+    **NOISE,
     'forced': _sampler(force_first_step=True),
     'free': _sampler(force_first_step=False),
-    'held': _sampler(hold_noise=True),
-    'fresh': _sampler(hold_noise=False),
     'age': lambda s, ticks: replace(s, sampler=replace(s.sampler, max_rollout_age=ticks)),
     'execute': lambda setting, actions: replace(setting, execute=actions),
     'blind': lambda setting, _: replace(setting, blind=True),
@@ -165,7 +170,8 @@ class Arm:
             scheduler = bundle.samplers[bundle.default_sampler][0].scheduler
             scheduler = replace(scheduler, kind=self.scheduler, steps=self.steps)
             bundle.network.spec.check_scheduler(scheduler)
-            spec = SamplerSpec(scheduler, force_first_step=False)
+            temperature = bundle.samplers[bundle.default_sampler][0].temperature
+            spec = SamplerSpec(scheduler, force_first_step=False, temperature=temperature)
         if self.plan == 'no_rollout':
             # Nothing else is valid at step 0 before anything has been computed.
             spec = replace(spec, force_first_step=True)
@@ -228,9 +234,20 @@ def _everything() -> list[str]:
     modes = [
         f'{sampler}:learned:{s}{mode}'
         for sampler, s in points
-        for mode in ('+fresh', '+execute4', '+execute2', '+execute4+age8', '+execute2+age8')
+        for mode in (
+            '+fresh',
+            '+held',
+            '+execute4',
+            '+execute2',
+            '+execute4+age8',
+            '+execute2+age8',
+        )
     ]
-    dense = [f'{REFERENCE}+{mode}' for mode in ('fresh', 'execute4', 'execute2', 'blind')]
+    dense = [
+        f'{sampler}+{mode}'
+        for sampler in (REFERENCE, 'ddim10')
+        for mode in ('fresh', 'held', 'execute4', 'execute2', 'blind')
+    ]
     return list(dict.fromkeys([*_named(), *ddpm, *ddim, *controls, *modes, *dense]))
 
 

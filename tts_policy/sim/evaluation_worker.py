@@ -28,7 +28,7 @@ from tts_policy.core.denoiser import DenoiserSpec
 from tts_policy.core.plan import Plan, Reuse, reuse_mix
 from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
 from tts_policy.sim.benchmark import EXPERT_SEED, Benchmark, Window, benchmark_named
-from tts_policy.sim.evaluation_arms import Arm, Setting
+from tts_policy.sim.evaluation_arms import NOISE, Arm, Setting
 from tts_policy.sim.plan_sources import PlanSource
 
 KEPT_POLICIES = 3
@@ -179,8 +179,8 @@ class Worker:
         if not arm.plan:
             return None
         setting = self._policy(task, arm).setting
-        noise = 'held' if setting.sampler.hold_noise else 'fresh'
-        dense = Arm(arm.scheduler, arm.steps, options=(noise, f'execute{setting.execute}'))
+        noise = tuple(option for option in arm.options if option in NOISE)
+        dense = Arm(arm.scheduler, arm.steps, options=(*noise, f'execute{setting.execute}'))
         expected = self._once(('dense', task, dense.name), lambda: self._actions(task, dense))
         scale = self._bundle(task).network.action_normalizer.scale.numpy()
         errors = [

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of the pruner of one sampler: a searched plan per sparsity, and what survives a stop.
 
-The sparsest plan starts from a static schedule, or grows from one of half its cost, or is another
-bundle's, whichever is best; every other grows from the next sparser one. Each is searched for a
+The sparsest plan starts from a static schedule, or grows from one of half its cost; every other
+grows from the next sparser one. Each may also grow from a static schedule of one pass less, or be
+another bundle's, whichever is best. Each is searched for a
 number of steps (see `plan_search`) within a budget of cells and of their cost (see `plan_budget`),
 and the plan that did best on lessons kept back becomes the table of its sparsity. The lessons of a
 step are drawn with a preference for those in which reuse errs most.
@@ -84,8 +85,9 @@ class PrunerTrainer:
         self.best_error = float('inf')
         self.step = 0
         self._prior = prior
-        count = max(1, self._budget().cells // shape[1])
-        self._begin([static_plan(*shape, n) for n in sorted({count, max(1, count // 2)})])
+        count = self._whole_passes()
+        passes = {count, max(1, count // 2)} - {count - 1}
+        self._begin([static_plan(*shape, n) for n in sorted(passes)])
 
     @property
     def sparsity(self) -> float:
@@ -103,10 +105,19 @@ class PrunerTrainer:
         cost = self._teacher.denoiser.spec.stack.flops
         return PlanBudget(cells, cost, pruner_flops(self._pruner_spec()))
 
+    def _whole_passes(self) -> int:
+        """Whole passes that the cells of the sparsity in work suffice for, at least one."""
+        return max(1, self._budget().cells // self._forced.shape[1])
+
     def _begin(self, starts: list[Plan]) -> None:
-        """Begin with the sparsity in work; the search starts from the best of some plans."""
+        """Begin with the sparsity in work; the search starts from the best of some plans.
+
+        One of them is a static schedule of a pass less, which leaves room for the pruner's cost.
+        """
         self._search: PlanSearch | None = None
-        self._starts = [*starts, *self._prior_plans()]
+        steps, blocks = self._forced.shape
+        affordable = static_plan(steps, blocks, max(1, self._whole_passes() - 1))
+        self._starts = [*starts, affordable, *self._prior_plans()]
         self.best, self.best_error = starts[0], float('inf')
 
     def _prior_plans(self) -> list[Plan]:

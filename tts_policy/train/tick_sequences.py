@@ -71,7 +71,7 @@ class DenseTeacher:
     """Dense actions of a frozen policy under held noise: the exact targets of its pruner."""
 
     def __init__(self, network: PolicyNetwork, spec: SamplerSpec) -> None:
-        self.denoiser = network.denoiser
+        self.denoiser, self.temperature = network.denoiser, spec.temperature
         self.scheduler = NoiseScheduler(spec.scheduler)
         with torch.no_grad():
             self.conditioner = self.denoiser.conditioner(spec.scheduler.timesteps())
@@ -79,7 +79,8 @@ class DenseTeacher:
     def lattice(self, seed: int) -> Lattice:
         """Fresh lattice with the noise that `seed` gives."""
         spec, steps = self.denoiser.spec, self.scheduler.spec.steps
-        lattice = Lattice(spec, steps, self.scheduler.needs_noise, torch.device('cpu'))
+        noisy, cpu = self.scheduler.needs_noise, torch.device('cpu')
+        lattice = Lattice(spec, steps, noisy, cpu, temperature=self.temperature)
         lattice.reset(torch.Generator().manual_seed(seed))
         return lattice
 

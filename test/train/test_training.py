@@ -6,12 +6,16 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from bags import Recording
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tts_policy.core.bundle import load_bundle
@@ -19,6 +23,7 @@ from tts_policy.core.policy import TestTimeSparsePolicy
 from tts_policy.core.pruner import Pruner
 from tts_policy.train import train_policy, train_pruner
 from tts_policy.train.pruner_trainer import PrunerTrainer
+from tts_policy.train.replicas import Replicas
 
 SMALL = ['--width', '32', '--layers', '2', '--batch', '4', '--threads', '1', '--held-out', '1']
 
@@ -181,6 +186,37 @@ def test_a_resumed_search_ends_where_an_uninterrupted_one_does(
             assert train_pruner.main(command) == 130
     assert train_pruner.main(command) == 0
     assert torch.equal(_pruner(resumed).tables, _pruner(whole).tables)
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_batches_decide_as_one_does(
+    bags: Path, bundle: Path, tmp_path: Path
+) -> None:
+    errors = []
+    for name, start in (
+        ('one', []),
+        ('two', ['torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m']),
+    ):
+        copied = Path(shutil.copytree(bundle, tmp_path / name))
+        command = _pruner_command(bags, copied, tmp_path / f'out_{name}')
+        module = ['-m', *start, 'tts_policy.train.train_pruner']
+        run = subprocess.run(
+            [sys.executable, *module, *command], capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        assert _pruner(copied).spec.sparsities == (0.6, 0.8)
+        log = (tmp_path / f'out_{name}' / 'log.csv').read_text().splitlines()[1:]
+        errors.append([float(value) for row in log for value in row.split(',')[3:]])
+    # Sums are rounded otherwise, so that flips that hardly differ may come in another order.
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4, abs=2e-5)
+
+
+@given(st.integers(1, 9), st.integers(0, 40))
+def test_shares_of_a_batch_are_a_part_of_it_each(count: int, total: int) -> None:
+    items = list(range(total))
+    shares = [Replicas(rank, count).share(items) for rank in range(count)]
+    assert [item for share in shares for item in share] == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_run_of_other_settings_is_not_continued(

@@ -36,7 +36,8 @@ class Lesson:
 @torch.no_grad()
 def make_lessons(teacher: DenseTeacher, sequences: Sequence[TickSequence]) -> list[Lesson]:
     """Dense targets of every sequence, with a progress bar."""
-    bar = tqdm(sequences, desc='dense targets', unit='episode', mininterval=5)
+    others = not teacher.replicas.is_first
+    bar = tqdm(sequences, desc='dense targets', unit='episode', mininterval=5, disable=others)
     return [
         Lesson(sequence, teacher.actions(sequence), teacher.first_tick(sequence).features)
         for sequence in bar
@@ -44,21 +45,25 @@ def make_lessons(teacher: DenseTeacher, sequences: Sequence[TickSequence]) -> li
 
 
 class LessonBatch:
-    """Lessons side by side, cut to the ticks that all of them have.
+    """Lessons side by side, cut to the ticks that all of them have; a process holds its share.
 
+    count: lessons of all shares; size: of this one. An empty share holds a lesson for nothing.
     initial_noise: [B, T, A]; step_noise: [K, B, T, A], empty for a scheduler that adds none;
     observations: [R, B, To, Do]; targets: [R, B, T, A]; first_tick: [K, N, B, T, D].
     """
 
     def __init__(self, teacher: DenseTeacher, lessons: Sequence[Lesson]) -> None:
         self.ticks = min(len(lesson.target) for lesson in lessons)
-        noise = [teacher.noise(lesson.sequence.seed) for lesson in lessons]
+        share = teacher.replicas.share(lessons)
+        self.count, self.size = len(lessons), len(share)
+        held = share or lessons[:1]
+        noise = [teacher.noise(lesson.sequence.seed) for lesson in held]
         self.initial_noise = torch.cat([initial for initial, _ in noise])
         self.step_noise = torch.cat([step for _, step in noise], dim=1)
-        observations = [lesson.sequence.features[: self.ticks] for lesson in lessons]
+        observations = [lesson.sequence.features[: self.ticks] for lesson in held]
         self.observations = torch.stack(observations, dim=1)
-        self.targets = torch.stack([lesson.target[: self.ticks] for lesson in lessons], dim=1)
-        self.first_tick = torch.stack([lesson.first_tick for lesson in lessons], dim=2)
+        self.targets = torch.stack([lesson.target[: self.ticks] for lesson in held], dim=1)
+        self.first_tick = torch.stack([lesson.first_tick for lesson in held], dim=2)
 
     def noise(self, step: int) -> Tensor | None:
         """Noise [B, T, A] that the scheduler adds after a step."""
@@ -99,7 +104,7 @@ class SharedPlanLoop:
     def __init__(self, teacher: DenseTeacher) -> None:
         self.denoiser, self.scheduler = teacher.denoiser, teacher.scheduler
         self.conditioner = teacher.conditioner
-        self.kinds = teacher.denoiser.spec.stack.kinds
+        self.kinds, self.replicas = teacher.denoiser.spec.stack.kinds, teacher.replicas
 
     @torch.no_grad()
     def tick(self, batch: LessonBatch, tick: int, plan: Plan, store: Tensor) -> Tensor:
@@ -127,13 +132,14 @@ class SharedPlanLoop:
         return x
 
     def errors(self, batch: LessonBatch, plan: Plan, measure: ActionError) -> Tensor:
-        """Error [B] of a plan in every lesson, over the ticks after the dense first one."""
+        """Error of a plan in every lesson of all shares, over the ticks after the first."""
         store = batch.first_tick.clone()
         errors = [
             measure(self.tick(batch, tick, plan, store), batch.targets[tick])
             for tick in range(1, batch.ticks)
         ]
-        return torch.stack(errors).mean(dim=0)
+        own = torch.stack(errors).mean(dim=0)[: batch.size]
+        return self.replicas.gathered(own, batch.count).cpu()
 
     def error(self, batch: LessonBatch, plan: Plan, measure: ActionError) -> float:
         """Mean error of a plan over lessons and ticks."""

@@ -73,10 +73,10 @@ class PlanMakers:
             features = torch.cat([sequence.features for sequence in trained])
             tokens = teacher.denoiser.observation_tokens(features)
             self._tokens = tokens
-            self.mean_logits = pruner(self._gates, tokens, sparsity).mean(0).numpy()
+            self.mean_logits = pruner(self._gates, tokens, sparsity).mean(0).cpu().numpy()
 
     def _logits(self, tokens: Tensor) -> NDArray[np.float32]:
-        return self._pruner(self._gates, tokens, self._sparsity)[0].numpy()
+        return self._pruner(self._gates, tokens, self._sparsity)[0].cpu().numpy()
 
     def _plan(self, logits: NDArray[np.float32], lattice: Lattice) -> Plan:
         valid = lattice.rollout_valid(self._sampler.max_rollout_age)

@@ -155,23 +155,28 @@ class _GradientTick:
 def reuse_gradient(
     loop: SharedPlanLoop, batch: LessonBatch, plan: Plan, measure: ActionError
 ) -> ReuseGradient:
-    """Gradient of the mean error over the ticks of a batch; costs about one dense pass a tick."""
+    """Gradient of the mean error over the ticks of a batch, all shares of it.
+
+    It costs about one dense pass a tick.
+    """
     steps, blocks = plan.shape
     of_kind = [torch.from_numpy(loop.kinds == kind) for kind in np.unique(loop.kinds)]
     sizes = [steps * int(columns.sum()) for columns in of_kind]
-    products = [np.zeros((size, size), np.float32) for size in sizes]
-    rollout = np.zeros((steps, blocks), np.float32)
     store = batch.first_tick.clone()
+    products = [store.new_zeros(size, size) for size in sizes]
+    rollout = store.new_zeros(steps, blocks)
     for number in range(1, batch.ticks):
         tick = _GradientTick(loop, plan, store)
         errors = measure(tick.run(batch, number), batch.targets[number])
-        (errors.mean() / (batch.ticks - 1)).backward()
+        (errors[: batch.size].sum() / (batch.count * (batch.ticks - 1))).backward()
         gradients = [tokens.grad for tokens in tick.stream]
         assert all(gradient is not None for gradient in gradients)
         gradient = torch.stack(gradients).view(steps, blocks, -1)  # type: ignore[arg-type]
         features = tick.features.view(steps, blocks, -1)
-        rollout += torch.linalg.vecdot(gradient, tick.before.view(steps, blocks, -1)).numpy()
+        rollout += torch.linalg.vecdot(gradient, tick.before.view(steps, blocks, -1))
         for product, columns in zip(products, of_kind, strict=True):
             left, right = gradient[:, columns], features[:, columns]
-            product += (left.flatten(0, 1) @ right.flatten(0, 1).T).numpy()
-    return ReuseGradient(plan, loop.kinds, products, rollout)
+            product += left.flatten(0, 1) @ right.flatten(0, 1).T
+    rollout, *products = (loop.replicas.summed(part).cpu() for part in (rollout, *products))
+    by_kind = [product.numpy() for product in products]
+    return ReuseGradient(plan, loop.kinds, by_kind, rollout.numpy())

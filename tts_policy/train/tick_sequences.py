@@ -15,6 +15,7 @@ from tts_policy.core.plan import dense_plan
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import NoiseScheduler
 from tts_policy.train.dataset import Windows
+from tts_policy.train.replicas import Replicas
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def tick_sequences(
             f'ticks: sequences of 2 or more, {stride} frames apart, expected, '
             f'got {ticks} of episodes of up to {longest} windows'
         )
-    sequences = []
+    device, sequences = network.denoiser.device, []
     for number in range(count):
         episode = episodes[int(torch.randint(len(episodes), (), generator=generator))]
         length = min(ticks, 1 + (len(episode) - 1) // stride)
@@ -62,6 +63,7 @@ def tick_sequences(
         start = int(torch.randint(slack, (), generator=generator)) if number % 2 else 0
         index = episode[start + stride * torch.arange(length)]
         images, joints, _ = windows.gather(index)
+        images, joints = {k: v.to(device) for k, v in images.items()}, joints.to(device)
         seed = int(torch.randint(1 << 31, (), generator=generator))
         sequences.append(TickSequence(network.features(images, joints), seed))
     return sequences
@@ -70,7 +72,11 @@ def tick_sequences(
 class DenseTeacher:
     """Dense actions of a frozen policy under held noise: the exact targets of its pruner."""
 
-    def __init__(self, network: PolicyNetwork, spec: SamplerSpec) -> None:
+    def __init__(
+        self, network: PolicyNetwork, spec: SamplerSpec, replicas: Replicas | None = None
+    ) -> None:
+        """Fold the tables of the network, which is on the device of the replicas already."""
+        self.replicas = replicas or Replicas()
         self.denoiser, self.temperature = network.denoiser, spec.temperature
         self.scheduler = NoiseScheduler(spec.scheduler)
         with torch.no_grad():
@@ -79,8 +85,8 @@ class DenseTeacher:
     def lattice(self, seed: int) -> Lattice:
         """Fresh lattice with the noise that `seed` gives."""
         spec, steps = self.denoiser.spec, self.scheduler.spec.steps
-        noisy, cpu = self.scheduler.needs_noise, torch.device('cpu')
-        lattice = Lattice(spec, steps, noisy, cpu, temperature=self.temperature)
+        noisy, device = self.scheduler.needs_noise, self.replicas.device
+        lattice = Lattice(spec, steps, noisy, device, temperature=self.temperature)
         lattice.reset(torch.Generator().manual_seed(seed))
         return lattice
 

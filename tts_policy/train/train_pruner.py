@@ -2,7 +2,9 @@
 """`train_pruner`: recordings and a bundle's frozen policy to the pruner of one sampler.
 
 Ordered ticks of recorded episodes; tick 0 dense, then each tick sparse with its caches carried
-over. See `pruner_trainer` for what is trained.
+over. See `pruner_trainer` for what is trained. Under torchrun the processes share every batch:
+
+    torchrun --nproc-per-node 4 -m tts_policy.train.train_pruner ... --device cuda
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import csv
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -30,12 +34,13 @@ from tts_policy.train.lessons import ActionError, make_lessons
 from tts_policy.train.plan_comparison import compare_plans
 from tts_policy.train.plan_search import SearchSpec
 from tts_policy.train.pruner_trainer import PrunerTrainer, PrunerTrainingSpec
-from tts_policy.train.tick_sequences import DenseTeacher, tick_sequences
+from tts_policy.train.replicas import Replicas
+from tts_policy.train.tick_sequences import DenseTeacher, TickSequence, tick_sequences
 
 
 def _settings(args: argparse.Namespace) -> dict[str, str]:
     """What a resumed run must have in common with the one it continues."""
-    free = ('demonstrations', 'bundle', 'out', 'topic', 'image_fit', 'threads')
+    free = ('demonstrations', 'bundle', 'out', 'topic', 'image_fit', 'threads', 'device')
     return {name: str(value) for name, value in vars(args).items() if name not in free}
 
 
@@ -57,13 +62,29 @@ def _save(trainer: PrunerTrainer, out: Path, settings: dict[str, str]) -> None:
     (out / 'checkpoint.tmp').replace(out / 'checkpoint.pt')
 
 
-def _train(trainer: PrunerTrainer, out: Path, settings: dict[str, str]) -> None:
-    log_path = out / 'log.csv'
-    new = not log_path.exists()
-    with log_path.open('a', newline='') as handle:
+def _log(out: Path) -> TextIO:
+    """Log of the run, opened to go on; with its header where it is new."""
+    path = out / 'log.csv'
+    new = not path.exists()
+    handle = path.open('a', newline='')
+    if new:
+        csv.writer(handle).writerow(
+            ['step', 'sparsity', 'seconds', 'before', 'after', 'kept_back']
+        )
+    return handle
+
+
+def _train(trainer: PrunerTrainer, args: argparse.Namespace, replicas: Replicas) -> None:
+    """Train to the end, from the checkpoint if there is one; the first replica writes."""
+    settings = _settings(args)
+    if (args.out / 'checkpoint.pt').exists():
+        _resume(trainer, args.out, settings)
+    if not replicas.is_first:
+        while trainer.step < trainer.total_steps:
+            trainer.train_step()
+        return
+    with _log(args.out) as handle:
         log = csv.writer(handle)
-        if new:
-            log.writerow(['step', 'sparsity', 'seconds', 'before', 'after', 'kept_back'])
         started = time.monotonic()
         bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit='step', mininterval=5)
         while trainer.step < trainer.total_steps:
@@ -73,7 +94,7 @@ def _train(trainer: PrunerTrainer, out: Path, settings: dict[str, str]) -> None:
             seconds = round(time.monotonic() - started)
             log.writerow([trainer.step, sparsity, seconds, before, after, best])
             handle.flush()
-            _save(trainer, out, settings)
+            _save(trainer, args.out, settings)
             bar.update()
             bar.set_postfix(sparsity=sparsity, error=f'{after:.4f}', kept_back=f'{best:.4f}')
 
@@ -109,6 +130,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--ticks', type=int, default=5, help='ticks of a sequence')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1, help='torch threads')
+    parser.add_argument(
+        '--device',
+        choices=('cpu', 'cuda'),
+        default='cpu',
+        help='with torchrun every process takes a GPU of its own',
+    )
     return parser.parse_args(arguments)
 
 
@@ -133,29 +160,33 @@ def _prior(folder: Path, name: str, bundle: Bundle) -> Pruner:
     return pruner
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Train, or go on training, add the pruner to the bundle and compare; returns exit status."""
-    args = parse_arguments(arguments)
-    try:
-        set_threads(args.threads)
-        bundle = load_bundle(args.bundle)
-        sampler, _ = bundle.sampler(args.sampler)
-        sparsities = args.sparsities or [sampler.recommended_sparsity]
-        _check_sparsities(sparsities, sampler)
-        if not 0.0 <= args.preference <= 1.0:
-            raise ValueError(f'--preference must be in [0, 1], got {args.preference}')
-        prior = None if args.prior is None else _prior(args.prior, args.sampler, bundle)
-        network = bundle.network.eval().requires_grad_(False)
-        kept, others = split_demonstrations(args, network.contract)
-        held_out = load_windows(kept)
-        windows = load_windows(others[: args.episodes])
-        generator = torch.Generator().manual_seed(args.seed)
-        sequences = tick_sequences(network, windows, args.episodes, args.ticks, generator)
-        tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
-    except ValueError as error:
-        print(f'train_pruner: {error}', file=sys.stderr)
-        return 2
-    teacher = DenseTeacher(network, sampler)
+@dataclass(frozen=True)
+class _Run:
+    """A training that was set up, and the held-out sequences that its plans are compared on."""
+
+    teacher: DenseTeacher
+    sampler: SamplerSpec
+    trainer: PrunerTrainer
+    tests: list[TickSequence]
+
+
+def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
+    """Read bundle and demonstrations; raises ValueError, BundleError among them."""
+    bundle = load_bundle(args.bundle)
+    sampler, _ = bundle.sampler(args.sampler)
+    sparsities = args.sparsities or [sampler.recommended_sparsity]
+    _check_sparsities(sparsities, sampler)
+    if not 0.0 <= args.preference <= 1.0:
+        raise ValueError(f'--preference must be in [0, 1], got {args.preference}')
+    prior = None if args.prior is None else _prior(args.prior, args.sampler, bundle)
+    network = bundle.network.to(replicas.device).eval().requires_grad_(False)
+    kept, others = split_demonstrations(args, network.contract)
+    held_out = load_windows(kept)
+    windows = load_windows(others[: args.episodes])
+    generator = torch.Generator().manual_seed(args.seed)
+    sequences = tick_sequences(network, windows, args.episodes, args.ticks, generator)
+    tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
+    teacher = DenseTeacher(network, sampler, replicas)
     spec = PrunerTrainingSpec(
         args.steps,
         args.batch,
@@ -168,27 +199,47 @@ def main(arguments: list[str] | None = None) -> int:
     measure = ActionError(contract.newest_action, contract.action.execute)
     lessons = make_lessons(teacher, sequences)
     trainer = PrunerTrainer(teacher, sampler, sparsities, lessons, measure, spec, prior)
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = _settings(args)
-    try:
-        if (args.out / 'checkpoint.pt').exists():
-            _resume(trainer, args.out, settings)
-        _train(trainer, args.out, settings)
-    except ValueError as error:
-        print(f'train_pruner: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f'interrupted at step {trainer.step}; run the same command again to go on')
-        return 130
-    pruner = trainer.pruner()
+    return _Run(teacher, sampler, trainer, tests)
+
+
+def _finish(run: _Run, args: argparse.Namespace) -> None:
+    """Add the pruner to the bundle and compare its plans with others."""
+    pruner = run.trainer.pruner()
     save_pruner(args.bundle, args.sampler, pruner)
-    trained = [lesson.sequence for lesson in trainer.choice.lessons]
+    pruner = pruner.to(run.teacher.replicas.device).eval()
+    trained = [lesson.sequence for lesson in run.trainer.choice.lessons]
     report = [
-        compare_plans(teacher, sampler, pruner.eval(), trained, tests, sparsity)
-        for sparsity in trainer.sparsities
+        compare_plans(run.teacher, run.sampler, pruner, trained, run.tests, sparsity)
+        for sparsity in run.trainer.sparsities
     ]
     (args.out / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
     print(json.dumps(report, indent=2))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, or go on training, add the pruner to the bundle and compare; returns exit status."""
+    args = parse_arguments(arguments)
+    replicas = Replicas()
+    try:
+        set_threads(args.threads)
+        replicas = Replicas.joined(args.device)
+        run = _set_up(args, replicas)
+        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            _train(run.trainer, args, replicas)
+        except KeyboardInterrupt:
+            if replicas.is_first:
+                step = run.trainer.step
+                print(f'interrupted at step {step}; run the same command again to go on')
+            return 130
+    except ValueError as error:
+        if replicas.is_first:
+            print(f'train_pruner: {error}', file=sys.stderr)
+        return 2
+    finally:
+        Replicas.leave()
+    if replicas.is_first:
+        _finish(run, args)
     return 0
 
 

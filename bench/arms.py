@@ -11,18 +11,22 @@ from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import torch
 from ablation import AllStepsMemory, PerStepMemory, eager_with
 from cuda_arms import captured_dense, compiled_dense
 from device_stopwatch import DeviceStopwatch
+from numpy.typing import NDArray
 from torch import Tensor
 from upstream import UpstreamSampler
 
 from tts_policy.core.bundle import load_bundle
+from tts_policy.core.capture import Capture
 from tts_policy.core.chunk_sampler import ChunkSampler
 from tts_policy.core.denoiser import Denoiser, DenoiserSpec
 from tts_policy.core.engine import EagerEngine
 from tts_policy.core.engines import EngineMaker, engine_maker, make_engine
+from tts_policy.core.frame_encoder import FrameEncoder
 from tts_policy.core.network import PolicyNetwork
 from tts_policy.core.pruner import PlanPruner, Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
@@ -102,24 +106,24 @@ def random_model(horizon: int, device: str, tiny: bool = False) -> Model:
 
 def _random_windows(
     network: PolicyNetwork, device: str
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    observation = network.contract.observation
-    torch.manual_seed(0)
+) -> Iterator[tuple[dict[str, NDArray[np.uint8]], Tensor]]:
+    """Windows of ticks that execute several actions: both frames of the next one are new."""
+    observation, random = network.contract.observation, np.random.default_rng(0)
     windows = []
     for _ in range(OBSERVATIONS):
         images = {
-            camera.key: torch.randint(
-                0, 256, (1, observation.steps, camera.height, camera.width, 3), dtype=torch.uint8
-            ).to(device)
+            camera.key: random.integers(
+                0, 256, (observation.steps, camera.height, camera.width, 3), dtype=np.uint8
+            )
             for camera in observation.cameras
         }
-        joints = torch.randn(1, observation.steps, len(observation.joints)).to(device)
-        windows.append((images, joints))
+        joints = random.standard_normal((1, observation.steps, len(observation.joints)))
+        windows.append((images, torch.from_numpy(joints).float().to(device)))
     return cycle(windows)
 
 
 def bundle_model(folder: Path, device: str) -> Model:
-    """A bundle with its trained pruners; every chunk encodes the images of its window."""
+    """A bundle with its trained pruners; every chunk encodes the frames of its window."""
     bundle = load_bundle(folder)
     network = bundle.network.to(device).eval().requires_grad_(False)
     samplers: dict[str, tuple[SamplerSpec, PlanPruner]] = {
@@ -128,7 +132,15 @@ def bundle_model(folder: Path, device: str) -> Model:
         if pruner is not None
     }
     windows = _random_windows(network, device)
-    return Model(network.denoiser, samplers, lambda: network.features(*next(windows)))
+    on, encoder = torch.device(device), network.observation_encoder
+    capture = Capture(on) if on.type == 'cuda' else None
+    frames = FrameEncoder(encoder, network.contract.observation, on, capture)
+
+    def observe() -> Tensor:
+        images, joints = next(windows)
+        return encoder.combine(frames(images), network.joint_normalizer.normalize(joints))
+
+    return Model(network.denoiser, samplers, observe)
 
 
 class SampledChunks:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -45,9 +46,12 @@ def parse_arguments() -> argparse.Namespace:
 def rows_of(engine: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of an engine from a process of its own; the last one says how that ended, if badly."""
     command = [sys.executable, __file__, '--engine', engine, '--device', args.device]
+    # The kernel itself is checked, whatever tests of its interpretation left in the environment.
+    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
     try:
         run = subprocess.run(
             [*command, *(['--tiny'] if args.tiny else [])],
+            env=environment,
             stdout=subprocess.PIPE,
             timeout=args.limit,
             text=True,

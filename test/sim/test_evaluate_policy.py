@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip('robosuite', reason='robosuite is not installed')
 pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
 
-from tts_policy.core.bundle import save_random_bundle
+from tts_policy.core.bundle import load_bundle, save_random_bundle
 from tts_policy.core.network import NetworkSpec
 from tts_policy.core.policy import TestTimeSparsePolicy
 from tts_policy.sim import evaluate_policy
@@ -78,6 +78,23 @@ def test_the_action_error_is_zero_for_dense_noise_and_reuse_of_nothing(worker: W
     assert error == pytest.approx(0.0, abs=1e-6)
     assert worker.run(Job('lift', Arm.parse('ddim10:random:0.8')))['l1_error'] > 1e-4
     assert worker.run(Job('lift', Arm.parse('ddim10')))['l1_error'] is None
+
+
+@pytest.mark.parametrize('noise', ['noiseless', 'fresh'])
+def test_the_action_error_compares_with_dense_of_the_same_noise(
+    worker: Worker, noise: str
+) -> None:
+    error = worker.run(Job('lift', Arm.parse(f'ddim10:learned:0.001+{noise}')))['l1_error']
+    assert error == pytest.approx(0.0, abs=1e-6)
+
+
+def test_an_arm_that_is_another_one_here_is_left_out(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = [Arm.parse(name) for name in ('ddim10', 'ddim10+held', 'ddim10+fresh', 'ddim10+free')]
+    able = evaluate_policy.runnable('lift', arms, load_bundle(bundle))
+    assert [arm.name for arm in able] == ['ddim10', 'ddim10+fresh']
+    assert 'left out, ddim10+held: here it is ddim10' in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from tts_policy.train.lessons import (
 from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
 from tts_policy.train.pruner_trainer import plan_table
+from tts_policy.train.replicas import Replicas
 from tts_policy.train.reuse_gradient import Flip, flipped, reuse_gradient
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
 
@@ -52,6 +54,34 @@ class _Network:
 def _teacher(scheduler: SchedulerSpec, scale: float = 5.0) -> DenseTeacher:
     """Teacher whose weights are `scale` times as large as initial ones: at 1 blocks whisper."""
     return DenseTeacher(_Network(scale), SamplerSpec(scheduler, force_first_step=False))  # type: ignore[arg-type]
+
+
+def test_the_teacher_has_the_noise_of_its_sampler() -> None:
+    for temperature in (0.0, 0.5):
+        spec = SamplerSpec(DDPM, temperature=temperature)
+        initial, step = DenseTeacher(_Network(1.0), spec).noise(3)  # type: ignore[arg-type]
+        whole = _teacher(DDPM).noise(3)
+        assert torch.equal(initial, temperature * whole[0]) and initial.shape == (1, 6, 3)
+        assert torch.equal(step, temperature * whole[1])
+
+
+def test_a_batch_of_several_processes_holds_its_share_and_counts_all() -> None:
+    alone = _teacher(DDIM)
+    lessons = _lessons(alone, 5)
+    lessons[4] = replace(lessons[4], target=lessons[4].target[:2])
+    whole = LessonBatch(alone, lessons)
+    sizes = []
+    for rank in range(3):
+        teacher = DenseTeacher(_Network(5.0), SamplerSpec(DDIM), Replicas(rank, 3))  # type: ignore[arg-type]
+        batch = LessonBatch(teacher, lessons)
+        assert (batch.count, batch.ticks) == (whole.count, whole.ticks) == (5, 2)
+        sizes.append(batch.size)
+        assert batch.targets.shape[1] == batch.size
+    assert sizes == [1, 2, 2]
+    empty = LessonBatch(
+        DenseTeacher(_Network(5.0), SamplerSpec(DDIM), Replicas(0, 3)), lessons[:1]
+    )  # type: ignore[arg-type]
+    assert (empty.size, empty.count) == (0, 1)
 
 
 def _lessons(teacher: DenseTeacher, count: int, ticks: int = 3) -> list[Lesson]:

@@ -62,7 +62,7 @@ def make_triton(
     """
     if find_spec('triton') is None:
         raise ValueError("engine 'triton' needs triton (requirements/triton.txt)")
-    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
+    interpreted = os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'yes', 'on', 'y')
     if lattice.store.is_cuda == interpreted:
         needed = 'a GPU, or TRITON_INTERPRET=1 on a CPU'
         got = f'{lattice.store.device} {"with" if interpreted else "without"} the interpreter'
@@ -82,6 +82,8 @@ def make_engine(
     return EagerEngine(denoiser, scheduler, lattice, force_first_step)
 
 
+# Engines whose ticks replay what was captured, the camera encoder too.
+CAPTURING = ('graphs', 'triton')
 ENGINES: dict[str, EngineMaker] = {
     'auto': make_engine,
     'eager': make_eager,

@@ -23,7 +23,7 @@ from tts_policy.core.bundle import Bundle, load_bundle
 from tts_policy.core.capture import Capture
 from tts_policy.core.chunk_sampler import ChunkSampler
 from tts_policy.core.contract import PolicyContract
-from tts_policy.core.engines import engine_maker
+from tts_policy.core.engines import CAPTURING, engine_maker
 from tts_policy.core.frame_encoder import FrameEncoder
 from tts_policy.core.inpainting import CommittedActions
 from tts_policy.core.plan import Plan, realised_sparsity, reuse_mix
@@ -114,7 +114,7 @@ class TestTimeSparsePolicy:
             pruner.to(self.device).eval().requires_grad_(False)
         self._denoiser = self._network.denoiser
         observation, action = self.contract.observation, self.contract.action
-        capture = Capture(self.device) if engine == 'graphs' else None
+        capture = Capture(self.device) if engine in CAPTURING else None
         self._frames = FrameEncoder(
             self._network.observation_encoder, observation, self.device, capture
         )

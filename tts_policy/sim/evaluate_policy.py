@@ -77,7 +77,8 @@ def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
     import torch
 
     benchmark_named(task).check(bundle.network.contract)
-    able = []
+    able: list[Arm] = []
+    known: dict[tuple[object, ...], Arm] = {}
     for arm in arms:
         try:
             setting = arm.setting(bundle)
@@ -98,6 +99,10 @@ def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
                 f'{setting.sampler.max_sparsity:.4g}',
                 file=sys.stderr,
             )
+            continue
+        same = known.setdefault((arm.plan, arm.sparsity, setting), arm)
+        if same is not arm:
+            print(f'{task}: left out, {arm.name}: here it is {same.name}', file=sys.stderr)
             continue
         able.append(arm)
     return able

@@ -19,16 +19,10 @@ PANDA_CONTRACT = PolicyContract(
 PANDA_TOPICS = Topics(cameras={'camera': '/camera/image'})
 PANDA_SAMPLERS = {
     'ddim10': SamplerSpec(
-        SchedulerSpec('ddim', 10),
-        force_first_step=False,
-        temperature=0.0,
-        recommended_sparsity=0.8,
+        SchedulerSpec('ddim', 10), force_first_step=False, recommended_sparsity=0.8
     ),
     'ddpm100': SamplerSpec(
-        SchedulerSpec('ddpm', 100),
-        force_first_step=True,
-        temperature=0.0,
-        recommended_sparsity=0.95,
+        SchedulerSpec('ddpm', 100), force_first_step=True, recommended_sparsity=0.95
     ),
 }
 FLOW_SAMPLERS = {

@@ -116,8 +116,9 @@ class PrunerTrainer:
         """
         self._search: PlanSearch | None = None
         steps, blocks = self._forced.shape
-        affordable = static_plan(steps, blocks, max(1, self._whole_passes() - 1))
-        self._starts = [*starts, affordable, *self._prior_plans()]
+        fewer = self._whole_passes() - 1
+        affordable = [static_plan(steps, blocks, fewer)] if fewer else []
+        self._starts = [*starts, *affordable, *self._prior_plans()]
         self.best, self.best_error = starts[0], float('inf')
 
     def _prior_plans(self) -> list[Plan]:

@@ -3,7 +3,7 @@
 
 All hold the same lessons and draw the same random numbers. What a decision rests on, errors and
 gradients, is gathered from all of them in the order of their ranks, so that all decide alike and
-nothing else has to be sent. The first one alone writes files and speaks.
+nothing else has to be sent. The first one alone reads a checkpoint and writes files.
 """
 
 from __future__ import annotations
@@ -58,6 +58,14 @@ class Replicas:
     def is_first(self) -> bool:
         """Whether this process is the one that writes."""
         return self.rank == 0
+
+    def of_first(self, made: Item | None) -> Item | None:
+        """What the first process made; the others give None."""
+        if self.count == 1:
+            return made
+        carried = [made]
+        distributed.broadcast_object_list(carried, device=self.device)
+        return carried[0]
 
     def _sizes(self, total: int) -> list[int]:
         return [total * (i + 1) // self.count - total * i // self.count for i in range(self.count)]

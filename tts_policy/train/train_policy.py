@@ -28,6 +28,7 @@ from tts_policy.bag.data_check import DataCheck, write_check
 from tts_policy.core.bundle import BundleError, load_bundle, save_bundle
 from tts_policy.core.contract import PolicyContract, read_contract
 from tts_policy.core.network import OBJECTIVES, DiTOptions, NetworkSpec, PolicyNetwork
+from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import (
     FLOW,
     NoiseScheduler,
@@ -310,10 +311,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         action='store_true',
         help='products in bfloat16: faster where the processor has instructions for it',
     )
+    parser.add_argument(
+        '--temperature',
+        type=float,
+        default=1.0,
+        metavar='SHARE',
+        help="of the noise that the bundle's samplers start from; 0: none, the same observation "
+        'gives the same chunk (default %(default)s)',
+    )
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=2, help='torch threads')
     parser.add_argument('--save-every', type=float, default=300.0, help='checkpoint interval, s')
     return parser.parse_args(arguments)
+
+
+def _samplers(network: NetworkSpec) -> dict[str, SamplerSpec]:
+    return FLOW_SAMPLERS if network.objective == FLOW else PANDA_SAMPLERS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -324,6 +337,10 @@ def main(arguments: list[str] | None = None) -> int:
         contract = PANDA_CONTRACT if args.contract is None else read_contract(args.contract)
         initial = None if args.initial is None else initial_network(args.initial, contract)
         network = network_spec(args, initial)
+        samplers = {
+            name: replace(sampler, temperature=args.temperature)
+            for name, sampler in _samplers(network).items()
+        }
         kept, others = split_demonstrations(args, contract)
         check = DataCheck(contract)
         held_out = load_windows(kept, check=check)
@@ -351,7 +368,6 @@ def main(arguments: list[str] | None = None) -> int:
         trainer.save(args.out)
         print(f'interrupted at step {trainer.step}; run the same command again to go on')
         return 130
-    samplers = FLOW_SAMPLERS if network.objective == FLOW else PANDA_SAMPLERS
     save_bundle(args.out / 'bundle', args.name, trainer.averaged_network, samplers)
     return 0
 

@@ -74,8 +74,10 @@ def test_a_training_starts_from_the_weights_of_another_bundle(
     # A learning rate of zero shows the weights it began with.
     still = ['--steps', '2', '--encoder-steps', '1', '--learning-rate', '0', '--held-out', '1']
     command = [str(bags), '--out', str(tmp_path / 'out'), '--initial', str(bundle), *still]
-    command.append('--bfloat16')
+    command += ['--bfloat16', '--temperature', '0.25']
     assert train_policy.main(command) == 0
+    samplers = load_bundle(tmp_path / 'out' / 'bundle').samplers.values()
+    assert [spec.temperature for spec, _ in samplers] == [0.25, 0.25]
     begun, given = _weights(tmp_path / 'out' / 'bundle'), _weights(bundle)
     assert all(torch.equal(begun[name], given[name]) for name in given)
 
@@ -108,6 +110,7 @@ def test_residual_blocks_that_are_added_to_a_camera_encoder_change_nothing_at_fi
     [
         ('--threads', '0', 'threads must be at least 1, got 0'),
         ('--camera-blocks', '9', 'network camera_blocks must be in [0, 5], got 9'),
+        ('--temperature', '2', 'temperature must be in [0, 1], got 2.0'),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_in_one_line(

@@ -15,8 +15,9 @@ from tts_policy.sim.evaluation_results import Row
 INTRODUCTION = """# Results: success against cost
 
 Written by `evaluate_policy` from the measurements in `results.json`; nothing here is typed in.
-Every arm of a task runs the same seeds with the same noise. "Steady" leaves out the dense first
-tick of every episode, "episode" has it. GFLOPs are those of conditional encoder, pruner and
+Every arm of a task runs the same seeds with the noise of its bundle, which may be none, unless the
+arm names its own (held, fresh, noiseless). "Steady" leaves out the dense first tick of every
+episode, "episode" has it. GFLOPs are those of conditional encoder, pruner and
 executed decoder; the observation encoder is the same for all arms and stands above each table.
 FE are dense forward equivalents: computed cells over blocks of one forward pass. L1 is the action
 error in normalised units against the dense chunk of the same sampler and noise, on expert episodes

@@ -35,7 +35,10 @@ SHARE = Path(get_package_share_directory('tts_policy'))
 # Passed on as they are; policy.launch.py says what they mean and what an empty one does.
 FORWARDED = {
     'params_file': (str(SHARE / 'config' / 'panda_lift.yaml'), 'Parameter file of the policy.'),
-    'bundle': (str(SHARE / 'models' / 'panda_lift'), 'Model bundle, a folder with model.yaml.'),
+    'bundle': (
+        [str(SHARE / 'models' / 'panda_'), LaunchConfiguration('task')],
+        "Model bundle, a folder with model.yaml; the task's unless given.",
+    ),
     'namespace': ('', 'Namespace of both nodes.'),
     'autostart': ('true', 'Configure and activate the policy.'),
     'enable_output': ('true', 'Let the policy move the simulated robot.'),
@@ -80,6 +83,14 @@ def _robot_node(context: LaunchContext) -> list[Node]:
 def generate_launch_description() -> LaunchDescription:
     """Describe the launch of robot and policy."""
     arguments = [
+        DeclareLaunchArgument(
+            'task',
+            default_value='lift',
+            choices=['lift', 'stack', 'can'],
+            description='Task of the robot; the bundle has to be one for it.',
+        ),
+    ]
+    arguments += [
         DeclareLaunchArgument(name, default_value=default, description=description)
         for name, (default, description) in FORWARDED.items()
     ]
@@ -104,12 +115,6 @@ def generate_launch_description() -> LaunchDescription:
             'episode_s',
             default_value='',
             description='Time limit of an episode in seconds; empty: that of the task.',
-        ),
-        DeclareLaunchArgument(
-            'task',
-            default_value='lift',
-            choices=['lift', 'stack', 'can'],
-            description='Task of the robot; the bundle has to be one for it.',
         ),
     ]
     policy = IncludeLaunchDescription(

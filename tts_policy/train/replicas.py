@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
+from tts_policy.core.policy import DEVICES
+
 Item = TypeVar('Item')
 
 
@@ -31,11 +33,11 @@ class Replicas:
     def joined(device: str = 'cpu') -> Replicas:
         """Join those that torchrun started with this one; without torchrun it is alone.
 
-        device: 'cpu' or 'cuda', of which every process takes the one of its local rank.
+        device: of DEVICES; of several GPUs every process takes the one of its local rank.
         Raises ValueError for another, or where there is none.
         """
-        if device not in ('cpu', 'cuda'):
-            raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+        if device not in DEVICES:
+            raise ValueError(f'device must be one of {list(DEVICES)}, got {device!r}')
         local, count = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         if device == 'cuda':
             if torch.cuda.device_count() <= local:

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from tts_policy.core.bundle import Bundle, BundleError, load_bundle, save_pruner
+from tts_policy.core.policy import DEVICES
 from tts_policy.core.pruner import Pruner
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.threads import set_threads
@@ -141,7 +142,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=1, help='torch threads')
     parser.add_argument(
         '--device',
-        choices=('cpu', 'cuda'),
+        choices=DEVICES,
         default='cpu',
         help='with torchrun every process takes a GPU of its own',
     )

@@ -17,7 +17,7 @@ class SamplerSpec:
     hold_noise: initial and per-step noise stay the same for the ticks of an episode; without it
     the features of an earlier tick are of little use (design, section 3).
     temperature: factor of all noise, in [0, 1]. At 0 a chunk depends on its observation alone
-    (low-temperature sampling, Ajay et al. 2023, section 3.4).
+    (low-temperature sampling, Ajay et al. 2023).
     max_rollout_age: a cached feature older than this many ticks is not reused.
     """
 

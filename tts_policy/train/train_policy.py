@@ -28,7 +28,6 @@ from tts_policy.bag.data_check import DataCheck, write_check
 from tts_policy.core.bundle import BundleError, load_bundle, save_bundle
 from tts_policy.core.contract import PolicyContract, read_contract
 from tts_policy.core.network import OBJECTIVES, DiTOptions, NetworkSpec, PolicyNetwork
-from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import (
     FLOW,
     NoiseScheduler,
@@ -325,10 +324,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _samplers(network: NetworkSpec) -> dict[str, SamplerSpec]:
-    return FLOW_SAMPLERS if network.objective == FLOW else PANDA_SAMPLERS
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Train, or go on training, and write the bundle; returns the exit status."""
     args = parse_arguments(arguments)
@@ -337,10 +332,8 @@ def main(arguments: list[str] | None = None) -> int:
         contract = PANDA_CONTRACT if args.contract is None else read_contract(args.contract)
         initial = None if args.initial is None else initial_network(args.initial, contract)
         network = network_spec(args, initial)
-        samplers = {
-            name: replace(sampler, temperature=args.temperature)
-            for name, sampler in _samplers(network).items()
-        }
+        known = FLOW_SAMPLERS if network.objective == FLOW else PANDA_SAMPLERS
+        samplers = {n: replace(spec, temperature=args.temperature) for n, spec in known.items()}
         kept, others = split_demonstrations(args, contract)
         check = DataCheck(contract)
         held_out = load_windows(kept, check=check)

@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip('robosuite', reason='robosuite is not installed')
 pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
 
-from tts_policy.core.bundle import load_bundle, save_random_bundle
+from tts_policy.core.bundle import load_bundle, save_bundle, save_pruner, save_random_bundle
 from tts_policy.core.network import NetworkSpec
 from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.core.pruner import Pruner
 from tts_policy.sim import evaluate_policy
 from tts_policy.sim.episode import FRAME_NS, Timeline
+from tts_policy.sim.evaluate_policy import Validity
 from tts_policy.sim.evaluation_arms import Arm
 from tts_policy.sim.evaluation_worker import Job, Worker
 from tts_policy.sim.lift import LiftWorld
@@ -33,6 +37,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('bundle')
     save_random_bundle(folder, PANDA_CONTRACT, PANDA_SAMPLERS, TINY)
     return folder
+
+
+class CountingRobot:
+    """A world that counts its pictures."""
+
+    def __init__(self, world: LiftWorld, drawn: list[float]) -> None:
+        self.reset, self.step, self.success = world.reset, world.step, world.success
+        self.joint_positions, self._world, self._drawn = world.joint_positions, world, drawn
+
+    def render(self) -> np.ndarray:
+        self._drawn.append(self._world.data.time)
+        return self._world.render()
 
 
 @pytest.fixture(scope='module')
@@ -141,15 +157,128 @@ def test_what_cannot_run_is_refused_in_one_line(
     assert reason in error and error.count('\n') == 1
 
 
-def test_measurements_of_two_bundles_are_not_mixed(bundle: Path, tmp_path: Path) -> None:
+def grown(bundle: Path, folder: Path, sparsity: float) -> Path:
+    """Copy of a bundle whose DDIM-10 pruner has a table for one more sparsity."""
+    other = Path(shutil.copytree(bundle, folder))
+    pruner = load_bundle(other).samplers['ddim10'][1]
+    assert isinstance(pruner, Pruner)
+    spec = replace(pruner.spec, sparsities=tuple(sorted((*pruner.spec.sparsities, sparsity))))
+    more = Pruner(spec)
+    with torch.no_grad():
+        for table, known in zip(more.tables, spec.sparsities, strict=True):
+            table.copy_(pruner.table(known) if known != sparsity else table + 1.0)
+    save_pruner(other, 'ddim10', more)
+    return other
+
+
+@pytest.fixture
+def constant(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle whose pruner has the plan of its table whatever it sees."""
+    other = Path(shutil.copytree(bundle, tmp_path / 'constant'))
+    for name in PANDA_SAMPLERS:
+        pruner = load_bundle(other).samplers[name][1]
+        assert isinstance(pruner, Pruner)
+        torch.nn.init.zeros_(pruner.cell)
+        save_pruner(other, name, pruner)
+    return other
+
+
+def test_arms_that_read_what_a_bundle_kept_keep_their_measurements(
+    constant: Path, tmp_path: Path
+) -> None:
+    more = grown(constant, tmp_path / 'more', 0.6)
+    before, after = (Validity({'lift': load_bundle(folder)}) for folder in (constant, more))
+    for name in ('ddpm100', 'ddim3', 'ddim10:static:0.8', 'ddim10:learned:0.8', 'ddim10+fresh'):
+        arm = Arm.parse(name)
+        assert after.holds({'task': 'lift', 'arm': name, 'digest': before.digest('lift', arm)})
+    # 0.6 was served by the table of 0.8, and has its own now.
+    moved = {'task': 'lift', 'arm': 'ddim10:learned:0.6'}
+    moved['digest'] = before.digest('lift', Arm.parse(moved['arm']))
+    assert before.holds(moved) and not after.holds(moved)
+    assert after.holds(moved | {'task': 'can'})
+    assert not after.holds({'task': 'lift', 'arm': 'ddim10'})
+
+
+def test_measurements_of_another_policy_or_setting_are_told_from_these(
+    bundle: Path, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(bundle, tmp_path / 'other'))
-    evaluate_policy.claim(tmp_path, {'lift': bundle})
-    evaluate_policy.claim(tmp_path, {'lift': bundle, 'can': other})
-    with (other / 'model.yaml').open('a') as file:
-        file.write('# retrained\n')
-    with pytest.raises(evaluate_policy.EvaluationError, match='name another --out'):
-        evaluate_policy.claim(tmp_path, {'lift': other})
-    evaluate_policy.claim(tmp_path, {'lift': bundle})
+    network = load_bundle(other).network
+    torch.nn.init.normal_(next(network.parameters()))
+    known = {name: spec for name, (spec, _) in load_bundle(bundle).samplers.items()}
+    save_bundle(other, 'retrained', network, known)
+    noiseless = Path(shutil.copytree(bundle, tmp_path / 'noiseless'))
+    save_bundle(
+        noiseless,
+        'noiseless',
+        load_bundle(bundle).network,
+        {name: replace(spec, temperature=0.0) for name, spec in known.items()},
+    )
+    arms = [Arm.parse(name) for name in ('ddim10', 'ddim10+fresh')]
+    here, there, quiet = (
+        [Validity({'lift': load_bundle(folder)}).digest('lift', arm) for arm in arms]
+        for folder in (bundle, other, noiseless)
+    )
+    assert len({*here, *there, *quiet}) == 5
+    # The option sets the temperature, whatever the bundle's is.
+    assert here[1] == quiet[1]
+
+
+def test_a_constant_plan_is_its_own_mean(
+    constant: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f'ddim10:{plan}:0.8' for plan in ('learned', 'mean', 'shuffled')]
+    arms = [Arm.parse(name) for name in names]
+    able = evaluate_policy.runnable('lift', arms, load_bundle(constant))
+    assert [arm.name for arm in able] == names[:1]
+    told = capsys.readouterr().err
+    assert all(f'left out, {name}: here it is {names[0]}' in told for name in names[1:])
+    assert len(evaluate_policy.runnable('lift', arms, load_bundle(bundle))) == 3
+
+
+@pytest.mark.slow
+def test_rows_of_an_earlier_page_are_taken_over_and_not_measured_again(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [f'lift={bundle}', '--workers', '1', '--sequences', '1', '--episodes', '1']
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    assert evaluate_policy.main([*command, '--out', str(first), '--arms', 'ddim2', 'ddim3']) == 0
+    known = ['--earlier', str(first / 'results.json'), '--out', str(second)]
+    assert evaluate_policy.main([*command, *known, '--arms', 'ddim2', 'ddim4']) == 0
+    measured = [json.loads(r) for r in (second / 'episodes.jsonl').read_text().splitlines()]
+    assert [record['arm'] for record in measured] == ['ddim4']
+    rows = {row['arm']: row for row in json.loads((second / 'results.json').read_text())}
+    assert list(rows) == ['ddim2', 'ddim3', 'ddim4']
+    assert rows['ddim2'] == json.loads((first / 'results.json').read_text())[0]
+    other = grown(bundle, tmp_path / 'more', 0.6)
+    assert evaluate_policy.main([f'lift={other}', *command[1:], *known, '--arms', 'ddim2']) == 0
+    assert 'of another bundle' not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text', ['', '{}', '[{"task": "lift", "arm": "ddim2"}]', '[1]'])
+def test_earlier_results_that_say_too_little_are_refused_in_one_line(
+    text: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / 'results.json'
+    earlier.write_text(text)
+    arguments = [f'lift={bundle}', '--out', str(tmp_path / 'out'), '--earlier', str(earlier)]
+    assert evaluate_policy.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert str(earlier) in error and error.count('\n') == 1
+
+
+def test_an_evaluation_draws_the_frames_of_windows_and_sees_the_same(
+    world: Any, bundle: Path
+) -> None:
+    policy = TestTimeSparsePolicy.from_bundle(bundle, 'ddim10', threads=1)
+    timeline, drawn = Timeline(8 * FRAME_NS, 20 * FRAME_NS), []
+    counted = CountingRobot(world, drawn)
+    few = run_episode(policy, counted, 5, 0.8, timeline)
+    assert len(drawn) == 6
+    every = run_episode(policy, counted, 5, 0.8, timeline, keep_frames=True)
+    assert len(drawn) == 6 + len(every.frames) == 26
+    for a, b in zip(few.chunks, every.chunks, strict=True):
+        assert np.array_equal(a.actions, b.actions)
 
 
 def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

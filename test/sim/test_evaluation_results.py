@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip('mujoco', reason='mujoco is not installed')
 pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
@@ -18,9 +20,11 @@ from tts_policy.sim.evaluation_arms import Arm
 from tts_policy.sim.evaluation_page import claims, write_page, write_plot
 from tts_policy.sim.evaluation_results import (
     Row,
+    compared,
     make_row,
     mcnemar_exact,
     paired_difference,
+    row_seeds,
     wilson_interval,
     write_rows,
 )
@@ -37,6 +41,7 @@ def episode(success: bool, fe: list[float], gflops: list[float]) -> dict[str, An
         'oldest': 3,
         'device': 'a processor',
         'observation_gflops': 0.5,
+        'digest': 'd',
     }
 
 
@@ -45,11 +50,12 @@ def episodes(wins: set[int], fe: float, count: int = 100) -> dict[int, dict[str,
     return {s: episode(s in wins, [dense, fe, fe], [1.0, fe / 10, fe / 10]) for s in range(count)}
 
 
-DENSE = episodes(set(range(98)), 100.0)
+DENSE = make_row('lift', Arm.parse('ddpm100'), episodes(set(range(98)), 100.0), None)
 
 
 def row(name: str, wins: set[int], fe: float, error: float | None = None) -> Row:
-    return make_row('lift', Arm.parse(name), episodes(wins, fe), DENSE, error)
+    made = make_row('lift', Arm.parse(name), episodes(wins, fe), error)
+    return compared(made, DENSE)
 
 
 def test_wilson_interval_of_textbook_values() -> None:
@@ -139,6 +145,34 @@ def test_rows_do_not_depend_on_the_order_of_measurement() -> None:
     }
     rows = [(row['task'], row['arm']) for row in collect_rows(done)]
     assert rows == [(t, n) for t in ('lift', 'can') for n in ('ddpm100', 'ddim2', 'ddim7')]
+
+
+def log_of(name: str, runs: dict[int, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    return {('lift', name, seed): record for seed, record in runs.items()}
+
+
+def test_rows_taken_over_are_compared_as_if_they_had_been_measured_here() -> None:
+    dense, sparse = episodes(set(range(98)), 100.0), episodes(set(range(3, 100)), 2.0, 100)
+    both = log_of('ddpm100', dense) | log_of('ddim10:learned:0.8', sparse)
+    expected = collect_rows(both)
+    assert expected[1]['paired']['won'] == 2 and expected[1]['paired']['lost'] == 3
+    for kept, measured in (('ddpm100', 'ddim10:learned:0.8'), ('ddim10:learned:0.8', 'ddpm100')):
+        earlier = [json.loads(json.dumps(r)) for r in expected if r['arm'] == kept]
+        runs = {key: record for key, record in both.items() if key[1] == measured}
+        assert collect_rows(runs, earlier) == expected
+
+
+def test_an_earlier_row_stands_until_as_many_episodes_are_measured() -> None:
+    earlier = [row('ddim10', set(range(90)), 10.0)]
+    few, many = (log_of('ddim10', episodes(set(), 10.0, count)) for count in (99, 100))
+    assert collect_rows(few, earlier)[0]['successes'] == 90
+    assert collect_rows(many, earlier)[0]['successes'] == 0
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_the_seeds_of_a_row_are_those_it_was_measured_on(seeds: set[int]) -> None:
+    runs = {seed: episode(True, [10.0, 2.0], [1.0, 0.2]) for seed in seeds | {7}}
+    assert row_seeds(make_row('lift', Arm.parse('ddim10'), runs, None)) == seeds | {7}
 
 
 def test_every_arm_is_in_every_file(tmp_path: Path) -> None:

@@ -105,6 +105,23 @@ def test_ticks_are_due_from_the_second_frame_on_and_time_ends_the_episode(world)
         episode.step()
 
 
+@pytest.mark.parametrize(('execute', 'steps'), [(8, 2), (2, 2), (1, 3), (4, 1), (3, 5)])
+def test_frames_seen_at_a_tick_are_the_last_of_its_window(world, execute, steps):
+    timeline = Timeline(execute * FRAME_NS, 20 * FRAME_NS)
+    episode, due, seen, ticks = Episode(world, 4, 10**9, timeline), [], set(), []
+    while episode.ended is None:
+        if episode.frame_due:
+            due.append(episode.now_ns)
+        if episode.seen_at_tick(steps):
+            seen.add(episode.now_ns)
+        if episode.tick_due:
+            ticks.append(set(due[-steps:]))
+        episode.step()
+    assert set().union(*ticks) <= seen <= set(due)
+    # What is seen beyond that belongs to a tick after the end.
+    assert all(stamp > due[-steps] for stamp in seen - set().union(*ticks))
+
+
 def test_an_episode_follows_an_accepted_trajectory(world):
     episode = Episode(world, 4, 10**9, Timeline())
     goal = [*HOME_RAD, 0.02]

@@ -145,6 +145,11 @@ class Pruner(PlanPruner):
         """Those that have a table of their own."""
         return self.spec.sparsities
 
+    @property
+    def reads_observation(self) -> bool:
+        """Whether the observation has a say in the logits; a constant plan per sparsity if not."""
+        return bool(self.cell.any())
+
     def table(self, sparsity: float) -> Tensor:
         """Table [K, N, 4] that serves a sparsity."""
         return self.tables[self.spec.sparsities.index(self.trained_for(sparsity))]

@@ -3,8 +3,9 @@
 
 Every arm of a task runs the same seeds with the same noise, headless, over processes. Measurements
 go to OUT/episodes.jsonl as they are made, and a run that was interrupted goes on from there; so
-does one with more episodes, arms or tasks. Then results.json, .csv, .md and pareto.png are written
-from all measurements that there are.
+does one with more episodes, arms or tasks. Rows of an earlier results.json (--earlier) are taken
+over where the bundle at hand still makes them. Then results.json, .csv, .md and pareto.png are
+written from all measurements that there are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,11 +23,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tts_policy.core.bundle import Bundle, BundleError, bundle_digest, load_bundle
+from tts_policy.core.bundle import Bundle, BundleError, load_bundle
 from tts_policy.sim.benchmark import BENCHMARKS, EXPERT_SEED, benchmark_named
 from tts_policy.sim.evaluation_arms import ARM_SETS, Arm, ArmError, parse_arms
+from tts_policy.sim.evaluation_digest import ArmDigests
 from tts_policy.sim.evaluation_page import markdown_table, write_page, write_plot
-from tts_policy.sim.evaluation_results import Row, make_row, write_rows
+from tts_policy.sim.evaluation_results import Row, compared, make_row, row_seeds, write_rows
 from tts_policy.sim.evaluation_worker import Job, run_job, start_worker
 from tts_policy.worker_processes import worker_processes
 
@@ -51,25 +53,60 @@ def read_log(path: Path) -> dict[Key, dict[str, Any]]:
     return done
 
 
-def claim(out: Path, bundles: Mapping[str, Path]) -> None:
-    """Note in OUT/bundles.json which bundles are measured there.
+def read_earlier(path: Path) -> list[Row]:
+    """Rows of a results.json.
 
     Raises
     ------
     EvaluationError
-        if OUT holds measurements of another bundle of a task: they must not be mixed.
+        if there is none, or its rows do not say what they were measured with.
 
     """
-    path = out / 'bundles.json'
-    known = json.loads(path.read_text()) if path.exists() else {}
-    for task, bundle in bundles.items():
-        digest = bundle_digest(bundle)
-        if known.setdefault(task, digest) != digest:
-            raise EvaluationError(
-                f'{out}: measurements of {task} with the bundle of SHA-256 {known[task][:12]} '
-                f'expected, got {digest[:12]}: name another --out'
-            )
-    path.write_text(json.dumps(known, indent=2) + '\n')
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f'{path}: results.json expected, got {error}') from None
+    needed = {'task', 'arm', 'digest', 'seed_runs', 'failed_seeds'}
+    if not isinstance(rows, list) or not all(
+        isinstance(r, dict) and needed <= set(r) for r in rows
+    ):
+        raise EvaluationError(f'{path}: a list of rows with {sorted(needed)} expected')
+    return rows
+
+
+class Validity:
+    """Tells measurements, records of the log or rows, of the bundles at hand from others."""
+
+    def __init__(self, bundles: Mapping[str, Bundle]) -> None:
+        """Bundles of the tasks asked for; nothing is known of others, and they are left alone."""
+        self._digests = {task: ArmDigests(bundle) for task, bundle in bundles.items()}
+        self._known: dict[tuple[str, str], str] = {}
+
+    def digest(self, task: str, arm: Arm) -> str:
+        """Digest of an arm of a task asked for; raises ArmError if its bundle cannot run it."""
+        if (task, arm.name) not in self._known:
+            self._known[task, arm.name] = self._digests[task].of(arm)
+        return self._known[task, arm.name]
+
+    def holds(self, measured: Mapping[str, Any]) -> bool:
+        """Whether the bundle at hand would be measured in the same way."""
+        task, arm = measured['task'], Arm.parse(measured['arm'])
+        try:
+            return task not in self._digests or self.digest(task, arm) == measured.get('digest')
+        except ArmError:
+            return False
+
+    def of_these(self, measured: Iterable[dict[str, Any]], where: Path) -> list[dict[str, Any]]:
+        """Those that hold; says how many do not."""
+        held, others = [], 0
+        for one in measured:
+            if self.holds(one):
+                held.append(one)
+            else:
+                others += 1
+        if others:
+            print(f'{where}: {others} of another bundle left out', file=sys.stderr)
+        return held
 
 
 def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
@@ -100,7 +137,7 @@ def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
                 file=sys.stderr,
             )
             continue
-        same = known.setdefault((arm.plan, arm.sparsity, setting), arm)
+        same = known.setdefault((arm.made_plan(bundle), arm.asked_sparsity, setting), arm)
         if same is not arm:
             print(f'{task}: left out, {arm.name}: here it is {same.name}', file=sys.stderr)
             continue
@@ -109,20 +146,28 @@ def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
 
 
 def plan_jobs(
-    arms: Mapping[str, Sequence[Arm]], seeds: Sequence[int], done: Mapping[Key, Any]
+    arms: Mapping[str, Sequence[Arm]],
+    seeds: Sequence[int],
+    done: Mapping[Key, Any],
+    earlier: Sequence[Row] = (),
 ) -> list[Job]:
     """Jobs still to be done: task by task, arm by arm, the action error of an arm first."""
+    covered = {(row['task'], row['arm']) for row in earlier if set(seeds) <= row_seeds(row)}
     jobs = [
         Job(task, arm, seed)
         for task, of in arms.items()
         for arm in of
+        if (task, arm.name) not in covered
         for seed in ((None, *seeds) if arm.plan else seeds)
     ]
     return [job for job in jobs if job.key not in done]
 
 
-def collect_rows(done: Mapping[Key, dict[str, Any]]) -> list[Row]:
-    """Rows of everything measured: tasks as registered, arms as in the set of all of them."""
+def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()) -> list[Row]:
+    """Rows of everything measured: tasks as registered, arms as in the set of all of them.
+
+    An earlier row stands until more episodes than it has are in the log.
+    """
     episodes: dict[tuple[str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     errors: dict[tuple[str, str], float | None] = {}
     for (task, name, seed), record in done.items():
@@ -130,20 +175,25 @@ def collect_rows(done: Mapping[Key, dict[str, Any]]) -> list[Row]:
             errors[task, name] = record['l1_error']
         else:
             episodes[task, name][seed] = record
+    rows = {(row['task'], row['arm']): row for row in earlier}
+    for (task, name), of in episodes.items():
+        if len(of) >= rows.get((task, name), {'episodes': 0})['episodes']:
+            rows[task, name] = make_row(task, Arm.parse(name), of, errors.get((task, name)))
     rank = {name: index for index, name in enumerate(ARM_SETS['all'])}
     tasks = list(BENCHMARKS)
-    order = sorted(episodes, key=lambda e: (tasks.index(e[0]), rank.get(e[1], len(rank)), e[1]))
-    rows = []
-    for task, name in order:
-        arm = Arm.parse(name)
-        reference = episodes.get((task, arm.reference))
-        error = errors.get((task, name))
-        rows.append(make_row(task, arm, episodes[task, name], reference, error))
-    return rows
+    order = sorted(rows, key=lambda e: (tasks.index(e[0]), rank.get(e[1], len(rank)), e[1]))
+    return [
+        compared(rows[task, name], rows.get((task, Arm.parse(name).reference)))
+        for task, name in order
+    ]
 
 
 def _run(
-    jobs: Sequence[Job], bundles: dict[str, Path], args: argparse.Namespace, log: Path
+    jobs: Sequence[Job],
+    bundles: dict[str, Path],
+    args: argparse.Namespace,
+    log: Path,
+    validity: Validity,
 ) -> dict[Key, dict[str, Any]]:
     """Run the jobs over processes and log what they measure."""
     measured: dict[Key, dict[str, Any]] = {}
@@ -165,6 +215,7 @@ def _run(
             futures = [pool.submit(run_job, job) for job in jobs]
             records = (future.result() for future in as_completed(futures))
         for record in records:
+            record['digest'] = validity.digest(record['task'], Arm.parse(record['arm']))
             measured[record['task'], record['arm'], record['seed']] = record
             handle.write(json.dumps(record) + '\n')
             handle.flush()
@@ -208,6 +259,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--sequences', type=int, default=10, help='expert episodes for the action error'
     )
+    parser.add_argument(
+        '--earlier',
+        type=Path,
+        metavar='RESULTS',
+        help='results.json whose rows are taken over where the bundle still makes them',
+    )
     parser.add_argument('--out', type=Path, required=True, help='folder of log and results')
     parser.add_argument('--list', action='store_true', help='print the arms and stop')
     return parser.parse_args(arguments)
@@ -225,15 +282,19 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.list:
         print('\n'.join(arm.name for arm in asked))
         return 0
-    arms = {task: runnable(task, asked, load_bundle(path)) for task, path in bundles.items()}
+    loaded = {task: load_bundle(path) for task, path in bundles.items()}
+    arms = {task: runnable(task, asked, bundle) for task, bundle in loaded.items()}
+    validity, log = Validity(loaded), args.out / 'episodes.jsonl'
+    earlier = [] if args.earlier is None else read_earlier(args.earlier)
+    earlier = validity.of_these(earlier, args.earlier)
     args.out.mkdir(parents=True, exist_ok=True)
-    claim(args.out, bundles)
-    log = args.out / 'episodes.jsonl'
-    done = read_log(log)
-    jobs = plan_jobs(arms, range(args.seed, args.seed + args.episodes), done)
+    logged = validity.of_these(read_log(log).values(), log)
+    done = {(record['task'], record['arm'], record['seed']): record for record in logged}
+    seeds = range(args.seed, args.seed + args.episodes)
+    jobs = plan_jobs(arms, seeds, done, earlier)
     if jobs:
-        done |= _run(jobs, bundles, args, log)
-    rows = collect_rows(done)
+        done |= _run(jobs, bundles, args, log, validity)
+    rows = collect_rows(done, earlier)
     if not rows:
         raise EvaluationError('no arm could be run')
     written = [*write_rows(rows, args.out), args.out / 'results.md', args.out / 'pareto.png']

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tts_policy.core.bundle import AnyPruner, Bundle, BundleError
 from tts_policy.core.plan import Reuse
-from tts_policy.core.pruner import PrunerSpec
+from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import FLOW
 from tts_policy.sim.plan_sources import (
@@ -74,7 +74,7 @@ OPTIONS: dict[str, Callable[[Setting, int], Setting]] = {
 WITH_NUMBER = {'age', 'execute'}
 
 # Source of an arm's plans, given the bundle's pruner and observation tokens [M, To, D] of others.
-_LEARNED: dict[str, Callable[[AnyPruner, Tensor], PlanSource]] = {
+LEARNED_PLANS: dict[str, Callable[[AnyPruner, Tensor], PlanSource]] = {
     'learned': lambda pruner, _: Learned(pruner),
     'mean': Mean,
     'shuffled': Shuffled,
@@ -82,7 +82,7 @@ _LEARNED: dict[str, Callable[[AnyPruner, Tensor], PlanSource]] = {
     'no_timestep': lambda pruner, _: Without(pruner, Reuse.TIMESTEP),
     'no_rollout': lambda pruner, _: Without(pruner, Reuse.ROLLOUT),
 }
-PLANS = (*_LEARNED, 'static', 'random')
+PLANS = (*LEARNED_PLANS, 'static', 'random')
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,12 @@ class Arm:
             setting = OPTIONS[name](setting, int(number or 0))
         return setting
 
+    def made_plan(self, bundle: Bundle) -> str:
+        """`plan`, or `learned` where it comes to the same: a constant plan is its own mean."""
+        pruner = bundle.samplers.get(self.sampler, (None, None))[1]
+        constant = isinstance(pruner, Pruner) and not pruner.reads_observation
+        return 'learned' if constant and self.plan in ('mean', 'shuffled') else self.plan
+
     def plan_source(self, bundle: Bundle, tokens: Tensor) -> PlanSource | None:
         """Source of the plans, None for a dense arm; tokens [M, To, D] are other episodes'.
 
@@ -192,11 +198,11 @@ class Arm:
         """
         if not self.plan:
             return None
-        if self.plan in _LEARNED:
+        if self.plan in LEARNED_PLANS:
             pruner = bundle.samplers.get(self.sampler, (None, None))[1]
             if pruner is None:
                 raise BundleError(f'{self.name}: the bundle has no pruner for {self.sampler!r}')
-            return _LEARNED[self.plan](pruner, tokens)
+            return LEARNED_PLANS[self.plan](pruner, tokens)
         denoiser = bundle.network.denoiser.spec
         sizes = PrunerSpec.of(denoiser, self.steps, (0.0,), hidden=1)
         return Random(sizes) if self.plan == 'random' else Static(sizes, self.static_count)

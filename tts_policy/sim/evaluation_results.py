@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,27 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     return (centre - spread) / scale, (centre + spread) / scale
 
 
-def discordant(arm: Episodes, reference: Episodes) -> tuple[int, int, int]:
+def discordant(arm: Row, reference: Row) -> tuple[int, int, int]:
     """Common seeds: those won by the arm alone, those by the reference alone, and all."""
-    seeds = set(arm) & set(reference)
-    won = sum(arm[s]['success'] and not reference[s]['success'] for s in seeds)
-    lost = sum(reference[s]['success'] and not arm[s]['success'] for s in seeds)
-    return won, lost, len(seeds)
+    seeds = row_seeds(arm) & row_seeds(reference)
+    failed, reference_failed = (set(row['failed_seeds']) & seeds for row in (arm, reference))
+    return len(reference_failed - failed), len(failed - reference_failed), len(seeds)
+
+
+def row_seeds(row: Row) -> set[int]:
+    """Seeds that a row was measured on."""
+    return {seed for first, count in row['seed_runs'] for seed in range(first, first + count)}
+
+
+def _runs(seeds: Iterable[int]) -> list[list[int]]:
+    """Ascending seeds as [first, count] of those that follow one another."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([seed, 1])
+    return runs
 
 
 def mcnemar_exact(won: int, lost: int) -> float:
@@ -55,10 +70,8 @@ def paired_difference(won: int, lost: int, pairs: int) -> tuple[float, float]:
     return max(-1.0, difference - spread), min(1.0, difference + spread)
 
 
-def make_row(
-    task: str, arm: Arm, episodes: Episodes, reference: Episodes | None, l1_error: float | None
-) -> Row:
-    """Row of one arm; `reference` are the episodes of `arm.reference` on the same task."""
+def make_row(task: str, arm: Arm, episodes: Episodes, l1_error: float | None) -> Row:
+    """Row of one arm, not compared with any other yet."""
     runs = [episodes[seed] for seed in sorted(episodes)]
     successes = sum(run['success'] for run in runs)
 
@@ -93,21 +106,30 @@ def make_row(
         },
         'oldest_rollout_ticks': max(run['oldest'] for run in runs),
         'device': ', '.join(sorted({run['device'] for run in runs})),
+        'seed_runs': _runs(sorted(episodes)),
         'failed_seeds': [seed for seed in sorted(episodes) if not episodes[seed]['success']],
+        'digest': runs[0]['digest'],
     }
     if 'score' in runs[0]:
         row['score'] = round(float(np.mean([run['score'] for run in runs])), 4)
-    if reference is not None and arm.name != arm.reference:
-        won, lost, pairs = discordant(episodes, reference)
-        if pairs:
-            row['p_value'] = round(mcnemar_exact(won, lost), 5)
-            row['paired'] = {
-                'reference': arm.reference,
-                'episodes': pairs,
-                'won': won,
-                'lost': lost,
-                'difference_ci95': [round(b, 4) for b in paired_difference(won, lost, pairs)],
-            }
+    return row
+
+
+def compared(row: Row, reference: Row | None) -> Row:
+    """Row with its paired test against `reference`, the dense arm of the same task."""
+    row = {name: value for name, value in row.items() if name != 'paired'} | {'p_value': None}
+    if reference is None or row['arm'] == reference['arm']:
+        return row
+    won, lost, pairs = discordant(row, reference)
+    if pairs:
+        row['p_value'] = round(mcnemar_exact(won, lost), 5)
+        row['paired'] = {
+            'reference': reference['arm'],
+            'episodes': pairs,
+            'won': won,
+            'lost': lost,
+            'difference_ci95': [round(b, 4) for b in paired_difference(won, lost, pairs)],
+        }
     return row
 
 

@@ -88,10 +88,12 @@ def run_episode(
     policy.reset(seed)
     episode = Episode(world, seed, 0, timeline)
     rollout = Rollout(seed)
-    images: deque[NDArray[np.uint8]] = deque(maxlen=contract.observation.steps)
-    joints: deque[list[float]] = deque(maxlen=contract.observation.steps)
+    steps = contract.observation.steps
+    images: deque[NDArray[np.uint8]] = deque(maxlen=steps)
+    joints: deque[list[float]] = deque(maxlen=steps)
     while episode.ended is None:
-        if episode.frame_due:
+        # Drawing is what an episode takes longest for, and most frames are in no window.
+        if episode.seen_at_tick(steps) or (keep_frames and episode.frame_due):
             state = world.joint_positions()
             images.append(world.render())
             joints.append([state[name] for name in contract.observation.joints])

@@ -103,6 +103,7 @@ class World(ABC):
         arm = [model.joint(f'robot0_joint{i}') for i in range(1, 8)]
         self.arm_qpos = np.array([j.qposadr[0] for j in arm])
         self.arm_dof = np.array([j.dofadr[0] for j in arm])
+        self._arm_inertia = np.ix_(self.arm_dof, self.arm_dof)
         self._arm_ctrl = np.array([model.actuator(f'robot0_torq_j{i}').id for i in range(1, 8)])
         self._torque_limit = model.actuator_ctrlrange[self._arm_ctrl, 1].copy()
         fingers = [model.joint(f'gripper0_right_finger_joint{i}') for i in (1, 2)]
@@ -152,7 +153,7 @@ class World(ABC):
             mujoco.mj_fullM(model, self._inertia, data.qM)
             error = target - data.qpos[self.arm_qpos]
             wanted = STIFFNESS * error - damping * data.qvel[self.arm_dof]
-            torque = self._inertia[np.ix_(self.arm_dof, self.arm_dof)] @ wanted
+            torque = self._inertia[self._arm_inertia] @ wanted
             torque += data.qfrc_bias[self.arm_dof]
             data.ctrl[self._arm_ctrl] = np.clip(torque, -self._torque_limit, self._torque_limit)
             mujoco.mj_step2(model, data)

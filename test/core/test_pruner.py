@@ -45,3 +45,24 @@ def test_an_untrained_pruner_follows_the_static_schedule(sparsity: float) -> Non
     assert realised_sparsity(plan) == pytest.approx(sparsity)
     assert (plan[0] == Reuse.COMPUTE).all()
     assert all(row.min() == row.max() for row in plan)
+
+
+def _filled(*sparsities: float, value: float) -> Pruner:
+    pruner = Pruner(_spec(*sparsities))
+    torch.nn.init.constant_(pruner.tables, value)
+    return pruner
+
+
+def test_tables_of_another_pruner_serve_the_sparsities_that_have_none() -> None:
+    joined = _filled(0.7, 0.8, value=1.0).with_tables_of(_filled(0.5, 0.8, 0.9, value=2.0))
+    assert joined.sparsities == (0.5, 0.7, 0.8, 0.9)
+    assert [joined.table(s)[0, 0, 0].item() for s in joined.sparsities] == [2.0, 1.0, 1.0, 2.0]
+
+
+def test_tables_of_a_pruner_that_looks_or_is_of_other_sizes_are_refused() -> None:
+    looking = _filled(0.5, value=0.0)
+    torch.nn.init.ones_(looking.cell)
+    assert looking.reads_observation
+    for other in (looking, Pruner(PrunerSpec(9, 6, 8, 2, (0.5,)))):
+        with pytest.raises(ValueError, match='same sizes with constant plans'):
+            _filled(0.8, value=1.0).with_tables_of(other)

@@ -160,6 +160,25 @@ def test_a_pruner_for_every_sparsity_is_added_to_the_bundle_and_compared(
     assert TestTimeSparsePolicy.from_bundle(bundle, 'ddpm100').max_sparsity == 0.0
 
 
+def test_a_table_is_added_beside_those_a_bundle_has(
+    bags: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(bundle, tmp_path / 'bundle'))
+    more = _pruner_command(bags, bundle, tmp_path / 'more')
+    first = more.index('--sparsities') + 1
+    more[first : first + 2] = ['0.7']
+    assert train_pruner.main([*more, '--add']) == 2
+    assert 'pruner with tables of 10 x 6 expected, got none' in capsys.readouterr().err
+    assert train_pruner.main(_pruner_command(bags, bundle, tmp_path / 'first')) == 0
+    before = _pruner(bundle)
+    assert train_pruner.main([*more, '--add']) == 0
+    after = _pruner(bundle)
+    assert after.sparsities == (0.6, 0.7, 0.8)
+    assert all(torch.equal(after.table(s), before.table(s)) for s in before.sparsities)
+    reports = json.loads((tmp_path / 'more' / 'report.json').read_text())
+    assert [report['sparsity'] for report in reports] == [0.7]
+
+
 def test_an_episode_too_short_for_a_second_tick_teaches_no_pruner(
     bundle: Path, tmp_path: Path
 ) -> None:

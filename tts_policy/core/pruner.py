@@ -11,7 +11,7 @@ computing depends on how many may be.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -153,6 +153,27 @@ class Pruner(PlanPruner):
     def table(self, sparsity: float) -> Tensor:
         """Table [K, N, 4] that serves a sparsity."""
         return self.tables[self.spec.sparsities.index(self.trained_for(sparsity))]
+
+    def with_tables_of(self, other: Pruner) -> Pruner:
+        """This pruner with the tables of another one for the sparsities that it has none for.
+
+        Raises
+        ------
+        ValueError
+            if the other one is of other sizes, or reads the observation: its tables alone would
+            not be its plans.
+
+        """
+        sizes = [replace(pruner.spec, sparsities=(0.0,)) for pruner in (self, other)]
+        if sizes[0] != sizes[1] or other.reads_observation:
+            raise ValueError('a pruner of the same sizes with constant plans expected')
+        known = sorted({*self.sparsities, *other.sparsities})
+        joined = Pruner(replace(self.spec, sparsities=tuple(known)))
+        state = {name: value for name, value in self.state_dict().items() if name != 'tables'}
+        owners = [self if sparsity in self.sparsities else other for sparsity in known]
+        tables = [pruner.table(s) for pruner, s in zip(owners, known, strict=True)]
+        joined.load_state_dict(state | {'tables': torch.stack(tables).detach()})
+        return joined
 
     def forward(self, gates: Tensor, observation_tokens: Tensor, sparsity: float) -> Tensor:
         """Logits [B, K, N, 4] from folded gates [K, H] and observation tokens [B, To, D]."""

@@ -125,6 +125,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar='BUNDLE',
         help='its plans are starts too, if they end up better than static ones',
     )
+    parser.add_argument(
+        '--add',
+        action='store_true',
+        help="keep the tables that the bundle's pruner has for other sparsities",
+    )
     parser.add_argument('--steps', type=int, default=30, help='search steps for every sparsity')
     parser.add_argument('--batch', type=int, default=16, help='lessons that decide a step')
     parser.add_argument('--sample', type=int, default=8, help='of them, in the gradient')
@@ -178,6 +183,7 @@ class _Run:
     sampler: SamplerSpec
     trainer: PrunerTrainer
     tests: list[TickSequence]
+    kept: Pruner | None
 
 
 def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
@@ -189,6 +195,9 @@ def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
     if not 0.0 <= args.preference <= 1.0:
         raise ValueError(f'--preference must be in [0, 1], got {args.preference}')
     prior = None if args.prior is None else _prior(args.prior, args.sampler, bundle)
+    kept_tables = _prior(args.bundle, args.sampler, bundle) if args.add else None
+    if kept_tables is not None and kept_tables.reads_observation:
+        raise ValueError(f'--add: a pruner of {args.sampler} with constant plans expected')
     network = bundle.network.to(replicas.device).eval().requires_grad_(False)
     kept, others = split_demonstrations(args, network.contract)
     held_out = load_windows(kept)
@@ -209,12 +218,14 @@ def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
     measure = ActionError(contract.newest_action, contract.action.execute)
     lessons = make_lessons(teacher, sequences)
     trainer = PrunerTrainer(teacher, sampler, sparsities, lessons, measure, spec, prior)
-    return _Run(teacher, sampler, trainer, tests)
+    return _Run(teacher, sampler, trainer, tests, kept_tables)
 
 
 def _finish(run: _Run, args: argparse.Namespace) -> None:
     """Add the pruner to the bundle and compare its plans with others."""
     pruner = run.trainer.pruner()
+    if run.kept is not None:
+        pruner = pruner.with_tables_of(run.kept)
     save_pruner(args.bundle, args.sampler, pruner)
     pruner = pruner.to(run.teacher.replicas.device).eval()
     trained = [lesson.sequence for lesson in run.trainer.choice.lessons]

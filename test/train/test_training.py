@@ -168,7 +168,7 @@ def test_a_table_is_added_beside_those_a_bundle_has(
     first = more.index('--sparsities') + 1
     more[first : first + 2] = ['0.7']
     assert train_pruner.main([*more, '--add']) == 2
-    assert 'pruner with tables of 10 x 6 expected, got none' in capsys.readouterr().err
+    assert 'pruner with tables for 6 blocks expected, got none' in capsys.readouterr().err
     assert train_pruner.main(_pruner_command(bags, bundle, tmp_path / 'first')) == 0
     before = _pruner(bundle)
     assert train_pruner.main([*more, '--add']) == 0

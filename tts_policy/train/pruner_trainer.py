@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.core.flops import pruner_flops
-from tts_policy.core.plan import Plan, Reuse, make_plan, static_plan
+from tts_policy.core.plan import Plan, Reuse, static_plan
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.train.lesson_choice import LessonChoice
@@ -33,6 +33,7 @@ from tts_policy.train.lessons import (
 )
 from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
+from tts_policy.train.prior_plans import PriorPlans
 from tts_policy.train.reuse_gradient import reuse_gradient
 from tts_policy.train.tick_sequences import DenseTeacher
 
@@ -68,7 +69,7 @@ class PrunerTrainer:
         lessons: list[Lesson],
         measure: ActionError,
         spec: PrunerTrainingSpec,
-        prior: Pruner | None = None,
+        prior: PriorPlans | None = None,
     ) -> None:
         self._loop, self._measure, self.spec = SharedPlanLoop(teacher), measure, spec
         self.sampler, self.sparsities = sampler, sorted(sparsities)
@@ -128,14 +129,10 @@ class PrunerTrainer:
         """
         if self._prior is None:
             return []
-        logits = self._prior.table(self.sparsity).detach().numpy()
-        everywhere = np.ones(self._forced.shape, bool)
-        forced, kinds = self.sampler.force_first_step, self._teacher.denoiser.spec.stack.kinds
-        plan = make_plan(logits, self.sparsity, everywhere, forced, kinds)
-        if not self._budget().affords(plan):
-            sparser = self.sparsity + TOO_DEAR * (1 - self.sparsity)
-            sparser = min(sparser, self.sampler.max_sparsity)
-            plan = make_plan(logits, sparser, everywhere, forced, kinds)
+        budget, kinds = self._budget(), self._teacher.denoiser.spec.stack.kinds
+        plan = self._prior.plan(budget.cells, self.sampler, kinds)
+        if not budget.affords(plan):
+            plan = self._prior.plan(round((1 - TOO_DEAR) * budget.cells), self.sampler, kinds)
         return [plan]
 
     def _new_search(self, plan: Plan) -> PlanSearch:
@@ -167,7 +164,8 @@ class PrunerTrainer:
         random = self._random()
         if self._search is None:
             self._search = self._started(random)
-            self.best = self._search.plan
+            # A step may help its batch and not these lessons; then the start stays the best.
+            self.best, self.best_error = self._search.plan, self._kept_error(self._search.plan)
             self._judge_lessons(self.best)
         errors = self._search.step(*self._batch(random, self.spec.batch), random)
         self.step += 1

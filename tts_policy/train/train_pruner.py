@@ -22,7 +22,7 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-from tts_policy.core.bundle import Bundle, BundleError, load_bundle, save_pruner
+from tts_policy.core.bundle import BundleError, load_bundle, save_pruner
 from tts_policy.core.policy import DEVICES
 from tts_policy.core.pruner import Pruner
 from tts_policy.core.sampler import SamplerSpec
@@ -35,6 +35,7 @@ from tts_policy.train.demonstrations import (
 from tts_policy.train.lessons import ActionError, make_lessons
 from tts_policy.train.plan_comparison import compare_plans
 from tts_policy.train.plan_search import SearchSpec
+from tts_policy.train.prior_plans import PriorPlans
 from tts_policy.train.pruner_trainer import PrunerTrainer, PrunerTrainingSpec
 from tts_policy.train.replicas import Replicas
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence, tick_sequences
@@ -126,6 +127,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help='its plans are starts too, if they end up better than static ones',
     )
     parser.add_argument(
+        '--prior-sampler',
+        metavar='NAME',
+        help='sampler of the prior whose plans these are (default: --sampler); those of another '
+        'number of steps are carried over by noise level',
+    )
+    parser.add_argument(
         '--add',
         action='store_true',
         help="keep the tables that the bundle's pruner has for other sparsities",
@@ -163,16 +170,30 @@ def _check_sparsities(sparsities: list[float], sampler: SamplerSpec) -> None:
             )
 
 
-def _prior(folder: Path, name: str, bundle: Bundle) -> Pruner:
-    """Pruner of another bundle; raises BundleError unless its plans fit this bundle's sampler."""
-    pruner = load_bundle(folder).sampler(name)[1]
-    shape = (bundle.sampler(name)[0].scheduler.steps, bundle.network.denoiser.spec.blocks)
-    if not isinstance(pruner, Pruner) or (pruner.spec.steps, pruner.spec.blocks) != shape:
+def _tables(folder: Path, name: str, blocks: int) -> PriorPlans:
+    """Plans of a bundle's sampler; raises BundleError unless they are for so many blocks."""
+    sampler, pruner = load_bundle(folder).sampler(name)
+    if not isinstance(pruner, Pruner) or pruner.spec.blocks != blocks:
         got = 'none' if pruner is None else f'{pruner.spec.steps} x {pruner.spec.blocks}'
         raise BundleError(
-            f'{folder}: {name}: pruner with tables of {shape[0]} x {shape[1]} expected, got {got}'
+            f'{folder}: {name}: pruner with tables for {blocks} blocks expected, got {got}'
         )
-    return pruner
+    return PriorPlans(pruner, sampler)
+
+
+def _prior(args: argparse.Namespace, sampler: SamplerSpec, blocks: int) -> PriorPlans | None:
+    """Plans to start from; raises ValueError if their noise levels are none of this sampler's."""
+    if args.prior is None:
+        return None
+    name = args.prior_sampler or args.sampler
+    prior = _tables(args.prior, name, blocks)
+    kinds = [spec.scheduler.is_flow for spec in (sampler, prior.sampler)]
+    levels = [spec.scheduler.train_steps for spec in (sampler, prior.sampler)]
+    if kinds[0] != kinds[1] or levels[0] != levels[1]:
+        raise ValueError(
+            f'--prior: a sampler with the noise levels of {args.sampler!r} expected, got {name!r}'
+        )
+    return prior
 
 
 @dataclass(frozen=True)
@@ -194,8 +215,9 @@ def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
     _check_sparsities(sparsities, sampler)
     if not 0.0 <= args.preference <= 1.0:
         raise ValueError(f'--preference must be in [0, 1], got {args.preference}')
-    prior = None if args.prior is None else _prior(args.prior, args.sampler, bundle)
-    kept_tables = _prior(args.bundle, args.sampler, bundle) if args.add else None
+    blocks = bundle.network.denoiser.spec.blocks
+    prior = _prior(args, sampler, blocks)
+    kept_tables = _tables(args.bundle, args.sampler, blocks).pruner if args.add else None
     if kept_tables is not None and kept_tables.reads_observation:
         raise ValueError(f'--add: a pruner of {args.sampler} with constant plans expected')
     network = bundle.network.to(replicas.device).eval().requires_grad_(False)

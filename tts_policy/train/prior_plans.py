@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of a pruner that exists as starts of a search, for another sampler as well.
+
+Samplers of one network visit the same noise levels, some more densely. What is worth computing is
+much the same at a level however many steps there are, so a plan is carried over by level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tts_policy.core.plan import Plan, Reuse, make_plan
+from tts_policy.core.pruner import Pruner
+from tts_policy.core.sampler import SamplerSpec
+from tts_policy.train.reuse_gradient import with_sources
+
+
+def carried_over(
+    plan: Plan,
+    levels: NDArray[np.floating],
+    new_levels: NDArray[np.floating],
+    kinds: NDArray[np.int64],
+) -> Plan:
+    """Plan [K', N] for other noise levels [K'] of a plan [K, N] for levels [K].
+
+    Every computed step is computed at the nearest of the new levels, and there alone. The other
+    steps reuse as the nearest old one does, TIMESTEP where that is a computed one.
+    """
+    distance = np.abs(new_levels[:, None] - levels[None, :])
+    nearest_old, nearest_new = distance.argmin(axis=1), distance.argmin(axis=0)
+    reused = plan[nearest_old]
+    made = np.where(reused == Reuse.COMPUTE, np.int8(Reuse.TIMESTEP), reused)
+    for old, new in enumerate(nearest_new):
+        made[new, plan[old] == Reuse.COMPUTE] = Reuse.COMPUTE
+    return with_sources(made, kinds)
+
+
+@dataclass(frozen=True)
+class PriorPlans:
+    """Constant plans of a pruner of `sampler`; the observation is not asked."""
+
+    pruner: Pruner
+    sampler: SamplerSpec
+
+    def plan(self, cells: int, sampler: SamplerSpec, kinds: NDArray[np.int64]) -> Plan:
+        """Plan of `sampler` that computes about `cells` cells, those of a forced step on top."""
+        steps, blocks = self.pruner.spec.steps, self.pruner.spec.blocks
+        sparsity = min(max(0.0, 1 - cells / (steps * blocks)), self.sampler.max_sparsity)
+        logits = self.pruner.table(sparsity).detach().numpy()
+        everywhere = np.ones((steps, blocks), bool)
+        own = make_plan(logits, sparsity, everywhere, self.sampler.force_first_step, kinds)
+        levels, new_levels = (
+            np.array(spec.scheduler.timesteps(), float) for spec in (self.sampler, sampler)
+        )
+        plan = carried_over(own, levels, new_levels, kinds)
+        if sampler.force_first_step:
+            plan[0] = Reuse.COMPUTE
+        return plan

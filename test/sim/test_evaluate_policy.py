@@ -22,8 +22,8 @@ from tts_policy.core.policy import TestTimeSparsePolicy
 from tts_policy.core.pruner import Pruner
 from tts_policy.sim import evaluate_policy
 from tts_policy.sim.episode import FRAME_NS, Timeline
-from tts_policy.sim.evaluate_policy import Validity
 from tts_policy.sim.evaluation_arms import Arm
+from tts_policy.sim.evaluation_digest import Validity
 from tts_policy.sim.evaluation_worker import Job, Worker
 from tts_policy.sim.lift import LiftWorld
 from tts_policy.sim.rollout import DeceivedRobot, run_episode

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tts_policy.core.bundle import Bundle, BundleError, load_bundle
 from tts_policy.sim.benchmark import BENCHMARKS, EXPERT_SEED, benchmark_named
 from tts_policy.sim.evaluation_arms import ARM_SETS, Arm, ArmError, parse_arms
-from tts_policy.sim.evaluation_digest import ArmDigests
+from tts_policy.sim.evaluation_digest import Validity
 from tts_policy.sim.evaluation_page import markdown_table, write_page, write_plot
 from tts_policy.sim.evaluation_results import Row, compared, make_row, row_seeds, write_rows
 from tts_policy.sim.evaluation_worker import Job, run_job, start_worker
@@ -74,39 +74,16 @@ def read_earlier(path: Path) -> list[Row]:
     return rows
 
 
-class Validity:
-    """Tells measurements, records of the log or rows, of the bundles at hand from others."""
-
-    def __init__(self, bundles: Mapping[str, Bundle]) -> None:
-        """Bundles of the tasks asked for; nothing is known of others, and they are left alone."""
-        self._digests = {task: ArmDigests(bundle) for task, bundle in bundles.items()}
-        self._known: dict[tuple[str, str], str] = {}
-
-    def digest(self, task: str, arm: Arm) -> str:
-        """Digest of an arm of a task asked for; raises ArmError if its bundle cannot run it."""
-        if (task, arm.name) not in self._known:
-            self._known[task, arm.name] = self._digests[task].of(arm)
-        return self._known[task, arm.name]
-
-    def holds(self, measured: Mapping[str, Any]) -> bool:
-        """Whether the bundle at hand would be measured in the same way."""
-        task, arm = measured['task'], Arm.parse(measured['arm'])
-        try:
-            return task not in self._digests or self.digest(task, arm) == measured.get('digest')
-        except ArmError:
-            return False
-
-    def of_these(self, measured: Iterable[dict[str, Any]], where: Path) -> list[dict[str, Any]]:
-        """Those that hold; says how many do not."""
-        held, others = [], 0
-        for one in measured:
-            if self.holds(one):
-                held.append(one)
-            else:
-                others += 1
-        if others:
-            print(f'{where}: {others} of another bundle left out', file=sys.stderr)
-        return held
+def _valid(
+    measured: Iterable[dict[str, Any]], validity: Validity, where: Path
+) -> list[dict[str, Any]]:
+    """Measurements of the bundles at hand; says how many there are of others."""
+    everything = list(measured)
+    held = [one for one in everything if validity.holds(one)]
+    if len(held) < len(everything):
+        others = len(everything) - len(held)
+        print(f'{where}: {others} of another bundle left out', file=sys.stderr)
+    return held
 
 
 def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
@@ -286,9 +263,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     arms = {task: runnable(task, asked, bundle) for task, bundle in loaded.items()}
     validity, log = Validity(loaded), args.out / 'episodes.jsonl'
     earlier = [] if args.earlier is None else read_earlier(args.earlier)
-    earlier = validity.of_these(earlier, args.earlier)
+    earlier = _valid(earlier, validity, args.earlier)
     args.out.mkdir(parents=True, exist_ok=True)
-    logged = validity.of_these(read_log(log).values(), log)
+    logged = _valid(read_log(log).values(), validity, log)
     done = {(record['task'], record['arm'], record['seed']): record for record in logged}
     seeds = range(args.seed, args.seed + args.episodes)
     jobs = plan_jobs(arms, seeds, done, earlier)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from tts_policy.core.bundle import Bundle
 from tts_policy.core.pruner import Pruner
-from tts_policy.sim.evaluation_arms import LEARNED_PLANS, Arm
+from tts_policy.sim.evaluation_arms import LEARNED_PLANS, Arm, ArmError
 
 DIGITS = 16
 
@@ -54,6 +55,31 @@ class ArmDigests:
         if isinstance(pruner, Pruner) and not pruner.reads_observation:
             return {'table': pruner.table(arm.sparsity)}
         return pruner.state_dict()
+
+
+class Validity:
+    """Tells measurements, records of the log or rows, of the bundles at hand from others."""
+
+    def __init__(self, bundles: Mapping[str, Bundle]) -> None:
+        """Bundles of the tasks asked for; nothing is known of others, and they are left alone."""
+        self._digests = {task: ArmDigests(bundle) for task, bundle in bundles.items()}
+        self._known: dict[tuple[str, str], str] = {}
+
+    def digest(self, task: str, arm: Arm) -> str:
+        """Digest of an arm of a task asked for; raises ArmError if its bundle cannot run it."""
+        if (task, arm.name) not in self._known:
+            self._known[task, arm.name] = self._digests[task].of(arm)
+        return self._known[task, arm.name]
+
+    def holds(self, measured: Mapping[str, Any]) -> bool:
+        """Whether the bundle at hand would be measured in the same way."""
+        task = measured['task']
+        if task not in self._digests:
+            return True
+        try:
+            return self.digest(task, Arm.parse(measured['arm'])) == measured.get('digest')
+        except ArmError:
+            return False
 
 
 def _take_in(digest: hashlib._Hash, weights: Mapping[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ from tts_policy.core.pruner import Pruner
 from tts_policy.sim import evaluate_policy
 from tts_policy.sim.episode import FRAME_NS, Timeline
 from tts_policy.sim.evaluation_arms import Arm
-from tts_policy.sim.evaluation_digest import Validity
+from tts_policy.sim.evaluation_digest import ExpectedDigests
 from tts_policy.sim.evaluation_worker import Job, Worker
 from tts_policy.sim.lift import LiftWorld
 from tts_policy.sim.rollout import DeceivedRobot, run_episode
@@ -183,20 +183,32 @@ def constant(bundle: Path, tmp_path: Path) -> Path:
     return other
 
 
+def digests(folder: Path, names: list[str]) -> dict[str, str | None]:
+    expected = ExpectedDigests({'lift': load_bundle(folder)})
+    return {name: expected.of('lift', name) for name in names}
+
+
 def test_arms_that_read_what_a_bundle_kept_keep_their_measurements(
     constant: Path, tmp_path: Path
 ) -> None:
-    more = grown(constant, tmp_path / 'more', 0.6)
-    before, after = (Validity({'lift': load_bundle(folder)}) for folder in (constant, more))
-    for name in ('ddpm100', 'ddim3', 'ddim10:static:0.8', 'ddim10:learned:0.8', 'ddim10+fresh'):
-        arm = Arm.parse(name)
-        assert after.holds({'task': 'lift', 'arm': name, 'digest': before.digest('lift', arm)})
-    # 0.6 was served by the table of 0.8, and has its own now.
-    moved = {'task': 'lift', 'arm': 'ddim10:learned:0.6'}
-    moved['digest'] = before.digest('lift', Arm.parse(moved['arm']))
-    assert before.holds(moved) and not after.holds(moved)
-    assert after.holds(moved | {'task': 'can'})
-    assert not after.holds({'task': 'lift', 'arm': 'ddim10'})
+    kept = ['ddpm100', 'ddim3', 'ddim10:static:0.8', 'ddim10:learned:0.8', 'ddim10+fresh']
+    # 0.6 was served by the table of 0.8, and gets its own.
+    names = [*kept, 'ddim10:learned:0.6']
+    before, after = (
+        digests(folder, names) for folder in (constant, grown(constant, tmp_path / 'more', 0.6))
+    )
+    assert [name for name in names if before[name] == after[name]] == kept
+    assert len(set(before.values())) == len(names)
+
+
+def test_a_table_that_only_looks_like_another_sparsity_is_told_apart(
+    bundle: Path, tmp_path: Path
+) -> None:
+    # A pruner that reads the observation is taken in whole.
+    other = grown(bundle, tmp_path / 'more', 0.6)
+    names = ['ddim10:learned:0.8', 'ddim10:static:0.8']
+    before, after = digests(bundle, names), digests(other, names)
+    assert before[names[0]] != after[names[0]] and before[names[1]] == after[names[1]]
 
 
 def test_measurements_of_another_policy_or_setting_are_told_from_these(
@@ -214,14 +226,33 @@ def test_measurements_of_another_policy_or_setting_are_told_from_these(
         load_bundle(bundle).network,
         {name: replace(spec, temperature=0.0) for name, spec in known.items()},
     )
-    arms = [Arm.parse(name) for name in ('ddim10', 'ddim10+fresh')]
     here, there, quiet = (
-        [Validity({'lift': load_bundle(folder)}).digest('lift', arm) for arm in arms]
-        for folder in (bundle, other, noiseless)
+        digests(folder, ['ddim10', 'ddim10+fresh']) for folder in (bundle, other, noiseless)
     )
-    assert len({*here, *there, *quiet}) == 5
+    assert len({*here.values(), *there.values(), *quiet.values()}) == 5
     # The option sets the temperature, whatever the bundle's is.
-    assert here[1] == quiet[1]
+    assert here['ddim10+fresh'] == quiet['ddim10+fresh']
+
+
+def test_measurements_of_other_bundles_are_left_out_and_do_not_hide_these(bundle: Path) -> None:
+    expected = ExpectedDigests({'lift': load_bundle(bundle)})
+    own = expected.of('lift', 'ddim10')
+
+    def record(task: str, seed: int, digest: str | None, arm: str = 'ddim10') -> dict[str, Any]:
+        given = {} if digest is None else {'digest': digest}
+        return {'task': task, 'arm': arm, 'seed': seed, **given}
+
+    log = [
+        record('lift', 1, own),
+        record('lift', 1, 'other'),
+        record('lift', 2, None),
+        record('lift', 3, own, 'flow10'),
+        # Of a task that is not asked for nothing is known: what came last stands, unmixed.
+        record('can', 1, 'old'),
+        record('can', 2, 'new'),
+        record('can', 3, None),
+    ]
+    assert expected.matching(log) == [log[0], log[5]]
 
 
 def test_a_constant_plan_is_its_own_mean(
@@ -255,7 +286,12 @@ def test_rows_of_an_earlier_page_are_taken_over_and_not_measured_again(
     assert 'of another bundle' not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('text', ['', '{}', '[{"task": "lift", "arm": "ddim2"}]', '[1]'])
+ROW = '{"arm": "a", "digest": "d", "episodes": 1, "seed_runs": [], "failed_seeds": [], "task": '
+
+
+@pytest.mark.parametrize(
+    'text', ['', '{}', '[{"task": "lift", "arm": "ddim2"}]', '[1]', f'[{ROW}"juggle"}}]']
+)
 def test_earlier_results_that_say_too_little_are_refused_in_one_line(
     text: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,15 @@ def test_rows_taken_over_are_compared_as_if_they_had_been_measured_here() -> Non
         assert collect_rows(runs, earlier) == expected
 
 
-def test_an_earlier_row_stands_until_as_many_episodes_are_measured() -> None:
+def test_an_earlier_row_stands_until_its_seeds_or_more_are_measured() -> None:
     earlier = [row('ddim10', set(range(90)), 10.0)]
-    few, many = (log_of('ddim10', episodes(set(), 10.0, count)) for count in (99, 100))
-    assert collect_rows(few, earlier)[0]['successes'] == 90
-    assert collect_rows(many, earlier)[0]['successes'] == 0
+
+    def successes(seeds: Iterable[int]) -> int:
+        runs = {seed: episode(False, [10.0, 2.0], [1.0, 0.2]) for seed in seeds}
+        return collect_rows(log_of('ddim10', runs), earlier)[0]['successes']
+
+    assert successes(range(99)) == successes(range(50, 150)) == 90
+    assert successes(range(100)) == successes(range(50, 151)) == 0
 
 
 @given(st.sets(st.integers(0, 40)))

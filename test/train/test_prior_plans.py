@@ -65,5 +65,7 @@ def test_the_cells_asked_for_are_computed_whatever_the_steps(steps: int, kind: s
     prior = PriorPlans(pruner, SamplerSpec(SchedulerSpec('ddim', 10, 100), False))
     plan = prior.plan(12, SamplerSpec(SchedulerSpec(kind, steps, 100), False), KINDS)
     assert (plan == Reuse.COMPUTE).sum() == 12
+    # A forced step is a part of the budget.
     forced = prior.plan(12, SamplerSpec(SchedulerSpec(kind, steps, 100), True), KINDS)
-    assert (forced[0] == Reuse.COMPUTE).all() and np.array_equal(forced[1:], plan[1:])
+    assert (forced[0] == Reuse.COMPUTE).all()
+    assert 10 <= (forced == Reuse.COMPUTE).sum() <= 12

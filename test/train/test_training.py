@@ -295,6 +295,7 @@ def test_plans_of_another_bundle_are_starts(bags: Path, bundle: Path, tmp_path: 
     ('arguments', 'reason'),
     [
         (['--sampler', 'euler'], "one of ['ddim10', 'ddpm100'], got 'euler'"),
+        (['--sampler', 'ddim10', '--prior-sampler', 'ddim10'], '--prior expected with it'),
         (['--sampler', 'ddim10', '--bundle', 'absent'], 'bundle file expected at absent'),
         (['--sampler', 'ddim10', '--sparsities', '0.95'], 'must be in (0, 0.9], got 0.95'),
         (['--sampler', 'ddim10', '--held-out', '1', '--ticks', '1'], 'of 2 or more, 8 frames'),

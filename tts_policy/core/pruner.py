@@ -160,12 +160,12 @@ class Pruner(PlanPruner):
         Raises
         ------
         ValueError
-            if the other one is of other sizes, or reads the observation: its tables alone would
-            not be its plans.
+            if they differ in size, or one reads the observation: its tables alone are not its
+            plans.
 
         """
         sizes = [replace(pruner.spec, sparsities=(0.0,)) for pruner in (self, other)]
-        if sizes[0] != sizes[1] or other.reads_observation:
+        if sizes[0] != sizes[1] or self.reads_observation or other.reads_observation:
             raise ValueError('a pruner of the same sizes with constant plans expected')
         known = sorted({*self.sparsities, *other.sparsities})
         joined = Pruner(replace(self.spec, sparsities=tuple(known)))

@@ -100,9 +100,8 @@ class Episode:
 
     def seen_at_tick(self, frames: int) -> bool:
         """Whether the camera frame of now_ns is one of the last `frames` of some tick's window."""
-        since_tick = (self.elapsed_ns - FRAME_NS) % self._timeline.action_period_ns
-        until_tick = -since_tick % self._timeline.action_period_ns
-        return self.frame_due and until_tick < frames * FRAME_NS
+        until_tick_ns = (FRAME_NS - self.elapsed_ns) % self._timeline.action_period_ns
+        return self.frame_due and until_tick_ns < frames * FRAME_NS
 
     def accept(
         self, joint_names: Sequence[str], points: Sequence[TrajectoryPoint], start_ns: int

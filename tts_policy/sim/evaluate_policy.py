@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tts_policy.core.bundle import Bundle, BundleError, load_bundle
 from tts_policy.sim.benchmark import BENCHMARKS, EXPERT_SEED, benchmark_named
 from tts_policy.sim.evaluation_arms import ARM_SETS, Arm, ArmError, parse_arms
-from tts_policy.sim.evaluation_digest import Validity
+from tts_policy.sim.evaluation_digest import ExpectedDigests
 from tts_policy.sim.evaluation_page import markdown_table, write_page, write_plot
 from tts_policy.sim.evaluation_results import Row, compared, make_row, row_seeds, write_rows
 from tts_policy.sim.evaluation_worker import Job, run_job, start_worker
@@ -41,16 +41,15 @@ class EvaluationError(ValueError):
     """A command line that cannot be run; the message says why in one line."""
 
 
-def read_log(path: Path) -> dict[Key, dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """Measurements of earlier runs; a line cut short by a crash is left out."""
-    done = {}
+    records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-        done[record['task'], record['arm'], record['seed']] = record
-    return done
+    return records
 
 
 def read_earlier(path: Path) -> list[Row]:
@@ -66,24 +65,26 @@ def read_earlier(path: Path) -> list[Row]:
         rows = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise EvaluationError(f'{path}: results.json expected, got {error}') from None
-    needed = {'task', 'arm', 'digest', 'seed_runs', 'failed_seeds'}
+    needed = {'task', 'arm', 'digest', 'episodes', 'seed_runs', 'failed_seeds'}
     if not isinstance(rows, list) or not all(
         isinstance(r, dict) and needed <= set(r) for r in rows
     ):
         raise EvaluationError(f'{path}: a list of rows with {sorted(needed)} expected')
+    unknown = sorted({row['task'] for row in rows} - set(BENCHMARKS))
+    if unknown:
+        raise EvaluationError(f'{path}: tasks of {list(BENCHMARKS)} expected, got {unknown}')
     return rows
 
 
-def _valid(
-    measured: Iterable[dict[str, Any]], validity: Validity, where: Path
+def _matching(
+    measured: list[dict[str, Any]], expected: ExpectedDigests, where: Path
 ) -> list[dict[str, Any]]:
     """Measurements of the bundles at hand; says how many there are of others."""
-    everything = list(measured)
-    held = [one for one in everything if validity.holds(one)]
-    if len(held) < len(everything):
-        others = len(everything) - len(held)
+    matching = expected.matching(measured)
+    if len(matching) < len(measured):
+        others = len(measured) - len(matching)
         print(f'{where}: {others} of another bundle left out', file=sys.stderr)
-    return held
+    return matching
 
 
 def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
@@ -143,7 +144,7 @@ def plan_jobs(
 def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()) -> list[Row]:
     """Rows of everything measured: tasks as registered, arms as in the set of all of them.
 
-    An earlier row stands until more episodes than it has are in the log.
+    An earlier row stands until all of its seeds, or more episodes than it has, are in the log.
     """
     episodes: dict[tuple[str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     errors: dict[tuple[str, str], float | None] = {}
@@ -154,7 +155,8 @@ def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()
             episodes[task, name][seed] = record
     rows = {(row['task'], row['arm']): row for row in earlier}
     for (task, name), of in episodes.items():
-        if len(of) >= rows.get((task, name), {'episodes': 0})['episodes']:
+        row = rows.get((task, name))
+        if row is None or set(of) >= row_seeds(row) or len(of) > row['episodes']:
             rows[task, name] = make_row(task, Arm.parse(name), of, errors.get((task, name)))
     rank = {name: index for index, name in enumerate(ARM_SETS['all'])}
     tasks = list(BENCHMARKS)
@@ -166,11 +168,7 @@ def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()
 
 
 def _run(
-    jobs: Sequence[Job],
-    bundles: dict[str, Path],
-    args: argparse.Namespace,
-    log: Path,
-    validity: Validity,
+    jobs: Sequence[Job], bundles: dict[str, Path], args: argparse.Namespace, log: Path
 ) -> dict[Key, dict[str, Any]]:
     """Run the jobs over processes and log what they measure."""
     measured: dict[Key, dict[str, Any]] = {}
@@ -192,7 +190,6 @@ def _run(
             futures = [pool.submit(run_job, job) for job in jobs]
             records = (future.result() for future in as_completed(futures))
         for record in records:
-            record['digest'] = validity.digest(record['task'], Arm.parse(record['arm']))
             measured[record['task'], record['arm'], record['seed']] = record
             handle.write(json.dumps(record) + '\n')
             handle.flush()
@@ -261,16 +258,16 @@ def _evaluate(args: argparse.Namespace) -> int:
         return 0
     loaded = {task: load_bundle(path) for task, path in bundles.items()}
     arms = {task: runnable(task, asked, bundle) for task, bundle in loaded.items()}
-    validity, log = Validity(loaded), args.out / 'episodes.jsonl'
+    expected, log = ExpectedDigests(loaded), args.out / 'episodes.jsonl'
     earlier = [] if args.earlier is None else read_earlier(args.earlier)
-    earlier = _valid(earlier, validity, args.earlier)
+    earlier = _matching(earlier, expected, args.earlier)
     args.out.mkdir(parents=True, exist_ok=True)
-    logged = _valid(read_log(log).values(), validity, log)
+    logged = _matching(read_log(log), expected, log)
     done = {(record['task'], record['arm'], record['seed']): record for record in logged}
     seeds = range(args.seed, args.seed + args.episodes)
     jobs = plan_jobs(arms, seeds, done, earlier)
     if jobs:
-        done |= _run(jobs, bundles, args, log, validity)
+        done |= _run(jobs, bundles, args, log)
     rows = collect_rows(done, earlier)
     if not rows:
         raise EvaluationError('no arm could be run')

@@ -8,13 +8,13 @@ neither are what they were. An arm that is not, is measured anew.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from tts_policy.core.bundle import Bundle
+from tts_policy.core.bundle import AnyPruner, Bundle
 from tts_policy.core.pruner import Pruner
 from tts_policy.sim.evaluation_arms import LEARNED_PLANS, Arm, ArmError
 
@@ -44,42 +44,55 @@ class ArmDigests:
         # The recommendation is advice to a user; an arm runs at its own sparsity.
         setting = replace(setting, sampler=replace(setting.sampler, recommended_sparsity=0.0))
         digest.update(repr((arm.plan, arm.asked_sparsity, setting)).encode())
-        if arm.plan in LEARNED_PLANS:
-            _take_in(digest, self._plan_weights(arm))
+        pruner = self._bundle.samplers.get(arm.sampler, (None, None))[1]
+        if arm.plan in LEARNED_PLANS and pruner is not None:
+            self._take_in_pruner(digest, pruner, arm.sparsity)
         return digest.hexdigest()[:DIGITS]
 
-    def _plan_weights(self, arm: Arm) -> Mapping[str, Tensor]:
-        pruner = self._bundle.samplers.get(arm.sampler, (None, None))[1]
-        if pruner is None:
-            return {}
+    @staticmethod
+    def _take_in_pruner(digest: hashlib._Hash, pruner: AnyPruner, sparsity: float) -> None:
         if isinstance(pruner, Pruner) and not pruner.reads_observation:
-            return {'table': pruner.table(arm.sparsity)}
-        return pruner.state_dict()
+            digest.update(repr(replace(pruner.spec, sparsities=(0.0,))).encode())
+            _take_in(digest, {'table': pruner.table(sparsity)})
+        else:
+            digest.update(repr(pruner.spec).encode())
+            _take_in(digest, pruner.state_dict())
 
 
-class Validity:
-    """Tells measurements, records of the log or rows, of the bundles at hand from others."""
+class ExpectedDigests:
+    """Digests of the arms of the bundles at hand, to tell their measurements from others."""
 
     def __init__(self, bundles: Mapping[str, Bundle]) -> None:
-        """Bundles of the tasks asked for; nothing is known of others, and they are left alone."""
+        """Take in the bundles of the tasks that are asked for."""
         self._digests = {task: ArmDigests(bundle) for task, bundle in bundles.items()}
-        self._known: dict[tuple[str, str], str] = {}
+        self._known: dict[tuple[str, str], str | None] = {}
 
-    def digest(self, task: str, arm: Arm) -> str:
-        """Digest of an arm of a task asked for; raises ArmError if its bundle cannot run it."""
-        if (task, arm.name) not in self._known:
-            self._known[task, arm.name] = self._digests[task].of(arm)
-        return self._known[task, arm.name]
+    def of(self, task: str, arm: str) -> str | None:
+        """Digest of an arm by its name, None where the bundle cannot run it."""
+        if (task, arm) not in self._known:
+            try:
+                self._known[task, arm] = self._digests[task].of(Arm.parse(arm))
+            except ArmError:
+                self._known[task, arm] = None
+        return self._known[task, arm]
 
-    def holds(self, measured: Mapping[str, Any]) -> bool:
-        """Whether the bundle at hand would be measured in the same way."""
-        task = measured['task']
-        if task not in self._digests:
-            return True
-        try:
-            return self.digest(task, Arm.parse(measured['arm'])) == measured.get('digest')
-        except ArmError:
-            return False
+    def matching(self, measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those measured with the bundles at hand, in their order.
+
+        Of a task that is not asked for, those as the last one of their arm.
+        """
+        known = [one for one in measured if 'digest' in one]
+        last = {(one['task'], one['arm']): one['digest'] for one in known}
+        return [
+            one
+            for one in known
+            if one['digest']
+            == (
+                self.of(one['task'], one['arm'])
+                if one['task'] in self._digests
+                else last[one['task'], one['arm']]
+            )
+        ]
 
 
 def _take_in(digest: hashlib._Hash, weights: Mapping[str, Tensor]) -> None:

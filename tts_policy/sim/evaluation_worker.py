@@ -29,6 +29,7 @@ from tts_policy.core.plan import Plan, Reuse, reuse_mix
 from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
 from tts_policy.sim.benchmark import EXPERT_SEED, Benchmark, Window, benchmark_named
 from tts_policy.sim.evaluation_arms import NOISE, Arm, Setting
+from tts_policy.sim.evaluation_digest import ArmDigests
 from tts_policy.sim.plan_sources import PlanSource
 
 KEPT_POLICIES = 3
@@ -82,6 +83,7 @@ class Worker:
     def run(self, job: Job) -> dict[str, Any]:
         """Measurement of a job, as it stands in the log."""
         record: dict[str, Any] = {'task': job.task, 'arm': job.arm.name, 'seed': job.seed}
+        record['digest'] = self._digests(job.task).of(job.arm)
         if job.seed is None:
             return record | {'l1_error': self._action_error(job.task, job.arm)}
         return record | self._episode(job.task, job.arm, job.seed)
@@ -93,6 +95,9 @@ class Worker:
 
     def _bundle(self, task: str) -> Bundle:
         return self._once(('bundle', task), lambda: load_bundle(self._bundles[task]))
+
+    def _digests(self, task: str) -> ArmDigests:
+        return self._once(('digests', task), lambda: ArmDigests(self._bundle(task)))
 
     def _benchmark(self, task: str) -> Benchmark:
         return self._once(('benchmark', task), lambda: benchmark_named(task))

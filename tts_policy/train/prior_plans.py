@@ -46,7 +46,19 @@ class PriorPlans:
     sampler: SamplerSpec
 
     def plan(self, cells: int, sampler: SamplerSpec, kinds: NDArray[np.int64]) -> Plan:
-        """Plan of `sampler` that computes about `cells` cells, those of a forced step on top."""
+        """Plan of `sampler` that computes about `cells` cells, a forced step's among them."""
+        plan = self._carried_over(cells, sampler, kinds)
+        if not sampler.force_first_step:
+            return plan
+        # With fewer cells fewer of the first step may be among them.
+        spare = 0
+        while (missing := int((plan[0] != Reuse.COMPUTE).sum())) > spare:
+            spare = missing
+            plan = self._carried_over(cells - spare, sampler, kinds)
+        plan[0] = Reuse.COMPUTE
+        return plan
+
+    def _carried_over(self, cells: int, sampler: SamplerSpec, kinds: NDArray[np.int64]) -> Plan:
         steps, blocks = self.pruner.spec.steps, self.pruner.spec.blocks
         sparsity = min(max(0.0, 1 - cells / (steps * blocks)), self.sampler.max_sparsity)
         logits = self.pruner.table(sparsity).detach().numpy()
@@ -55,7 +67,4 @@ class PriorPlans:
         levels, new_levels = (
             np.array(spec.scheduler.timesteps(), float) for spec in (self.sampler, sampler)
         )
-        plan = carried_over(own, levels, new_levels, kinds)
-        if sampler.force_first_step:
-            plan[0] = Reuse.COMPUTE
-        return plan
+        return carried_over(own, levels, new_levels, kinds)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tts_policy.core.bundle import BundleError, load_bundle, save_pruner
 from tts_policy.core.policy import DEVICES
-from tts_policy.core.pruner import Pruner
+from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.threads import set_threads
 from tts_policy.train.demonstrations import (
@@ -43,7 +43,7 @@ from tts_policy.train.tick_sequences import DenseTeacher, TickSequence, tick_seq
 
 def _settings(args: argparse.Namespace) -> dict[str, str]:
     """What a resumed run must have in common with the one it continues."""
-    free = ('demonstrations', 'bundle', 'out', 'topic', 'image_fit', 'threads', 'device')
+    free = ('demonstrations', 'bundle', 'out', 'add', 'topic', 'image_fit', 'threads', 'device')
     return {name: str(value) for name, value in vars(args).items() if name not in free}
 
 
@@ -59,10 +59,11 @@ def _resume(trainer: PrunerTrainer, out: Path, settings: dict[str, str], own: Re
     if state is None:
         return
     for name, value in settings.items():
-        if state['settings'].get(name) != value:
+        began = state['settings'].get(name, value)
+        if began != value:
             raise ValueError(
-                f'{out}: --{name.replace("_", "-")}: this run began with '
-                f'{state["settings"].get(name)}, got {value}; another --out begins a new one'
+                f'{out}: --{name.replace("_", "-")}: this run began with {began}, got {value}; '
+                'another --out begins a new one'
             )
     trainer.restore(state)
     if own.is_first:
@@ -184,12 +185,16 @@ def _tables(folder: Path, name: str, blocks: int) -> PriorPlans:
 def _prior(args: argparse.Namespace, sampler: SamplerSpec, blocks: int) -> PriorPlans | None:
     """Plans to start from; raises ValueError if their noise levels are none of this sampler's."""
     if args.prior is None:
+        if args.prior_sampler is not None:
+            raise ValueError('--prior-sampler: --prior expected with it, got none')
         return None
     name = args.prior_sampler or args.sampler
     prior = _tables(args.prior, name, blocks)
-    kinds = [spec.scheduler.is_flow for spec in (sampler, prior.sampler)]
-    levels = [spec.scheduler.train_steps for spec in (sampler, prior.sampler)]
-    if kinds[0] != kinds[1] or levels[0] != levels[1]:
+    levels = [
+        (s.is_flow, s.train_steps, s.beta_schedule, s.beta_start, s.beta_end)
+        for s in (sampler.scheduler, prior.sampler.scheduler)
+    ]
+    if levels[0] != levels[1]:
         raise ValueError(
             f'--prior: a sampler with the noise levels of {args.sampler!r} expected, got {name!r}'
         )
@@ -204,7 +209,6 @@ class _Run:
     sampler: SamplerSpec
     trainer: PrunerTrainer
     tests: list[TickSequence]
-    kept: Pruner | None
 
 
 def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
@@ -217,9 +221,9 @@ def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
         raise ValueError(f'--preference must be in [0, 1], got {args.preference}')
     blocks = bundle.network.denoiser.spec.blocks
     prior = _prior(args, sampler, blocks)
-    kept_tables = _tables(args.bundle, args.sampler, blocks).pruner if args.add else None
-    if kept_tables is not None and kept_tables.reads_observation:
-        raise ValueError(f'--add: a pruner of {args.sampler} with constant plans expected')
+    if args.add:
+        sizes = PrunerSpec.of(bundle.network.denoiser.spec, sampler.scheduler.steps, (0.5,))
+        Pruner(sizes).with_tables_of(_tables(args.bundle, args.sampler, blocks).pruner)
     network = bundle.network.to(replicas.device).eval().requires_grad_(False)
     kept, others = split_demonstrations(args, network.contract)
     held_out = load_windows(kept)
@@ -240,14 +244,16 @@ def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
     measure = ActionError(contract.newest_action, contract.action.execute)
     lessons = make_lessons(teacher, sequences)
     trainer = PrunerTrainer(teacher, sampler, sparsities, lessons, measure, spec, prior)
-    return _Run(teacher, sampler, trainer, tests, kept_tables)
+    return _Run(teacher, sampler, trainer, tests)
 
 
 def _finish(run: _Run, args: argparse.Namespace) -> None:
     """Add the pruner to the bundle and compare its plans with others."""
     pruner = run.trainer.pruner()
-    if run.kept is not None:
-        pruner = pruner.with_tables_of(run.kept)
+    if args.add:
+        # Read now: the tables of a search that ended in the meantime are kept as well.
+        blocks = run.teacher.denoiser.spec.blocks
+        pruner = pruner.with_tables_of(_tables(args.bundle, args.sampler, blocks).pruner)
     save_pruner(args.bundle, args.sampler, pruner)
     pruner = pruner.to(run.teacher.replicas.device).eval()
     trained = [lesson.sequence for lesson in run.trainer.choice.lessons]

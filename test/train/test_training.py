@@ -156,6 +156,8 @@ def test_a_pruner_for_every_sparsity_is_added_to_the_bundle_and_compared(
         assert set(arms) == {'learned', 'constant', 'other_tick', 'static', 'random'}
         assert all(arm['realised_sparsity'] == pytest.approx(sparsity) for arm in arms.values())
     assert _pruner(bundle).spec.sparsities == (0.6, 0.8)
+    with (tmp_path / 'log.csv').open() as log:
+        assert all(0 <= float(row['kept_back']) < 1 for row in csv.DictReader(log))
     assert TestTimeSparsePolicy.from_bundle(bundle, 'ddim10').max_sparsity == pytest.approx(0.9)
     assert TestTimeSparsePolicy.from_bundle(bundle, 'ddpm100').max_sparsity == 0.0
 

@@ -159,23 +159,27 @@ class PrunerTrainer:
         part = lessons[: self.spec.sample]
         return LessonBatch(self._teacher, lessons), LessonBatch(self._teacher, part)
 
-    def train_step(self) -> tuple[float, float]:
-        """One step of the search in work; returns the batch error before and after."""
+    def train_step(self) -> tuple[float, float, float]:
+        """One step of the search in work.
+
+        Returns the error on the batch before and after, and the best on the lessons kept back.
+        """
         random = self._random()
         if self._search is None:
             self._search = self._started(random)
             # A step may help its batch and not these lessons; then the start stays the best.
             self.best, self.best_error = self._search.plan, self._kept_error(self._search.plan)
             self._judge_lessons(self.best)
-        errors = self._search.step(*self._batch(random, self.spec.batch), random)
+        before, after = self._search.step(*self._batch(random, self.spec.batch), random)
         self.step += 1
         done = self.step % self.spec.steps == 0
         if done or self.step % VALIDATE_EVERY == 0:
             self._validate(self._search.plan)
             self._judge_lessons(self._search.plan)
+        best = self.best_error
         if done:
             self._finish(self._search)
-        return errors
+        return before, after, best
 
     def _kept_error(self, plan: Plan) -> float:
         """Error of a plan on the lessons kept back."""

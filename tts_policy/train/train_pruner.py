@@ -101,8 +101,7 @@ def _train(trainer: PrunerTrainer, args: argparse.Namespace, replicas: Replicas)
         bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit='step', mininterval=5)
         while trainer.step < trainer.total_steps:
             sparsity = trainer.sparsity
-            before, after = trainer.train_step()
-            best = trainer.best_error
+            before, after, best = trainer.train_step()
             seconds = round(time.monotonic() - started)
             log.writerow([trainer.step, sparsity, seconds, before, after, best])
             handle.flush()

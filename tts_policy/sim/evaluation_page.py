@@ -24,7 +24,8 @@ error in normalised units against the dense chunk of the same sampler and noise,
 (Push-T: dense ones; its score is the largest reward, averaged over episodes). Won and lost count
 the seeds on which only the arm, or only the dense reference (DDPM-100, or ten Euler steps for a
 flow), succeeded; their test is McNemar's, exact, and the interval of the difference is Bonett and
-Price's.
+Price's. Of a pruner whose plans are constant the mean plan, and that of another tick's memory, are
+the learned plan itself: they have no rows of their own.
 
 ![Success against cost](pareto.png)
 """

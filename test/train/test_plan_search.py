@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tts_policy.core.engine import denoise_masked
-from tts_policy.core.plan import Reuse, make_plan, realised_sparsity, static_plan
+from tts_policy.core.plan import (
+    Reuse,
+    make_plan,
+    realised_sparsity,
+    resolve_sources,
+    static_plan,
+)
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import SchedulerSpec
 from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
@@ -188,6 +194,39 @@ def test_a_search_lowers_the_error_and_keeps_budget_and_forced_cells(
         error = after
         assert loop.error(batch, search.plan, MEASURE) == pytest.approx(error)
     assert error < reached * first
+
+
+@pytest.mark.parametrize('cells', [12, 17])
+def test_a_plan_that_is_too_dear_shrinks_into_the_budget_and_keeps_forced_cells(
+    cells: int,
+) -> None:
+    teacher = _teacher(DDPM)
+    batch = LessonBatch(teacher, _lessons(teacher, 3))
+    forced = forced_cells((6, 6), force_first_step=True)
+    # Three whole passes; the reserve makes even as many cells of whole passes too dear.
+    budget = PlanBudget(cells, np.array((4.0, 2.0, 8.0) * 2), reserve=3.0)
+    start = static_plan(6, 6, 3)
+    search = PlanSearch(SharedPlanLoop(teacher), MEASURE, start, budget, forced, SearchSpec())
+    assert not search.affordable
+    while not search.affordable and search.shrink(batch):
+        assert (search.plan[0] == Reuse.COMPUTE).all()
+        resolve_sources(search.plan, KINDS)
+    assert search.computed <= cells
+    # What was too dear is gone, and cheap cells fill the budget.
+    while search.computed < cells:
+        search.grow(batch)
+    assert search.affordable and search.computed == cells
+
+
+def test_a_plan_of_forced_cells_alone_does_not_shrink() -> None:
+    teacher = _teacher(DDPM)
+    batch = LessonBatch(teacher, _lessons(teacher, 3))
+    forced = forced_cells((6, 6), force_first_step=True)
+    budget = PlanBudget(6, np.array((4.0, 2.0, 8.0) * 2), reserve=3.0)
+    start = static_plan(6, 6, 1)
+    search = PlanSearch(SharedPlanLoop(teacher), MEASURE, start, budget, forced, SearchSpec())
+    assert not search.affordable and not search.shrink(batch)
+    assert np.array_equal(search.plan, start)
 
 
 @settings(max_examples=50, deadline=None)

@@ -36,6 +36,11 @@ class PlanBudget:
         self._excess = block_cost / mean - 1.0
         self._reserve = reserve / mean
 
+    @property
+    def dear(self) -> NDArray[np.bool_]:
+        """Blocks [N] that cost more than the mean."""
+        return self._excess > 0
+
     def room(self, plan: Plan) -> float:
         """Cost, in mean cells, that a plan could add before it is too dear; negative if it is."""
         computed = (plan == Reuse.COMPUTE).sum(axis=0)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tts_policy.core.plan import Plan, Reuse
 from tts_policy.train.lessons import ActionError, LessonBatch, SharedPlanLoop
-from tts_policy.train.plan_budget import PlanBudget
+from tts_policy.train.plan_budget import PlanBudget, apart
 from tts_policy.train.reuse_gradient import Flip, ReuseGradient, flipped, reuse_gradient
 
 REUSE_CLASSES = (Reuse.FORWARD, Reuse.TIMESTEP, Reuse.ROLLOUT)
@@ -92,6 +92,11 @@ class PlanSearch:
         """Number of computed cells."""
         return int((self.plan == Reuse.COMPUTE).sum())
 
+    @property
+    def affordable(self) -> bool:
+        """Whether the plan is within the budget."""
+        return self.budget.affords(self.plan)
+
     def grow(self, batch: LessonBatch) -> None:
         """Compute more cells, those that promise most, toward the budget."""
         gradient = reuse_gradient(self._loop, batch, self.plan, self._measure)
@@ -100,6 +105,23 @@ class PlanSearch:
         flips = gradient.flips((Reuse.COMPUTE,))
         added = self.budget.additions(flips, count, self.budget.room(self.plan))
         self.plan = flipped(self.plan, self._loop.kinds, *added)
+
+    def shrink(self, batch: LessonBatch) -> bool:
+        """Compute fewer cells, without those that seem to matter least, toward the budget.
+
+        Returns whether there were any to leave out.
+        """
+        gradient = reuse_gradient(self._loop, batch, self.plan, self._measure)
+        excess = self.computed - self.budget.cells
+        removable = (self.plan == Reuse.COMPUTE) & ~self._forced
+        if excess <= 0:
+            # Enough cells are gone, but what is left is too dear.
+            removable &= self.budget.dear
+        flips = [self._removal(gradient, int(i), int(b)) for i, b in np.argwhere(removable)]
+        count = max(1, (excess + 1) // 2)
+        removed = apart(sorted(flips, key=lambda flip: abs(flip.change)), count)
+        self.plan = flipped(self.plan, self._loop.kinds, *removed)
+        return bool(removed)
 
     def step(
         self, batch: LessonBatch, sample: LessonBatch, random: np.random.Generator
@@ -179,13 +201,19 @@ class PlanSearch:
         order = np.argsort(np.where(np.isnan(costs), -np.inf, costs), kind='stable')
         for index in _mostly_first(len(order), self._spec.trials, random):
             step, block = (int(value) for value in removable[order[index]])
-            flips = [gradient.flip(self.plan, step, block, reuse) for reuse in REUSE_CLASSES]
-            # The smaller the expected change, in either direction, the better the gradient knows.
-            flip = min((f for f in flips if f is not None), key=lambda f: abs(f.change))
+            flip = self._removal(gradient, step, block)
             self.removal_cost[step, block] = (
                 self._error(sample, flipped(self.plan, self._loop.kinds, flip)) - base
             )
             self.removal_class[step, block] = flip.reuse
+
+    def _removal(self, gradient: ReuseGradient, step: int, block: int) -> Flip:
+        """Flip of a computed cell to the class that seems to matter least.
+
+        The smaller the expected change, in either direction, the better the gradient knows it.
+        """
+        flips = [gradient.flip(self.plan, step, block, reuse) for reuse in REUSE_CLASSES]
+        return min((f for f in flips if f is not None), key=lambda f: abs(f.change))
 
     def _removals(self) -> list[Flip]:
         known = (self.plan == Reuse.COMPUTE) & ~self._forced & np.isfinite(self.removal_cost)

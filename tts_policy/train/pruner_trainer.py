@@ -2,11 +2,11 @@
 """Training of the pruner of one sampler: a searched plan per sparsity, and what survives a stop.
 
 The sparsest plan starts from a static schedule, or grows from one of half its cost; every other
-grows from the next sparser one. Each may also grow from a static schedule of one pass less, or be
-another bundle's, whichever is best. Each is searched for a
-number of steps (see `plan_search`) within a budget of cells and of their cost (see `plan_budget`),
-and the plan that did best on lessons kept back becomes the table of its sparsity. The lessons of a
-step are drawn with a preference for those in which reuse errs most.
+grows from the next sparser one. Each may also grow from a static schedule of a pass less, shrink
+from one of a pass more, or be another bundle's, whichever is best within the budget of cells and
+their cost (see `plan_budget`). Each is searched for a number of steps (see `plan_search`); the one
+that did best on lessons kept back becomes the table of its sparsity. The lessons of a step are
+drawn with a preference for those in which reuse errs most.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from tts_policy.train.tick_sequences import DenseTeacher
 
 KEPT_BACK = 24
 VALIDATE_EVERY = 4
-# Share of its computed cells that a prior's plan beyond the budget begins without.
-TOO_DEAR = 0.15
 
 
 @dataclass(frozen=True)
@@ -113,39 +111,39 @@ class PrunerTrainer:
     def _begin(self, starts: list[Plan]) -> None:
         """Begin with the sparsity in work; the search starts from the best of some plans.
 
-        One of them is a static schedule of a pass less, which leaves room for the pruner's cost.
+        Two of them are static schedules, of a pass less and of a pass more.
         """
         self._search: PlanSearch | None = None
         steps, blocks = self._forced.shape
-        fewer = self._whole_passes() - 1
-        affordable = [static_plan(steps, blocks, fewer)] if fewer else []
-        self._starts = [*starts, *affordable, *self._prior_plans()]
+        passes = self._whole_passes()
+        near = [n for n in (passes - 1, passes + 1) if 0 < n < steps]
+        statics = [static_plan(steps, blocks, n) for n in near]
+        self._starts = [*starts, *statics, *self._prior_plans()]
         self.best, self.best_error = starts[0], float('inf')
 
     def _prior_plans(self) -> list[Plan]:
-        """The prior's plan for the sparsity in work; one that is too dear without its last cells.
-
-        The cells least wanted leave room, the search then adds cheaper ones.
-        """
+        """The prior's plan for the sparsity in work, if there is one."""
         if self._prior is None:
             return []
-        budget, kinds = self._budget(), self._teacher.denoiser.spec.stack.kinds
-        plan = self._prior.plan(budget.cells, self.sampler, kinds)
-        if not budget.affords(plan):
-            plan = self._prior.plan(round((1 - TOO_DEAR) * budget.cells), self.sampler, kinds)
-        return [plan]
+        kinds = self._teacher.denoiser.spec.stack.kinds
+        return [self._prior.plan(self._budget().cells, self.sampler, kinds)]
 
     def _new_search(self, plan: Plan) -> PlanSearch:
         budget = self._budget()
         return PlanSearch(self._loop, self._measure, plan, budget, self._forced, self.spec.search)
 
     def _started(self, random: np.random.Generator) -> PlanSearch:
-        """Search from the start that is best once it has grown to the budget."""
+        """Search from the start that is best once it has shrunk or grown to the budget."""
         searches = [self._new_search(plan) for plan in self._starts]
         for search in searches:
+            shrinking = True
+            while shrinking and not search.affordable:
+                shrinking = search.shrink(self._batch(random, self.spec.sample)[1])
             while search.computed < search.budget.cells:
                 search.grow(self._batch(random, self.spec.sample)[1])
-        return min(searches, key=lambda search: self._merit(search.plan))
+        return min(
+            searches, key=lambda search: (not search.affordable, self._kept_error(search.plan))
+        )
 
     def _random(self) -> np.random.Generator:
         """Random numbers of the step in work; they depend on seed and step alone."""
@@ -185,18 +183,11 @@ class PrunerTrainer:
         """Error of a plan on the lessons kept back."""
         return float(np.mean([self._loop.error(b, plan, self._measure) for b in self._kept]))
 
-    def _merit(self, plan: Plan) -> tuple[bool, float]:
-        """Whether a plan is beyond the budget, and its error on the lessons kept back."""
-        return not self._budget().affords(plan), self._kept_error(plan)
-
     def _validate(self, plan: Plan) -> None:
-        """Remember the plan if it is the best so far; one within the budget beats one that is not.
-
-        A static start is as dear as whole passes and so beyond the budget by the pruner's cost.
-        """
-        merit = self._merit(plan)
-        if merit < (not self._budget().affords(self.best), self.best_error):
-            self.best, self.best_error = plan, merit[1]
+        """Remember the plan if it is the best so far."""
+        error = self._kept_error(plan)
+        if error < self.best_error:
+            self.best, self.best_error = plan, error
 
     def _finish(self, search: PlanSearch) -> None:
         """Turn the best plan into the table of its sparsity and go on to the next."""

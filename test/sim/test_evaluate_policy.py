@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,10 @@ class CountingRobot:
 
 
 @pytest.fixture(scope='module')
-def worker(bundle: Path) -> Worker:
-    return Worker({'lift': bundle}, sequences=1)
+def worker(bundle: Path) -> Iterator[Worker]:
+    worker = Worker({'lift': bundle}, sequences=1)
+    yield worker
+    worker.close()
 
 
 def test_an_episode_depends_on_its_seed_alone(world: Any, bundle: Path) -> None:

@@ -21,6 +21,7 @@ from tts_policy.sim.panda import CAMERA_KEY, COMMAND_JOINTS, STATE_JOINTS
 from tts_policy.sim.pusht import AGENT_AXES, BLOCK_AXES, PushTWorld, run_pusht
 from tts_policy.sim.rollout import DeceivedRobot, Rollout, run_episode
 from tts_policy.sim.tasks import TASKS, Task
+from tts_policy.sim.world import World
 
 # Beside those of demonstrations, evaluation and demo.
 EXPERT_SEED = 900_000
@@ -53,6 +54,9 @@ class Benchmark(ABC):
     ) -> Rollout:
         """Run one episode, `execute` actions of every chunk; blind: the camera shows another."""
 
+    def close(self) -> None:  # noqa: B027  (most have nothing to free)
+        """Free what the worlds hold outside of Python; they can be used on."""
+
     @abstractmethod
     def windows(self, bundle: Bundle, episodes: int, stride: int) -> list[list[Window]]:
         """Windows of the ticks of other episodes than those evaluated, `stride` frames apart."""
@@ -66,8 +70,9 @@ class PandaBenchmark(Benchmark):
     def __init__(self, task: Task) -> None:
         self.bundle = Path(f'models/panda_{task.name}')
         self._task = task
-        self._robot: Robot | None = None
-        self._deceived: Robot | None = None
+        self._robot: World | None = None
+        self._deceived: DeceivedRobot | None = None
+        self._worlds: list[World] = []
         self._shown: list[Demonstration] = []
 
     def run(
@@ -80,11 +85,20 @@ class PandaBenchmark(Benchmark):
     def _world(self, blind: bool) -> Robot:
         if blind:
             if self._deceived is None:
-                self._deceived = DeceivedRobot(self._task.world(), self._task.world())
+                self._deceived = DeceivedRobot(self._built(), self._built())
             return self._deceived
         if self._robot is None:
-            self._robot = self._task.world()
+            self._robot = self._built()
         return self._robot
+
+    def _built(self) -> World:
+        self._worlds.append(self._task.world())
+        return self._worlds[-1]
+
+    def close(self) -> None:
+        """Free the renderers of the worlds."""
+        for world in self._worlds:
+            world.close()
 
     def windows(self, bundle: Bundle, episodes: int, stride: int) -> list[list[Window]]:
         """Windows of expert episodes."""

@@ -29,7 +29,7 @@ from tts_policy.sim.evaluation_arms import ARM_SETS, Arm, ArmError, parse_arms
 from tts_policy.sim.evaluation_digest import ExpectedDigests
 from tts_policy.sim.evaluation_page import markdown_table, write_page, write_plot
 from tts_policy.sim.evaluation_results import Row, compared, make_row, row_seeds, write_rows
-from tts_policy.sim.evaluation_worker import Job, run_job, start_worker
+from tts_policy.sim.evaluation_worker import Job, run_job, start_worker, stop_worker
 from tts_policy.worker_processes import worker_processes
 
 FIRST_SEED = 100_000
@@ -184,6 +184,7 @@ def _run(
         records: Iterator[dict[str, Any]]
         if workers == 1:
             start_worker(*setup)
+            stack.callback(stop_worker)
             records = map(run_job, jobs)
         else:
             pool = stack.enter_context(worker_processes(workers, start_worker, setup))

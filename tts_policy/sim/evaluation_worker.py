@@ -88,6 +88,15 @@ class Worker:
             return record | {'l1_error': self._action_error(job.task, job.arm)}
         return record | self._episode(job.task, job.arm, job.seed)
 
+    def close(self) -> None:
+        """Free the renderers of its worlds.
+
+        A renderer that is only forgotten is freed in the context of another one that is in use.
+        """
+        for made in self._made.values():
+            if isinstance(made, Benchmark):
+                made.close()
+
     def _once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         if key not in self._made:
             self._made[key] = make()
@@ -232,6 +241,14 @@ def start_worker(bundles: dict[str, Path], sequences: int) -> None:
     """Set up a process of the pool."""
     global _worker
     _worker = Worker(bundles, sequences)
+
+
+def stop_worker() -> None:
+    """Free what `start_worker` has set up in this process."""
+    global _worker
+    if _worker is not None:
+        _worker.close()
+        _worker = None
 
 
 def run_job(job: Job) -> dict[str, Any]:

@@ -85,6 +85,11 @@ class PlanPruner(nn.Module, ABC):
     def sparsities(self) -> tuple[float, ...]:
         """Those whose logits differ, all others having those of `trained_for`; empty: any may."""
 
+    @property
+    def reads_observation(self) -> bool:
+        """Whether the observation has a say in the logits; a constant plan per sparsity if not."""
+        return True
+
     def trained_for(self, sparsity: float) -> float:
         """Sparsity whose logits serve another: the nearest; of two as near, the sparser one."""
         return min(self.sparsities, key=lambda known: (abs(known - sparsity), -known))
@@ -147,7 +152,7 @@ class Pruner(PlanPruner):
 
     @property
     def reads_observation(self) -> bool:
-        """Whether the observation has a say in the logits; a constant plan per sparsity if not."""
+        """Whether any cell listens to the observation."""
         return bool(self.cell.any())
 
     def table(self, sparsity: float) -> Tensor:

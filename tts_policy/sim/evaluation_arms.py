@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tts_policy.core.bundle import AnyPruner, Bundle, BundleError
 from tts_policy.core.plan import Reuse
-from tts_policy.core.pruner import Pruner, PrunerSpec
+from tts_policy.core.pruner import PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import FLOW
 from tts_policy.sim.plan_sources import (
@@ -183,9 +183,13 @@ class Arm:
 
     def made_plan(self, bundle: Bundle) -> str:
         """`plan`, or `learned` where it comes to the same: a constant plan is its own mean."""
-        pruner = bundle.samplers.get(self.sampler, (None, None))[1]
-        constant = isinstance(pruner, Pruner) and not pruner.reads_observation
+        pruner = self.pruner(bundle)
+        constant = pruner is not None and not pruner.reads_observation
         return 'learned' if constant and self.plan in ('mean', 'shuffled') else self.plan
+
+    def pruner(self, bundle: Bundle) -> AnyPruner | None:
+        """Pruner that the bundle has for the arm's sampler."""
+        return bundle.samplers.get(self.sampler, (None, None))[1]
 
     def plan_source(self, bundle: Bundle, tokens: Tensor) -> PlanSource | None:
         """Source of the plans, None for a dense arm; tokens [M, To, D] are other episodes'.
@@ -199,7 +203,7 @@ class Arm:
         if not self.plan:
             return None
         if self.plan in LEARNED_PLANS:
-            pruner = bundle.samplers.get(self.sampler, (None, None))[1]
+            pruner = self.pruner(bundle)
             if pruner is None:
                 raise BundleError(f'{self.name}: the bundle has no pruner for {self.sampler!r}')
             return LEARNED_PLANS[self.plan](pruner, tokens)

@@ -44,7 +44,7 @@ class ArmDigests:
         # The recommendation is advice to a user; an arm runs at its own sparsity.
         setting = replace(setting, sampler=replace(setting.sampler, recommended_sparsity=0.0))
         digest.update(repr((arm.plan, arm.asked_sparsity, setting)).encode())
-        pruner = self._bundle.samplers.get(arm.sampler, (None, None))[1]
+        pruner = arm.pruner(self._bundle)
         if arm.plan in LEARNED_PLANS and pruner is not None:
             self._take_in_pruner(digest, pruner, arm.sparsity)
         return digest.hexdigest()[:DIGITS]

@@ -132,8 +132,11 @@ class PrunerTrainer:
         budget = self._budget()
         return PlanSearch(self._loop, self._measure, plan, budget, self._forced, self.spec.search)
 
-    def _started(self, random: np.random.Generator) -> PlanSearch:
-        """Search from the start that is best once it has shrunk or grown to the budget."""
+    def _start(self, random: np.random.Generator) -> PlanSearch:
+        """Search from the start that is best once it has shrunk or grown to the budget.
+
+        It counts as the best plan: a step may help its batch and not the lessons kept back.
+        """
         searches = [self._new_search(plan) for plan in self._starts]
         for search in searches:
             shrinking = True
@@ -141,9 +144,12 @@ class PrunerTrainer:
                 shrinking = search.shrink(self._batch(random, self.spec.sample)[1])
             while search.computed < search.budget.cells:
                 search.grow(self._batch(random, self.spec.sample)[1])
-        return min(
-            searches, key=lambda search: (not search.affordable, self._kept_error(search.plan))
+        merits = [(not s.affordable, self._kept_error(s.plan)) for s in searches]
+        (_, self.best_error), search = min(
+            zip(merits, searches, strict=True), key=lambda pair: pair[0]
         )
+        self.best = search.plan
+        return search
 
     def _random(self) -> np.random.Generator:
         """Random numbers of the step in work; they depend on seed and step alone."""
@@ -164,9 +170,7 @@ class PrunerTrainer:
         """
         random = self._random()
         if self._search is None:
-            self._search = self._started(random)
-            # A step may help its batch and not these lessons; then the start stays the best.
-            self.best, self.best_error = self._search.plan, self._kept_error(self._search.plan)
+            self._search = self._start(random)
             self._judge_lessons(self.best)
         before, after = self._search.step(*self._batch(random, self.spec.batch), random)
         self.step += 1

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of the pruner of one sampler: a searched plan per sparsity, and what survives a stop.
 
-The sparsest plan starts from a static schedule, or grows from one of half its cost; every other
-grows from the next sparser one. Each may also grow from a static schedule of a pass less, shrink
-from one of a pass more, or be another bundle's, whichever is best within the budget of cells and
+Every plan starts from whole passes, placed where they help most (see `pass_search`), grows from
+the next sparser one's, or is another bundle's, whichever is best within the budget of cells and
 their cost (see `plan_budget`). Each is searched for a number of steps (see `plan_search`); the one
 that did best on lessons kept back becomes the table of its sparsity. The lessons of a step are
 drawn with a preference for those in which reuse errs most.
@@ -12,6 +11,7 @@ drawn with a preference for those in which reuse errs most.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from tts_policy.train.lessons import (
     SharedPlanLoop,
     forced_cells,
 )
+from tts_policy.train.pass_search import passes_plan, placed_passes
 from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
 from tts_policy.train.prior_plans import PriorPlans
@@ -84,9 +85,7 @@ class PrunerTrainer:
         self.best_error = float('inf')
         self.step = 0
         self._prior = prior
-        count = self._whole_passes()
-        passes = {count, max(1, count // 2)} - {count - 1}
-        self._begin([static_plan(*shape, n) for n in sorted(passes)])
+        self._begin(static_plan(*shape, self._whole_passes()[0]))
 
     @property
     def sparsity(self) -> float:
@@ -104,22 +103,32 @@ class PrunerTrainer:
         cost = self._teacher.denoiser.spec.stack.flops
         return PlanBudget(cells, cost, pruner_flops(self._pruner_spec()))
 
-    def _whole_passes(self) -> int:
-        """Whole passes that the cells of the sparsity in work suffice for, at least one."""
-        return max(1, self._budget().cells // self._forced.shape[1])
+    def _whole_passes(self) -> list[int]:
+        """Whole passes that the cells of the sparsity in work suffice for, and are short of.
 
-    def _begin(self, starts: list[Plan]) -> None:
-        """Begin with the sparsity in work; the search starts from the best of some plans.
-
-        Two of them are static schedules, of a pass less and of a pass more.
+        At least one pass; a single number if the cells are those of whole passes.
         """
+        passes = self._budget().cells / self._forced.shape[1]
+        return sorted({max(1, int(passes)), max(1, ceil(passes))})
+
+    def _begin(self, start: Plan) -> None:
+        """Begin with the sparsity in work; a plan that the search may start from."""
         self._search: PlanSearch | None = None
-        steps, blocks = self._forced.shape
-        passes = self._whole_passes()
-        near = [n for n in (passes - 1, passes + 1) if 0 < n < steps]
-        statics = [static_plan(steps, blocks, n) for n in near]
-        self._starts = [*starts, *statics, *self._prior_plans()]
-        self.best, self.best_error = starts[0], float('inf')
+        self.best, self.best_error = start, float('inf')
+
+    def _placed_passes(self, batch: LessonBatch) -> list[Plan]:
+        """Plans of whole passes near the budget, each placed where its error is least."""
+        kinds, steps = self._loop.kinds, len(self._forced)
+
+        def error(passes: list[int]) -> float:
+            plan = passes_plan(steps, passes, kinds)
+            return self._loop.error(batch, plan, self._measure)
+
+        found = [
+            placed_passes(error, steps, count, self.sampler.force_first_step)
+            for count in self._whole_passes()
+        ]
+        return [passes_plan(steps, passes, kinds) for passes, _ in found]
 
     def _prior_plans(self) -> list[Plan]:
         """The prior's plan for the sparsity in work, if there is one."""
@@ -137,7 +146,8 @@ class PrunerTrainer:
 
         It counts as the best plan: a step may help its batch and not the lessons kept back.
         """
-        searches = [self._new_search(plan) for plan in self._starts]
+        placed = self._placed_passes(self._batch(random, self.spec.batch)[0])
+        searches = [self._new_search(plan) for plan in (self.best, *placed, *self._prior_plans())]
         for search in searches:
             shrinking = True
             while shrinking and not search.affordable:
@@ -200,7 +210,7 @@ class PrunerTrainer:
         gradient = reuse_gradient(self._loop, sample, self.best, self._measure)
         self.tables[self.sparsity] = plan_table(self.best, search.ranking(gradient))
         if len(self.tables) < len(self.sparsities):
-            self._begin([self.best])
+            self._begin(self.best)
 
     def pruner(self) -> Pruner:
         """The trained pruner."""
@@ -229,7 +239,7 @@ class PrunerTrainer:
         self.step, self.tables = state['step'], state['tables']
         self.choice.errors = state['lesson_errors']
         if len(self.tables) < len(self.sparsities):
-            self._begin([state['best'].numpy()])
+            self._begin(state['best'].numpy())
             self.best_error = state['best_error']
             if state['search'] is not None:
                 self._search = self._new_search(self.best)

@@ -237,6 +237,22 @@ def test_measurements_of_another_policy_or_setting_are_told_from_these(
     assert here['ddim10+fresh'] == quiet['ddim10+fresh']
 
 
+def test_what_is_forced_matters_to_plans_of_a_pruner_alone(constant: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(constant)
+    other = Path(shutil.copytree(constant, tmp_path / 'other'))
+    specs = {
+        name: replace(spec, force_first_step=not spec.force_first_step, max_rollout_age=3)
+        for name, (spec, _) in bundle.samplers.items()
+    }
+    save_bundle(other, 'other', bundle.network, specs)
+    for name, (_, pruner) in bundle.samplers.items():
+        if isinstance(pruner, Pruner):
+            save_pruner(other, name, pruner)
+    names = ['ddim10', 'ddim10+execute4', 'ddim10:static:0.8', 'ddim10:learned:0.8']
+    before, after = digests(constant, names), digests(other, names)
+    assert [name for name in names if before[name] == after[name]] == names[:3]
+
+
 def test_measurements_of_other_bundles_are_left_out_and_do_not_hide_these(bundle: Path) -> None:
     expected = ExpectedDigests({'lift': load_bundle(bundle)})
     own = expected.of('lift', 'ddim10')

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tts_policy.core.bundle import AnyPruner, Bundle
 from tts_policy.core.pruner import Pruner
+from tts_policy.core.sampler import SamplerSpec
 from tts_policy.sim.evaluation_arms import LEARNED_PLANS, Arm, ArmError
 
 DIGITS = 16
@@ -42,7 +43,12 @@ class ArmDigests:
         """
         digest, setting = self._policy.copy(), arm.setting(self._bundle)
         # The recommendation is advice to a user; an arm runs at its own sparsity.
-        setting = replace(setting, sampler=replace(setting.sampler, recommended_sparsity=0.0))
+        sampler = replace(setting.sampler, recommended_sparsity=0.0)
+        if arm.plan in ('', 'static'):
+            # Such a plan is the same whatever is forced, and takes nothing from earlier ticks.
+            age = SamplerSpec.max_rollout_age
+            sampler = replace(sampler, force_first_step=False, max_rollout_age=age)
+        setting = replace(setting, sampler=sampler)
         digest.update(repr((arm.plan, arm.asked_sparsity, setting)).encode())
         pruner = arm.pruner(self._bundle)
         if arm.plan in LEARNED_PLANS and pruner is not None:

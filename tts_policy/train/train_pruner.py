@@ -124,7 +124,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         '--prior',
         type=Path,
         metavar='BUNDLE',
-        help='its plans are starts too, if they end up better than static ones',
+        help='its plans are starts too, if they end up better than placed passes',
     )
     parser.add_argument(
         '--prior-sampler',

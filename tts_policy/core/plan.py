@@ -17,7 +17,7 @@ from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Plan = NDArray[np.int8]
 
@@ -57,11 +57,18 @@ def static_steps(steps: int, count: int) -> NDArray[np.int64]:
     return np.array(sorted(chosen))
 
 
+def passes_plan(steps: int, blocks: int, passes: ArrayLike) -> Plan:
+    """All blocks at some steps, in ascending order; TIMESTEP after the first, ROLLOUT before."""
+    chosen = np.asarray(passes)
+    plan = np.full((steps, blocks), Reuse.TIMESTEP, np.int8)
+    plan[: chosen[0]] = Reuse.ROLLOUT
+    plan[chosen] = Reuse.COMPUTE
+    return plan
+
+
 def static_plan(steps: int, blocks: int, count: int) -> Plan:
     """Learning-free baseline: all blocks at `count` steps, TIMESTEP reuse at the others."""
-    plan = np.full((steps, blocks), Reuse.TIMESTEP, np.int8)
-    plan[static_steps(steps, count)] = Reuse.COMPUTE
-    return plan
+    return passes_plan(steps, blocks, static_steps(steps, count))
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,12 @@ the stride is halved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from tts_policy.core.plan import Plan, Reuse, static_steps
-from tts_policy.train.reuse_gradient import with_sources
+from tts_policy.core.plan import static_steps
 
 # The first stride is this share of the steps.
 REACH = 0.16
-
-
-def passes_plan(steps: int, passes: Sequence[int], kinds: NDArray[np.int64]) -> Plan:
-    """Plan [K, N] of whole passes at some steps; TIMESTEP after the first one, ROLLOUT before."""
-    plan = np.full((steps, len(kinds)), Reuse.TIMESTEP, np.int8)
-    plan[list(passes)] = Reuse.COMPUTE
-    return with_sources(plan, kinds)
 
 
 def placed_passes(

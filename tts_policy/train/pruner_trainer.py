@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.core.flops import pruner_flops
-from tts_policy.core.plan import Plan, Reuse, static_plan
+from tts_policy.core.plan import Plan, Reuse, passes_plan, static_plan
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.train.lesson_choice import LessonChoice
@@ -31,7 +31,7 @@ from tts_policy.train.lessons import (
     SharedPlanLoop,
     forced_cells,
 )
-from tts_policy.train.pass_search import passes_plan, placed_passes
+from tts_policy.train.pass_search import placed_passes
 from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
 from tts_policy.train.prior_plans import PriorPlans
@@ -118,17 +118,17 @@ class PrunerTrainer:
 
     def _placed_passes(self, batch: LessonBatch) -> list[Plan]:
         """Plans of whole passes near the budget, each placed where its error is least."""
-        kinds, steps = self._loop.kinds, len(self._forced)
+        steps, blocks = self._forced.shape
 
         def error(passes: list[int]) -> float:
-            plan = passes_plan(steps, passes, kinds)
+            plan = passes_plan(steps, blocks, passes)
             return self._loop.error(batch, plan, self._measure)
 
         found = [
             placed_passes(error, steps, count, self.sampler.force_first_step)
             for count in self._whole_passes()
         ]
-        return [passes_plan(steps, passes, kinds) for passes, _ in found]
+        return [passes_plan(steps, blocks, passes) for passes, _ in found]
 
     def _prior_plans(self) -> list[Plan]:
         """The prior's plan for the sparsity in work, if there is one."""

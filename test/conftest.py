@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -66,12 +66,10 @@ def ros() -> Iterator[None]:
 @pytest.fixture(scope='module')
 def test_node(ros: None) -> Iterator[Node]:
     """Give a node of the test process, spun in a thread of its own."""
-    import rclpy
     from rclpy.executors import SingleThreadedExecutor
+    from rclpy.node import Node
 
-    node = rclpy.create_node('test_node')
     executor = SingleThreadedExecutor()
-    executor.add_node(node)
     ended = threading.Event()
 
     def spin() -> None:
@@ -79,6 +77,27 @@ def test_node(ros: None) -> Iterator[Node]:
             executor.spin_once(timeout_sec=0.05)
 
     thread = threading.Thread(target=spin, daemon=True)
+
+    class SpunNode(Node):
+        """Only its thread destroys: a spin that finds something gone ends with InvalidHandle."""
+
+        def destroy_publisher(self, publisher: Any) -> bool:
+            return self._between_waits(super().destroy_publisher, publisher)
+
+        def destroy_subscription(self, subscription: Any) -> bool:
+            return self._between_waits(super().destroy_subscription, subscription)
+
+        def _between_waits(self, destroy: Callable[[Any], bool], entity: Any) -> bool:
+            if not thread.is_alive() or threading.current_thread() is thread:
+                return destroy(entity)
+            done = threading.Event()
+            task = executor.create_task(destroy, entity)
+            task.add_done_callback(lambda _: done.set())
+            assert done.wait(60), 'the thread of the test node does not spin any more'
+            return bool(task.result())
+
+    node = SpunNode('test_node')
+    executor.add_node(node)
     thread.start()
     yield node
     ended.set()

@@ -204,6 +204,25 @@ def test_arms_that_read_what_a_bundle_kept_keep_their_measurements(
     assert len(set(before.values())) == len(names)
 
 
+def test_the_order_of_cells_that_a_plan_reuses_matters_to_other_sparsities_alone(
+    constant: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(constant, tmp_path / 'other'))
+    pruner = load_bundle(other).samplers['ddim10'][1]
+    assert isinstance(pruner, Pruner)
+    with torch.no_grad():
+        logits = pruner.table(0.8)
+        best = logits[..., 1:].max(dim=-1).values
+        margin = (logits[..., 0] - best).flatten()
+        reused = margin.argsort(descending=True, stable=True)[round(0.2 * margin.numel()) :]
+        margin[reused] = margin[reused.flip(0)]
+        logits[..., 0] = best + margin.view_as(best)
+    save_pruner(other, 'ddim10', pruner)
+    names = [f'ddim10:learned:{sparsity}' for sparsity in (0.8, 0.6, 0.9)]
+    before, after = digests(constant, names), digests(other, names)
+    assert [before[name] == after[name] for name in names] == [True, False, True]
+
+
 def test_a_table_that_only_looks_like_another_sparsity_is_told_apart(
     bundle: Path, tmp_path: Path
 ) -> None:

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from tts_policy.core.bundle import AnyPruner, Bundle
+from tts_policy.core.bundle import Bundle
+from tts_policy.core.plan import PlanError, Reuse, make_plan
 from tts_policy.core.pruner import Pruner
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.sim.evaluation_arms import LEARNED_PLANS, Arm, ArmError
@@ -52,17 +55,34 @@ class ArmDigests:
         digest.update(repr((arm.plan, arm.asked_sparsity, setting)).encode())
         pruner = arm.pruner(self._bundle)
         if arm.plan in LEARNED_PLANS and pruner is not None:
-            self._take_in_pruner(digest, pruner, arm.sparsity)
+            if isinstance(pruner, Pruner) and not pruner.reads_observation:
+                digest.update(repr(replace(pruner.spec, sparsities=(0.0,))).encode())
+                _take_in(digest, self._constant_plan(arm, pruner, sampler))
+            else:
+                digest.update(repr(pruner.spec).encode())
+                _take_in(digest, pruner.state_dict())
         return digest.hexdigest()[:DIGITS]
 
-    @staticmethod
-    def _take_in_pruner(digest: hashlib._Hash, pruner: AnyPruner, sparsity: float) -> None:
-        if isinstance(pruner, Pruner) and not pruner.reads_observation:
-            digest.update(repr(replace(pruner.spec, sparsities=(0.0,))).encode())
-            _take_in(digest, {'table': pruner.table(sparsity)})
-        else:
-            digest.update(repr(pruner.spec).encode())
-            _take_in(digest, pruner.state_dict())
+    def _constant_plan(
+        self, arm: Arm, pruner: Pruner, sampler: SamplerSpec
+    ) -> Mapping[str, Tensor]:
+        """What decides the plans of all ticks: where they compute, and what they reuse first.
+
+        The order of the other cells matters to other sparsities alone.
+        """
+        spec = pruner.spec
+        tokens = torch.zeros(1, spec.obs_steps, spec.memory_width)
+        gates = torch.zeros(spec.steps, spec.hidden)
+        with torch.no_grad():
+            logits = LEARNED_PLANS[arm.plan](pruner, tokens)(gates, tokens, arm.sparsity)[0]
+        everywhere = np.ones((spec.steps, spec.blocks), bool)
+        kinds, forced = self._bundle.network.denoiser.spec.stack.kinds, sampler.force_first_step
+        try:
+            plan = make_plan(logits.numpy(), arm.sparsity, everywhere, forced, kinds)
+        except PlanError as error:
+            raise ArmError(f'{arm.name}: {error}') from error
+        computed = torch.from_numpy(plan == Reuse.COMPUTE)
+        return {'computed': computed, 'reuse': logits[..., Reuse.FORWARD :]}
 
 
 class ExpectedDigests:

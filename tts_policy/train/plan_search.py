@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tts_policy.core.plan import Plan, Reuse
 from tts_policy.train.lessons import ActionError, LessonBatch, SharedPlanLoop
 from tts_policy.train.plan_budget import PlanBudget, apart
+from tts_policy.train.refinement import refinement_order
 from tts_policy.train.reuse_gradient import Flip, ReuseGradient, flipped, reuse_gradient
 
 REUSE_CLASSES = (Reuse.FORWARD, Reuse.TIMESTEP, Reuse.ROLLOUT)
@@ -239,22 +240,19 @@ class PlanSearch:
         self._swap = 1
         return error
 
-    def ranking(self, gradient: ReuseGradient) -> NDArray[np.float32]:
+    def ranking(self) -> NDArray[np.float32]:
         """How much every cell wants to be computed: [K, N], above 0 where the plan does.
 
-        In (0, 1] by the cost of removal for computed cells, in [-1, 0) by the expected gain of
-        computing for the others, so that a budget near this plan's has a sensible plan too.
+        In (0, 1] by the cost of removal for computed cells, in [-1, 0) by the order in which the
+        plan is refined for the others, so that other budgets have a sensible plan too.
         """
         wanted = np.zeros(self.plan.shape, np.float32)
         costs = np.where(np.isnan(self.removal_cost), np.inf, self.removal_cost)
         costs[self._forced] = np.inf
         computed = self.plan == Reuse.COMPUTE
         wanted[computed] = _ranks(costs[computed])
-        flips = gradient.flips((Reuse.COMPUTE,))
-        gains = np.zeros(self.plan.shape)
-        for flip in flips:
-            gains[flip.cell] = -flip.change
-        wanted[~computed] = _ranks(gains[~computed]) - 1.0 - 1.0 / max(1, (~computed).sum())
+        order = refinement_order(self.plan)
+        wanted.ravel()[order] = -np.arange(1, len(order) + 1) / max(1, len(order))
         return wanted
 
 

@@ -35,7 +35,7 @@ from tts_policy.train.pass_search import placed_passes
 from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
 from tts_policy.train.prior_plans import PriorPlans
-from tts_policy.train.reuse_gradient import reuse_gradient
+from tts_policy.train.refinement import refined
 from tts_policy.train.tick_sequences import DenseTeacher
 
 KEPT_BACK = 24
@@ -147,7 +147,8 @@ class PrunerTrainer:
         It counts as the best plan: a step may help its batch and not the lessons kept back.
         """
         placed = self._placed_passes(self._batch(random, self.spec.batch)[0])
-        searches = [self._new_search(plan) for plan in (self.best, *placed, *self._prior_plans())]
+        grown = refined(self.best, self._budget().cells)
+        searches = [self._new_search(plan) for plan in (grown, *placed, *self._prior_plans())]
         for search in searches:
             shrinking = True
             while shrinking and not search.affordable:
@@ -206,9 +207,7 @@ class PrunerTrainer:
     def _finish(self, search: PlanSearch) -> None:
         """Turn the best plan into the table of its sparsity and go on to the next."""
         search.plan = self.best
-        sample = self._batch(self._random(), self.spec.sample)[1]
-        gradient = reuse_gradient(self._loop, sample, self.best, self._measure)
-        self.tables[self.sparsity] = plan_table(self.best, search.ranking(gradient))
+        self.tables[self.sparsity] = plan_table(self.best, search.ranking())
         if len(self.tables) < len(self.sparsities):
             self._begin(self.best)
 

@@ -234,7 +234,12 @@ def _everything() -> list[str]:
         f'ddim{steps}:{plan}:{s}{step}'
         for steps in (10, 16)
         for s in (0.6, 0.7, 0.8, 0.85)
-        for plan, step in (('learned', '+forced'), ('learned', '+free'), ('static', ''))
+        for plan, step in (
+            ('learned', ''),
+            ('learned', '+forced'),
+            ('learned', '+free'),
+            ('static', ''),
+        )
     ]
     controls = [
         f'{sampler}:{plan}:{s}'

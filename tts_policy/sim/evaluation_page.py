@@ -24,8 +24,9 @@ error in normalised units against the dense chunk of the same sampler and noise,
 (Push-T: dense ones; its score is the largest reward, averaged over episodes). Won and lost count
 the seeds on which only the arm, or only the dense reference (DDPM-100, or ten Euler steps for a
 flow), succeeded; their test is McNemar's, exact, and the interval of the difference is Bonett and
-Price's. Of a pruner whose plans are constant the mean plan, and that of another tick's memory, are
-the learned plan itself: they have no rows of their own.
+Price's. An arm that comes to the same as another one has no row of its own: the mean plan of a
+pruner whose plans are constant, and that of another tick's memory, are the learned plan itself;
+a bundle whose samplers leave step 0 free makes no other plan with "+free".
 
 ![Success against cost](pareto.png)
 """
@@ -162,15 +163,12 @@ def _monotone(arms: Arms, scheduler: str) -> tuple[str, str, bool | None]:
 
 
 def _points(arms: Arms, prefix: str) -> list[tuple[float, Row]]:
-    named = [
-        (name.removeprefix(prefix), row) for name, row in arms.items() if name.startswith(prefix)
+    plain = [
+        (float(name.removeprefix(prefix)), row)
+        for name, row in arms.items()
+        if name.startswith(prefix) and '+' not in name
     ]
-    plain = [(float(rest), row) for rest, row in named if '+' not in rest]
-    free = [(float(rest.partition('+')[0]), row) for rest, row in named if rest.endswith('+free')]
-    known = {sparsity for sparsity, _ in plain}
-    return sorted(
-        plain + [point for point in free if point[0] not in known], key=lambda point: point[0]
-    )
+    return sorted(plain, key=lambda point: point[0])
 
 
 def _family(row: Row) -> str:
@@ -187,7 +185,7 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     # Options such as +execute2 change the task, not the price of a tick.
-    shown = [row for row in rows if '+' not in row['arm'] or row['arm'].endswith('+free')]
+    shown = [row for row in rows if '+' not in row['arm']]
     tasks = list(dict.fromkeys(row['task'] for row in shown))
     figure = Figure(figsize=(13, 4.6 * len(tasks)), layout='constrained')
     FigureCanvasAgg(figure)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -63,9 +65,26 @@ def test_the_cells_asked_for_are_computed_whatever_the_steps(steps: int, kind: s
     torch.manual_seed(0)
     torch.nn.init.normal_(pruner.tables)
     prior = PriorPlans(pruner, SamplerSpec(SchedulerSpec('ddim', 10, 100), False))
-    plan = prior.plan(12, SamplerSpec(SchedulerSpec(kind, steps, 100), False), KINDS)
-    assert (plan == Reuse.COMPUTE).sum() == 12
+    free = SamplerSpec(SchedulerSpec(kind, steps, 100), False)
+    plans = prior.plans(12, free, KINDS)
+    assert [int((plan == Reuse.COMPUTE).sum()) for plan in plans] == [12]
+    # Between two tables both are starts.
+    assert [int((p == Reuse.COMPUTE).sum()) for p in prior.plans(20, free, KINDS)] == [20, 20]
     # A forced step is a part of the budget.
-    forced = prior.plan(12, SamplerSpec(SchedulerSpec(kind, steps, 100), True), KINDS)
+    (forced,) = prior.plans(12, replace(free, force_first_step=True), KINDS)
     assert (forced[0] == Reuse.COMPUTE).all()
     assert 10 <= (forced == Reuse.COMPUTE).sum() <= 12
+
+
+def test_a_sparser_table_is_a_start_beside_the_one_for_that_very_sparsity() -> None:
+    pruner = Pruner(PrunerSpec(10, BLOCKS, 8, 2, (0.5, 0.8)))
+    sampler = SamplerSpec(SchedulerSpec('ddim', 10, 100), False)
+    everywhere = np.ones((10, BLOCKS), bool)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(pruner.tables)
+    own, grown = (
+        make_plan(pruner.table(known).detach().numpy(), 0.5, everywhere, False, KINDS)
+        for known in (0.5, 0.8)
+    )
+    plans = PriorPlans(pruner, sampler).plans(30, sampler, KINDS)
+    assert np.array_equal(plans, [own, grown]) and not np.array_equal(own, grown)

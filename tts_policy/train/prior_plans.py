@@ -45,25 +45,43 @@ class PriorPlans:
     pruner: Pruner
     sampler: SamplerSpec
 
-    def plan(self, cells: int, sampler: SamplerSpec, kinds: NDArray[np.int64]) -> Plan:
-        """Plan of `sampler` that computes about `cells` cells, a forced step's among them."""
-        plan = self._carried_over(cells, sampler, kinds)
+    def plans(self, cells: int, sampler: SamplerSpec, kinds: NDArray[np.int64]) -> list[Plan]:
+        """Plans of `sampler` that compute about `cells` cells, a forced step's among them.
+
+        One is of the table for that sparsity, or the next denser one, one of the next sparser:
+        what a table lacks is added by whole passes, which may be better than a table searched
+        for the very sparsity.
+        """
+        sparsity = self._sparsity(cells) + 1e-9
+        denser = [known for known in self.pruner.sparsities if known <= sparsity]
+        sparser = [known for known in self.pruner.sparsities if known > sparsity]
+        return [self._of_table(k, cells, sampler, kinds) for k in (*denser[-1:], *sparser[:1])]
+
+    def _sparsity(self, cells: int) -> float:
+        own = self.pruner.spec.steps * self.pruner.spec.blocks
+        return min(max(0.0, 1 - cells / own), self.sampler.max_sparsity)
+
+    def _of_table(
+        self, known: float, cells: int, sampler: SamplerSpec, kinds: NDArray[np.int64]
+    ) -> Plan:
+        plan = self._carried_over(known, cells, sampler, kinds)
         if not sampler.force_first_step:
             return plan
         # With fewer cells fewer of the first step may be among them.
         spare = 0
         while (missing := int((plan[0] != Reuse.COMPUTE).sum())) > spare:
             spare = missing
-            plan = self._carried_over(cells - spare, sampler, kinds)
+            plan = self._carried_over(known, cells - spare, sampler, kinds)
         plan[0] = Reuse.COMPUTE
         return plan
 
-    def _carried_over(self, cells: int, sampler: SamplerSpec, kinds: NDArray[np.int64]) -> Plan:
-        steps, blocks = self.pruner.spec.steps, self.pruner.spec.blocks
-        sparsity = min(max(0.0, 1 - cells / (steps * blocks)), self.sampler.max_sparsity)
-        logits = self.pruner.table(sparsity).detach().numpy()
-        everywhere = np.ones((steps, blocks), bool)
-        own = make_plan(logits, sparsity, everywhere, self.sampler.force_first_step, kinds)
+    def _carried_over(
+        self, known: float, cells: int, sampler: SamplerSpec, kinds: NDArray[np.int64]
+    ) -> Plan:
+        logits = self.pruner.table(known).detach().numpy()
+        everywhere = np.ones((self.pruner.spec.steps, self.pruner.spec.blocks), bool)
+        sparsity, forced = self._sparsity(cells), self.sampler.force_first_step
+        own = make_plan(logits, sparsity, everywhere, forced, kinds)
         levels, new_levels = (
             np.array(spec.scheduler.timesteps(), float) for spec in (self.sampler, sampler)
         )

@@ -131,11 +131,11 @@ class PrunerTrainer:
         return [passes_plan(steps, blocks, passes) for passes, _ in found]
 
     def _prior_plans(self) -> list[Plan]:
-        """The prior's plan for the sparsity in work, if there is one."""
+        """The prior's plans for the sparsity in work, if there is one."""
         if self._prior is None:
             return []
         kinds = self._teacher.denoiser.spec.stack.kinds
-        return [self._prior.plan(self._budget().cells, self.sampler, kinds)]
+        return self._prior.plans(self._budget().cells, self.sampler, kinds)
 
     def _new_search(self, plan: Plan) -> PlanSearch:
         budget = self._budget()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tts_policy.core.bundle import Bundle, BundleError, load_bundle, save_random
 from tts_policy.core.flops import pruner_flops
 from tts_policy.core.network import DiTOptions, NetworkSpec
 from tts_policy.core.plan import Plan, Reuse, make_plan, static_plan
+from tts_policy.core.pruner import Pruner
 from tts_policy.sim.evaluation_arms import ARM_SETS, PLANS, Arm, ArmError, parse_arms
 from tts_policy.train.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS
 
@@ -102,6 +104,27 @@ def test_a_dense_scheduler_needs_no_entry_in_the_bundle(bundle: Bundle) -> None:
     assert setting.sampler.hold_noise and setting.execute == 8
     assert setting.sampler.temperature == bundle.samplers['ddim10'][0].temperature
     assert arm.plan_source(bundle, torch.empty(0)) is None
+
+
+@pytest.mark.parametrize('off', [Reuse.FORWARD, Reuse.TIMESTEP, Reuse.ROLLOUT])
+def test_without_a_class_of_reuse_the_same_cells_are_computed(
+    bundle: Bundle, tokens: torch.Tensor, off: Reuse
+) -> None:
+    mixed = copy.deepcopy(bundle)
+    pruner = mixed.samplers['ddim10'][1]
+    assert isinstance(pruner, Pruner)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(pruner.tables)
+    torch.nn.init.zeros_(pruner.cell)
+    whole, without = (
+        np.stack(plans(name, mixed, tokens))
+        for name in ('ddim10:learned:0.8+free', f'ddim10:no_{off.name.lower()}:0.8+free')
+    )
+    assert np.array_equal(whole == Reuse.COMPUTE, without == Reuse.COMPUTE)
+    kept = whole != off
+    assert np.array_equal(whole[kept], without[kept])
+    # The class stays the last resort, where no other one is valid.
+    assert (whole == off).sum() > 2 * (without == off).sum()
 
 
 def test_options_change_what_they_name_and_nothing_else(bundle: Bundle) -> None:

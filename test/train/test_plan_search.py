@@ -35,6 +35,7 @@ from tts_policy.train.lessons import (
 from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
 from tts_policy.train.pruner_trainer import plan_table
+from tts_policy.train.refinement import refined, refinement_steps
 from tts_policy.train.replicas import Replicas
 from tts_policy.train.reuse_gradient import Flip, flipped, reuse_gradient
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
@@ -275,6 +276,23 @@ def test_a_table_gives_back_its_plan_and_orders_cells_for_other_sparsities(
     assert (make_plan(table, realised_sparsity(plan), valid, False, KINDS) == plan).all()
     denser = make_plan(table, realised_sparsity(plan) - 0.2, valid, False, KINDS)
     assert (denser[computed] == Reuse.COMPUTE).all()
+
+
+@pytest.mark.parametrize(('steps', 'blocks'), [(100, 24), (10, 24)])
+def test_a_table_in_half_precision_is_refined_pass_by_pass(steps: int, blocks: int) -> None:
+    teacher = _teacher(DDIM)
+    plan = static_plan(steps, blocks, 3)
+    plan[refinement_steps(plan)[2], : blocks // 3] = Reuse.COMPUTE
+    budget = PlanBudget(int((plan == Reuse.COMPUTE).sum()), np.ones(blocks))
+    forced = np.zeros(plan.shape, bool)
+    search = PlanSearch(SharedPlanLoop(teacher), MEASURE, plan, budget, forced, SearchSpec())
+    table = plan_table(plan, search.ranking()).half().float().numpy()
+    kinds, valid = np.arange(blocks) % 3, np.ones(plan.shape, bool)
+    for passes in range(steps - 3):
+        dense = refined(plan, search.computed + passes * blocks)
+        sparsity = realised_sparsity(dense)
+        made = make_plan(table, sparsity, valid, False, kinds)
+        assert np.array_equal(made == Reuse.COMPUTE, dense == Reuse.COMPUTE)
 
 
 def test_a_flip_that_takes_away_a_source_leaves_a_plan_that_can_be_executed() -> None:

@@ -70,6 +70,9 @@ def test_the_cells_asked_for_are_computed_whatever_the_steps(steps: int, kind: s
     assert [int((plan == Reuse.COMPUTE).sum()) for plan in plans] == [12]
     # Between two tables both are starts.
     assert [int((p == Reuse.COMPUTE).sum()) for p in prior.plans(20, free, KINDS)] == [20, 20]
+    # Cells of 60.5 % are rounded, and still those of the table for it.
+    rounded = PriorPlans(Pruner(PrunerSpec(10, BLOCKS, 8, 2, (0.605, 0.8))), prior.sampler)
+    assert len(rounded.plans(24, free, KINDS)) == 2
     # A forced step is a part of the budget.
     (forced,) = prior.plans(12, replace(free, force_first_step=True), KINDS)
     assert (forced[0] == Reuse.COMPUTE).all()

@@ -68,7 +68,7 @@ class ArmDigests:
     ) -> Mapping[str, Tensor]:
         """What decides the plans of all ticks: where they compute, and what they reuse first.
 
-        The order of the other cells matters to other sparsities alone.
+        In which order a plan would be refined matters to other sparsities alone.
         """
         spec = pruner.spec
         tokens = torch.zeros(1, spec.obs_steps, spec.memory_width)
@@ -121,7 +121,7 @@ class ExpectedDigests:
         ]
 
 
-def _take_in(digest: hashlib._Hash, weights: Mapping[str, Tensor]) -> None:
-    for name, value in weights.items():
+def _take_in(digest: hashlib._Hash, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

@@ -184,7 +184,7 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Options such as +execute2 change the task, not the price of a tick.
+    # Options such as +execute2 make another task, or another plan at the same price.
     shown = [row for row in rows if '+' not in row['arm']]
     tasks = list(dict.fromkeys(row['task'] for row in shown))
     figure = Figure(figsize=(13, 4.6 * len(tasks)), layout='constrained')

@@ -73,7 +73,7 @@ class Learned(PlanSource):
 
 
 class Without(Learned):
-    """The pruner with one reuse class switched off."""
+    """The pruner with one reuse class switched off: the cells it computes are the same."""
 
     def __init__(self, pruner: AnyPruner, off: Reuse) -> None:
         super().__init__(pruner)
@@ -82,7 +82,9 @@ class Without(Learned):
     def forward(self, gates: Any, observation_tokens: Tensor, sparsity: float) -> Tensor:
         """Logits of the pruner, the class off wherever another one is valid."""
         logits = self.pruner(gates, observation_tokens, sparsity).clone()
+        before = logits[..., Reuse.FORWARD :].amax(dim=-1)
         logits[..., self._off] = OFF
+        logits[..., Reuse.COMPUTE] += logits[..., Reuse.FORWARD :].amax(dim=-1) - before
         return logits
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tts_policy.core.plan import Plan, Reuse
 from tts_policy.train.lessons import ActionError, LessonBatch, SharedPlanLoop
 from tts_policy.train.plan_budget import PlanBudget, apart
-from tts_policy.train.refinement import refinement_order
+from tts_policy.train.refinement import refinement_steps
 from tts_policy.train.reuse_gradient import Flip, ReuseGradient, flipped, reuse_gradient
 
 REUSE_CLASSES = (Reuse.FORWARD, Reuse.TIMESTEP, Reuse.ROLLOUT)
@@ -251,8 +251,10 @@ class PlanSearch:
         costs[self._forced] = np.inf
         computed = self.plan == Reuse.COMPUTE
         wanted[computed] = _ranks(costs[computed])
-        order = refinement_order(self.plan)
-        wanted.ravel()[order] = -np.arange(1, len(order) + 1) / max(1, len(order))
+        steps = refinement_steps(self.plan)
+        # By steps, not by cells, of which a bundle's half precision could not tell so many apart.
+        later = -np.arange(1, len(steps) + 1, dtype=np.float32) / max(1, len(steps))
+        wanted[steps] = np.where(computed[steps], wanted[steps], later[:, None])
         return wanted
 
 

@@ -48,18 +48,20 @@ class PriorPlans:
     def plans(self, cells: int, sampler: SamplerSpec, kinds: NDArray[np.int64]) -> list[Plan]:
         """Plans of `sampler` that compute about `cells` cells, a forced step's among them.
 
-        One is of the table for that sparsity, or the next denser one, one of the next sparser:
-        what a table lacks is added by whole passes, which may be better than a table searched
-        for the very sparsity.
+        One is of the table for that sparsity, or the next denser one, one of the next sparser: a
+        plan refined from there may be better than one searched for the very sparsity.
         """
-        sparsity = self._sparsity(cells) + 1e-9
-        denser = [known for known in self.pruner.sparsities if known <= sparsity]
-        sparser = [known for known in self.pruner.sparsities if known > sparsity]
-        return [self._of_table(k, cells, sampler, kinds) for k in (*denser[-1:], *sparser[:1])]
+        known = self.pruner.sparsities
+        denser = [s for s in known if round((1 - s) * self._size) >= cells]
+        sparser = [s for s in known if s not in denser]
+        return [self._of_table(s, cells, sampler, kinds) for s in (*denser[-1:], *sparser[:1])]
+
+    @property
+    def _size(self) -> int:
+        return self.pruner.spec.steps * self.pruner.spec.blocks
 
     def _sparsity(self, cells: int) -> float:
-        own = self.pruner.spec.steps * self.pruner.spec.blocks
-        return min(max(0.0, 1 - cells / own), self.sampler.max_sparsity)
+        return min(max(0.0, 1 - cells / self._size), self.sampler.max_sparsity)
 
     def _of_table(
         self, known: float, cells: int, sampler: SamplerSpec, kinds: NDArray[np.int64]

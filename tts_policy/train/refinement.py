@@ -3,42 +3,49 @@
 
 A cell computed alone among reused ones mixes features of different noise levels; many of them,
 chosen by what each promises by itself, make a plan worse than the one they were added to. A whole
-pass more is what a static schedule with more steps has, and is rarely worse.
+pass more is what a static schedule with more steps has, and is rarely worse. Where cells are left
+that do not make a pass, the last one is partial.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tts_policy.core.plan import Plan, Reuse
+
+# A step is one of a plan's passes if it computes this share of what its densest step does.
+PASS_SHARE = 0.5
 
 
 def refinement_steps(plan: Plan) -> list[int]:
     """Steps that a plan [K, N] does not compute entirely, in the order in which to complete them.
 
-    Those where most is reused come first, each in the middle of the widest gap between passes, on
-    the time scale on which a static schedule is evenly spaced. What is missing from the others,
-    the plan's own passes, was left out on purpose and comes after as many new passes.
+    A new pass halves the widest gap between passes, on the time scale on which a static schedule
+    is evenly spaced; before the first and after the last one a gap counts half, for features of
+    an earlier tick, or the last ones, serve there by choice. What a pass of the plan's own lacks
+    was left out on purpose as well, and comes after as many new passes.
     """
-    share = (plan == Reuse.COMPUTE).mean(axis=1)
-    own = np.flatnonzero(share >= 0.5).tolist()
+    computed = plan == Reuse.COMPUTE
+    share = computed.mean(axis=1)
+    own = np.flatnonzero(computed.any(axis=1) & (share >= PASS_SHARE * share.max())).tolist()
     time = 1.0 - np.sqrt(1.0 - np.linspace(0.0, 1.0, len(plan)))
-    passes, order, rest = list(own), [], np.flatnonzero(share < 0.5).tolist()
-    while rest:
-        gaps = [min((abs(time[i] - time[j]) for j in passes), default=1.0) for i in rest]
-        step = rest.pop(int(np.argmax(gaps)))
+    distance = np.ones(len(plan))
+    passes, order = [], []
+    for step in own:
+        passes.append(step)
+        distance = np.minimum(distance, abs(time - time[step]))
+    while len(passes) < len(plan):
+        gap = distance.copy()
+        if passes:
+            gap[: min(passes)] /= 2
+            gap[max(passes) :] /= 2
+        gap[passes] = -1.0
+        step = int(gap.argmax())
         passes.append(step)
         order.append(step)
+        distance = np.minimum(distance, abs(time - time[step]))
     order[len(own) : len(own)] = own
     return [step for step in order if share[step] < 1.0]
-
-
-def refinement_order(plan: Plan) -> NDArray[np.int64]:
-    """Cells that a plan reuses, [M] numbers i * N + b, in the order in which to compute them."""
-    steps = refinement_steps(plan)
-    cells = np.arange(plan.size).reshape(plan.shape)[steps]
-    return cells[plan[steps] != Reuse.COMPUTE]
 
 
 def refined(plan: Plan, cells: int) -> Plan:

@@ -203,7 +203,8 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
                     continue
                 rate = np.array([p['successes'] / p['episodes'] for p in points])
                 low, high = np.array([p['ci95'] for p in points]).T
-                style = 's' if family.startswith('dense') else 'o'
+                # The colours begin anew after ten families.
+                style = 's' if family.startswith('dense') else 'o^'[number >= 10]
                 axis.errorbar(
                     [p[key] for p in points],
                     rate,

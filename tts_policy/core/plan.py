@@ -57,6 +57,12 @@ def static_steps(steps: int, count: int) -> NDArray[np.int64]:
     return np.array(sorted(chosen))
 
 
+def static_time(steps: int) -> NDArray[np.float64]:
+    """Steps [K] on the scale from 0 to 1 on which those of a static schedule are evenly spaced."""
+    time: NDArray[np.float64] = 1.0 - np.sqrt(1.0 - np.linspace(0.0, 1.0, steps))
+    return time
+
+
 def passes_plan(steps: int, blocks: int, passes: ArrayLike) -> Plan:
     """All blocks at some steps, in ascending order; TIMESTEP after the first, ROLLOUT before."""
     chosen = np.asarray(passes)

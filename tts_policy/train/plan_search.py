@@ -246,15 +246,14 @@ class PlanSearch:
         In (0, 1] by the cost of removal for computed cells, in [-1, 0) by the order in which the
         plan is refined for the others, so that other budgets have a sensible plan too.
         """
-        wanted = np.zeros(self.plan.shape, np.float32)
         costs = np.where(np.isnan(self.removal_cost), np.inf, self.removal_cost)
         costs[self._forced] = np.inf
+        wanted = np.zeros(self.plan.shape, np.float32)
+        # By steps, not by cells, of which a bundle's half precision could not tell so many apart.
+        steps = refinement_steps(self.plan)
+        wanted[steps] = -np.arange(1, len(steps) + 1)[:, None] / max(1, len(steps))
         computed = self.plan == Reuse.COMPUTE
         wanted[computed] = _ranks(costs[computed])
-        steps = refinement_steps(self.plan)
-        # By steps, not by cells, of which a bundle's half precision could not tell so many apart.
-        later = -np.arange(1, len(steps) + 1, dtype=np.float32) / max(1, len(steps))
-        wanted[steps] = np.where(computed[steps], wanted[steps], later[:, None])
         return wanted
 
 

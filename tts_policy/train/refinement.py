@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tts_policy.core.plan import Plan, Reuse
+from tts_policy.core.plan import Plan, Reuse, static_time
 
 # A step is one of a plan's passes if it computes this share of what its densest step does.
 PASS_SHARE = 0.5
@@ -28,32 +28,28 @@ def refinement_steps(plan: Plan) -> list[int]:
     computed = plan == Reuse.COMPUTE
     share = computed.mean(axis=1)
     own = np.flatnonzero(computed.any(axis=1) & (share >= PASS_SHARE * share.max())).tolist()
-    time = 1.0 - np.sqrt(1.0 - np.linspace(0.0, 1.0, len(plan)))
-    distance = np.ones(len(plan))
-    passes, order = [], []
-    for step in own:
-        passes.append(step)
-        distance = np.minimum(distance, abs(time - time[step]))
+    time = static_time(len(plan))
+    distance = abs(time[:, None] - time[own]).min(axis=1, initial=1.0)
+    passes = list(own)
     while len(passes) < len(plan):
         gap = distance.copy()
         if passes:
             gap[: min(passes)] /= 2
             gap[max(passes) :] /= 2
         gap[passes] = -1.0
-        step = int(gap.argmax())
-        passes.append(step)
-        order.append(step)
-        distance = np.minimum(distance, abs(time - time[step]))
-    order[len(own) : len(own)] = own
+        passes.append(int(gap.argmax()))
+        distance = np.minimum(distance, abs(time - time[passes[-1]]))
+    new = passes[len(own) :]
+    order = [*new[: len(own)], *own, *new[len(own) :]]
     return [step for step in order if share[step] < 1.0]
 
 
 def refined(plan: Plan, cells: int) -> Plan:
     """Plan with as many whole passes more as `cells` computed cells in all suffice for."""
-    plan = plan.copy()
+    dense, left = plan.copy(), cells - int((plan == Reuse.COMPUTE).sum())
     for step in refinement_steps(plan):
-        missing = int((plan[step] != Reuse.COMPUTE).sum())
-        if missing > cells - int((plan == Reuse.COMPUTE).sum()):
+        left -= int((plan[step] != Reuse.COMPUTE).sum())
+        if left < 0:
             break
-        plan[step] = Reuse.COMPUTE
-    return plan
+        dense[step] = Reuse.COMPUTE
+    return dense

@@ -116,6 +116,16 @@ def test_an_arm_that_is_another_one_here_is_left_out(
     assert 'left out, ddim10+held: here it is ddim10' in capsys.readouterr().err
 
 
+def test_arms_take_turns_at_every_tick_but_the_first(worker: Worker, bundle: Path) -> None:
+    arms = [Arm.parse(name) for name in ('ddim2', 'ddim32', 'ddim10:static:0.8')]
+    turns = list(worker.turns('lift', arms))
+    windows = worker._other_windows('lift')
+    assert len(turns) == sum(len(episode) - 1 for episode in windows) > 2
+    assert all(list(turn) == [arm.name for arm in arms] for turn in turns)
+    few, many, _ = (np.median([turn[arm.name] for turn in turns]) for arm in arms)
+    assert 0 < few < many
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_and_tells_what_it_left_out(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -144,6 +154,7 @@ def test_a_run_goes_on_where_it_stopped_and_tells_what_it_left_out(
         (['--arms', 'ddim10:guessed:0.8'], 'a plan is PLAN:SPARSITY'),
         (['--arms', 'ddim10+execute16'], 'execute must be in [1, 15], got 16'),
         (['--episodes', '0'], 'must be at least 1'),
+        (['--latency', '-1'], 'latency must be at least 0 episodes, got -1'),
         (['--seed', '99999'], 'seeds must be in [100000, 900000)'),
         (['--seed', '899999', '--episodes', '2'], 'seeds must be in [100000, 900000)'),
     ],
@@ -319,6 +330,14 @@ def test_rows_of_an_earlier_page_are_taken_over_and_not_measured_again(
     rows = {row['arm']: row for row in json.loads((second / 'results.json').read_text())}
     assert list(rows) == ['ddim2', 'ddim3', 'ddim4']
     assert rows['ddim2'] == json.loads((first / 'results.json').read_text())[0]
+    assert 'latency_in_turns' not in rows['ddim4'] and '| ~' in (second / 'results.md').read_text()
+    assert evaluate_policy.main([*command, *known, '--arms', 'ddim2', '--latency', '1']) == 0
+    timed = {row['arm']: row for row in json.loads((second / 'results.json').read_text())}
+    assert list(timed) == list(rows)
+    assert len({json.dumps(row['latency_in_turns']) for row in timed.values()}) == 1
+    assert timed['ddim2']['latency_in_turns']['ticks'] > 2
+    page = (second / 'results.md').read_text()
+    assert '| ~' not in page and 'ticks in turns on' in page
     other = grown(bundle, tmp_path / 'more', 0.6)
     assert evaluate_policy.main([f'lift={other}', *command[1:], *known, '--arms', 'ddim2']) == 0
     assert 'of another bundle' not in capsys.readouterr().err

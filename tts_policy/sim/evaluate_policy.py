@@ -28,8 +28,22 @@ from tts_policy.sim.benchmark import BENCHMARKS, EXPERT_SEED, benchmark_named
 from tts_policy.sim.evaluation_arms import ARM_SETS, Arm, ArmError, parse_arms
 from tts_policy.sim.evaluation_digest import ExpectedDigests
 from tts_policy.sim.evaluation_page import markdown_table, write_page, write_plot
-from tts_policy.sim.evaluation_results import Row, compared, make_row, row_seeds, write_rows
-from tts_policy.sim.evaluation_worker import Job, run_job, start_worker, stop_worker
+from tts_policy.sim.evaluation_results import (
+    Row,
+    compared,
+    make_row,
+    row_seeds,
+    timed,
+    write_rows,
+)
+from tts_policy.sim.evaluation_worker import (
+    Job,
+    Worker,
+    processor,
+    run_job,
+    start_worker,
+    stop_worker,
+)
 from tts_policy.worker_processes import worker_processes
 
 FIRST_SEED = 100_000
@@ -199,6 +213,22 @@ def _run(
     return measured
 
 
+def timed_in_turns(rows: Sequence[Row], bundles: dict[str, Path], episodes: int) -> list[Row]:
+    """Rows with latencies of all arms of a task in turns, where the task has a bundle here."""
+    worker, found = Worker(bundles, episodes), list(rows)
+    for task in bundles:
+        of = [index for index, row in enumerate(found) if row['task'] == task]
+        latencies: dict[str, list[float]] = defaultdict(list)
+        turns = worker.turns(task, [Arm.parse(found[index]['arm']) for index in of])
+        for turn in tqdm(turns, unit='tick', desc=f'{task}: {len(of)} arms in turns'):
+            for name, latency in turn.items():
+                latencies[name].append(latency)
+        for index in of:
+            found[index] = timed(found[index], latencies[found[index]['arm']], processor())
+    worker.close()
+    return found
+
+
 def _task_bundle(text: str) -> tuple[str, Path]:
     name, _, bundle = text.partition('=')
     try:
@@ -235,6 +265,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         '--sequences', type=int, default=10, help='expert episodes for the action error'
     )
     parser.add_argument(
+        '--latency',
+        type=int,
+        default=0,
+        metavar='EPISODES',
+        help='time all arms anew, in turns, on so many expert episodes; for an idle machine',
+    )
+    parser.add_argument(
         '--earlier',
         type=Path,
         metavar='RESULTS',
@@ -248,6 +285,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def _evaluate(args: argparse.Namespace) -> int:
     if min(args.episodes, args.workers, args.sequences) < 1:
         raise EvaluationError('episodes, workers and sequences must be at least 1')
+    if args.latency < 0:
+        raise EvaluationError(f'latency must be at least 0 episodes, got {args.latency}')
     if not FIRST_SEED <= args.seed <= EXPERT_SEED - args.episodes:
         raise EvaluationError(
             f'seeds must be in [{FIRST_SEED}, {EXPERT_SEED}), apart from those of demonstrations, '
@@ -272,6 +311,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     rows = collect_rows(done, earlier)
     if not rows:
         raise EvaluationError('no arm could be run')
+    if args.latency:
+        rows = timed_in_turns(rows, bundles, args.latency)
     written = [*write_rows(rows, args.out), args.out / 'results.md', args.out / 'pareto.png']
     write_page(rows, args.out / 'results.md')
     write_plot(rows, args.out / 'pareto.png')

@@ -24,9 +24,12 @@ error in normalised units against the dense chunk of the same sampler and noise,
 (Push-T: dense ones; its score is the largest reward, averaged over episodes). Won and lost count
 the seeds on which only the arm, or only the dense reference (DDPM-100, or ten Euler steps for a
 flow), succeeded; their test is McNemar's, exact, and the interval of the difference is Bonett and
-Price's. An arm that comes to the same as another one has no row of its own: the mean plan of a
-pruner whose plans are constant, and that of another tick's memory, are the learned plan itself;
-a bundle whose samplers leave step 0 free makes no other plan with "+free".
+Price's. Latencies are those of the whole policy call on one thread, medians over steady ticks;
+the arms of a task took turns tick by tick, and one with ~ was timed while its episodes ran,
+beside whatever else the machine did. An arm that comes to the same as another one has no row of
+its own: the mean plan of a pruner whose plans are constant, and that of another tick's memory,
+are the learned plan itself; a bundle whose samplers leave step 0 free makes no other plan with
+"+free".
 
 ![Success against cost](pareto.png)
 """
@@ -41,10 +44,15 @@ def write_page(rows: Sequence[Row], path: Path) -> None:
     for task in tasks:
         of = [row for row in rows if row['task'] == task]
         devices = ', '.join(dict.fromkeys(row['device'] for row in of))
+        turns = dict.fromkeys(
+            '{ticks} ticks in turns on {device}'.format(**row['latency_in_turns'])
+            for row in of
+            if 'latency_in_turns' in row
+        )
         parts += [
             f'## {task.capitalize()}',
-            f'{devices}; one thread a process. Observation encoder: '
-            f'{of[0]["gflops_observation"]:.3f} GFLOPs a tick.',
+            f'{devices}; one thread a process. Latency: {", ".join(turns) or "while episodes ran"}. '
+            f'Observation encoder: {of[0]["gflops_observation"]:.3f} GFLOPs a tick.',
             markdown_table(of),
         ]
     path.write_text('\n\n'.join(part.strip() for part in parts) + '\n')
@@ -65,12 +73,13 @@ def markdown_table(rows: Sequence[Row]) -> str:
             against = f'{paired["won"]}/{paired["lost"]}, {bounds}, p {row["p_value"]:.3g}'
         error = '' if row['l1_error'] is None else f'{row["l1_error"]:.3f}'
         score = f', score {row["score"]:.3f}' if 'score' in row else ''
+        latency = f'{"" if "latency_in_turns" in row else "~"}{row["latency_ms"]:.0f} ms'
         lines.append(
             f'| {row["arm"]} | {row["successes"]}/{row["episodes"]}{score} '
             f'| {low} - {high} | {against} '
             f'| {100 * row["sparsity"]:.1f} % | {error} '
             f'| {row["gflops_tick"]:.3f} / {row["gflops_tick_episode"]:.3f} '
-            f'| {row["fe_steady"]:.2f} / {row["fe_episode"]:.2f} | {row["latency_ms"]:.0f} ms |'
+            f'| {row["fe_steady"]:.2f} / {row["fe_episode"]:.2f} | {latency} |'
         )
     return '\n'.join(lines)
 

@@ -115,6 +115,15 @@ def make_row(task: str, arm: Arm, episodes: Episodes, l1_error: float | None) ->
     return row
 
 
+def timed(row: Row, latencies: Sequence[float], device: str) -> Row:
+    """Row with `latencies` [ms] of an arm in turns with others, for those of its episodes."""
+    return row | {
+        'latency_ms': round(float(np.median(latencies)), 1),
+        'latency_ms_p95': round(float(np.percentile(latencies, 95)), 1),
+        'latency_in_turns': {'ticks': len(latencies), 'device': device},
+    }
+
+
 def compared(row: Row, reference: Row | None) -> Row:
     """Row with its paired test against `reference`, the dense arm of the same task."""
     row = {name: value for name, value in row.items() if name != 'paired'} | {'p_value': None}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -88,6 +88,23 @@ class Worker:
             return record | {'l1_error': self._action_error(job.task, job.arm)}
         return record | self._episode(job.task, job.arm, job.seed)
 
+    def turns(self, task: str, arms: Sequence[Arm]) -> Iterator[dict[str, float]]:
+        """Latency [ms] of every arm at a tick, tick after tick of the other episodes.
+
+        The arms take turns, so what slows the machine slows all of them alike. First ticks, which
+        are dense, are run and left out.
+        """
+        made = {arm.name: self._made_policy(task, arm) for arm in arms}
+        for number, windows in enumerate(self._other_windows(task)):
+            for ready in made.values():
+                ready.reset(EXPERT_SEED + number)
+            for tick, window in enumerate(windows):
+                turn = {
+                    name: 1e3 * ready.act(window).stats.latency_s for name, ready in made.items()
+                }
+                if tick:
+                    yield turn
+
     def close(self) -> None:
         """Free the renderers of its worlds.
 
@@ -114,18 +131,19 @@ class Worker:
     def _policy(self, task: str, arm: Arm) -> ArmPolicy:
         key = task, arm.name
         if key not in self._policies:
-            bundle = self._bundle(task)
-            setting = arm.setting(bundle)
-            source = arm.plan_source(bundle, self._tokens(task) if arm.plan else torch.empty(0))
-            samplers = {arm.name: (setting.sampler, source)}
-            policy = TestTimeSparsePolicy(replace(bundle, samplers=samplers), arm.name)
-            self._policies[key] = ArmPolicy(
-                arm, setting, policy, source, bundle.network.denoiser.spec
-            )
+            self._policies[key] = self._made_policy(task, arm)
             # A policy of many steps owns tens of megabytes of cache.
             while len(self._policies) > KEPT_POLICIES:
                 self._policies.popitem(last=False)
         return self._policies[key]
+
+    def _made_policy(self, task: str, arm: Arm) -> ArmPolicy:
+        bundle = self._bundle(task)
+        setting = arm.setting(bundle)
+        source = arm.plan_source(bundle, self._tokens(task) if arm.plan else torch.empty(0))
+        samplers = {arm.name: (setting.sampler, source)}
+        policy = TestTimeSparsePolicy(replace(bundle, samplers=samplers), arm.name)
+        return ArmPolicy(arm, setting, policy, source, bundle.network.denoiser.spec)
 
     def _episode(self, task: str, arm: Arm, seed: int) -> dict[str, Any]:
         ready = self._policy(task, arm)
@@ -146,7 +164,7 @@ class Worker:
             'fe': [_forward_equivalents(plan) for plan in plans],
             'mix': reuse_mix(np.stack(steady or [first])),
             'oldest': max(chunk.stats.oldest_rollout_ticks for chunk in rollout.chunks),
-            'device': _processor(),
+            'device': processor(),
             'observation_gflops': self._observation_gflops(task),
         }
 
@@ -221,7 +239,7 @@ def _as_tensors(contract: PolicyContract, window: Window) -> tuple[dict[str, Ten
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     """Name of the processor, as Linux tells it."""
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []

@@ -92,6 +92,9 @@ class PlayerSink:
         """Do as `send`."""
         self.send(trajectory)
 
+    def settle(self) -> None:
+        """It was taken at once."""
+
 
 def make_output(contract: PolicyContract, episode: Episode, arm: Arm) -> CommandOutput:
     """Return the node's way from chunk to command, without limits."""

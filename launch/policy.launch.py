@@ -58,7 +58,7 @@ ARGUMENTS = [
     DeclareLaunchArgument(
         'sampler',
         default_value='',
-        description='Sampler of the bundle, ddim10 or ddpm100; empty: as params_file says.',
+        description='Sampler of the bundle, ddim10 for instance; empty: as params_file says.',
     ),
     DeclareLaunchArgument(
         'sparsity',

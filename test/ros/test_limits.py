@@ -182,6 +182,21 @@ def test_a_required_description_has_to_be_that_of_the_arm() -> None:
     assert source.current().velocity.tolist() == [0.1, 0.1]
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize('urdf', ['when_present', 'required'])
+@pytest.mark.parametrize('arm_first', [True, False])
+def test_descriptions_of_arm_and_gripper_bound_both_in_either_order(
+    urdf: str, arm_first: bool
+) -> None:
+    source = LimitSource(limits(), urdf, ['b'])
+    texts = [URDF, URDF.replace('"a"', '"b"').replace('"0.1"', '"0.2"')]
+    for text in texts if arm_first else reversed(texts):
+        source.describe(text)
+    assert source.current().velocity.tolist() == [0.1, 0.2]
+    source.describe(URDF.replace('"0.1"', '"0.05"'))
+    assert source.current().velocity.tolist() == [0.05, 0.2]
+
+
 def test_a_description_that_names_other_joints_says_so_where_it_is_not_required() -> None:
     source = LimitSource(limits(), 'when_present')
     source.describe(URDF.replace('"a"', '"left_a"'))

@@ -130,6 +130,20 @@ def test_messages_of_a_far_future_never_block_the_present() -> None:
     assert window.add('camera', now, np.array([0]), now) is Arrival.STORED
 
 
+@pytest.mark.fault
+def test_a_stamp_of_a_wrong_clock_is_forgotten_once_its_source_has_the_right_one() -> None:
+    window = filled()
+    hour, now = 3600 * 10**9, T0 + 2 * PERIOD
+    soon = now + SPEC.gap_limit_ns
+    for stamp in (now + hour, soon, now + hour + PERIOD):
+        assert window.add('camera', stamp, np.array([9]), T0) is Arrival.FUTURE
+    assert window.add('joints', now, np.array([0]), now) is Arrival.STORED
+    assert window.add('camera', now, np.array([0]), now) is Arrival.STORED
+    assert window.advance(soon) == [Arrival.STORED]
+    assert window.advance(now + 2 * hour) == []
+    assert window.latest('camera')[0] == soon
+
+
 def test_gap_starts_the_key_anew_and_is_reported_once() -> None:
     window = filled()
     stamp = T0 + PERIOD + SPEC.gap_limit_ns + 1

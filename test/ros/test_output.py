@@ -17,7 +17,7 @@ from tts_policy.ros.continuity import blend, measure
 from tts_policy.ros.limit_source import LimitSource
 from tts_policy.ros.limits import JointLimits
 from tts_policy.ros.output import ChunkTiming, CommandOutput, HoldRule
-from tts_policy.ros.sinks import ActionSink, SplitSink
+from tts_policy.ros.sinks import ActionSink, GripperStream, SplitSink
 from tts_policy.ros.trajectory import ChunkTooLate, Trajectory, TrajectoryRefused, plan_trajectory
 
 JOINTS = ('a', 'b', 'grip')
@@ -41,6 +41,9 @@ class Recorder:
 
     def finish(self, trajectory: Trajectory) -> None:
         self.finished.append(trajectory)
+
+    def settle(self) -> None:
+        pass
 
 
 class Bench:
@@ -170,6 +173,19 @@ def test_a_joint_state_ahead_of_the_clock_hides_none_that_comes_later() -> None:
     assert np.allclose(bench.command.finished[0].positions[0][:2], RAMP[0][:2])
 
 
+@pytest.mark.fault
+def test_a_joint_state_ahead_of_the_clock_is_no_younger_than_when_it_came() -> None:
+    bench = Bench()
+    bench.output.measured(T0 + 200 * PERIOD, REST, T0)
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    later = T0 + 10 * PERIOD
+    with pytest.raises(TrajectoryRefused, match=r'state of at most 0\.250 s, got one of 0\.500 s'):
+        bench.output.send(RAMP, later, later, enabled=True)
+    # Where the arm was half a second ago is no place to go back to.
+    assert bench.output.hold(later)
+    assert np.allclose(bench.command.finished[0].positions[0], RAMP[9])
+
+
 class Controller:
     """Stands for the client of an action whose server is there or not."""
 
@@ -178,11 +194,16 @@ class Controller:
     def __init__(self) -> None:
         self.goals: list[Any] = []
         self.answers, self.results = list[Any](), list[Any]()
+        self.cancelled: list[int] = []
 
     def answer(self, accepted: bool) -> None:
         """Answer the newest goal."""
-        result = SimpleNamespace(add_done_callback=self.results.append)
-        handle = SimpleNamespace(accepted=accepted, get_result_async=lambda: result)
+        number = len(self.goals)
+        handle = SimpleNamespace(
+            accepted=accepted,
+            get_result_async=lambda: SimpleNamespace(add_done_callback=self.results.append),
+            cancel_goal_async=lambda: self.cancelled.append(number),
+        )
         self.answers[-1](SimpleNamespace(result=lambda: handle))
 
     def abort(self) -> None:
@@ -238,6 +259,21 @@ def test_after_a_goal_that_failed_the_next_chunk_is_a_start(accepted: bool) -> N
     assert bench.output.committed(now + PERIOD, 14 * PERIOD, True, soft=False)
     # Whatever the controller made of it, it is told to hold when the gate closes.
     assert bench.output.hold(now)
+
+
+@pytest.mark.fault
+def test_where_a_controller_does_not_take_the_hold_the_goal_it_follows_is_cancelled() -> None:
+    controller, refused = Controller(), list[str]()
+    controller.ready = True
+    bench = Bench(command=ActionSink(controller, SimpleNamespace, refused.append))
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    controller.answer(True)
+    bench.output.send(RAMP, T0 + PERIOD, T0 + PERIOD, enabled=True)
+    controller.answer(False)
+    assert controller.cancelled == []
+    assert bench.output.hold(T0 + 2 * PERIOD)
+    controller.answer(False)
+    assert controller.cancelled == [1] and len(refused) == 2
 
 
 def test_committed_are_the_set_points_in_force_until_the_next_chunk_comes() -> None:
@@ -312,6 +348,24 @@ def test_the_step_from_the_old_chunk_to_the_new_one_is_bounded() -> None:
     bench.output.send(RAMP[::-1] * 0 + RAMP[8], now, now, enabled=True)
     with pytest.raises(TrajectoryRefused, match='a: expected velocity at most'):
         bench.output.send(RAMP * 0 + 0.2, now + PERIOD, now + PERIOD, enabled=True)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('jump', [0.02, -0.03])
+def test_the_way_from_the_set_point_in_force_is_bounded_by_the_time_that_is_left(
+    jump: float,
+) -> None:
+    bench = Bench(velocity=1.0)
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    # The second chunk goes on as the first, but beside it, and its first point is due in 10 ms.
+    stamp, now = T0 + 7 * PERIOD, T0 + 8 * PERIOD - 10_000_000
+    bench.output.measured(now, RAMP[7], now)
+    sent = bench.output.send(RAMP + RAMP[7] + [jump, 0, 0], stamp, now, enabled=True).trajectory
+    assert sent.dropped == 1
+    first_ns = sent.stamp_ns + sent.times_ns[0]
+    in_force = np.interp(now, T0 + PERIOD * np.arange(1, 16), RAMP[:, 0])
+    rate = (sent.positions[0, 0] - in_force) / (first_ns - now) * 1e9
+    assert abs(rate) <= 1.0
 
 
 def test_a_clock_that_jumped_back_takes_nothing_over_from_the_future() -> None:
@@ -396,3 +450,35 @@ def test_arm_and_gripper_get_their_own_joints() -> None:
     assert np.array_equal(gripper.sent[0].positions, RAMP[:, 2:])
     SplitSink(arm, None, JOINTS, ['grip']).finish(trajectory)
     assert arm.finished[0].joints == ('a', 'b')
+
+
+@pytest.mark.fault
+def test_the_hold_is_on_its_way_to_all_joints_before_a_controller_is_waited_for() -> None:
+    done: list[str] = []
+
+    class Slow(Recorder):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.finish = lambda trajectory: done.append(f'{name} sent')  # type: ignore[method-assign]
+            self.settle = lambda: done.append(f'{name} waited')  # type: ignore[method-assign]
+
+    bench = Bench(command=SplitSink(Slow('arm'), Slow('gripper'), JOINTS, ['grip']))
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    assert bench.output.hold(T0)
+    assert done == ['arm sent', 'gripper sent', 'arm waited', 'gripper waited']
+
+
+def test_a_streamed_gripper_moves_to_the_first_point_no_faster_than_it_may() -> None:
+    streamed: list[float] = []
+    publisher = SimpleNamespace(publish=lambda message: streamed.append(message.data[0]))
+    stream = GripperStream(publisher)  # type: ignore[arg-type]
+    split = SplitSink(Recorder(), stream, JOINTS, ['grip'])
+    bench = Bench(velocity=1.0, command=split)
+    # 0.31 from where the gripper is: that takes 310 ms of the chunk at 1 rad/s.
+    sent = bench.output.send(RAMP + [0, 0, 0.31], T0, T0, enabled=True)
+    assert sent.trajectory.dropped == 6
+    times = np.arange(0, 500, 10) * 1_000_000
+    for time_ns in times:
+        stream.stream(T0 + int(time_ns))
+    assert streamed[0] == pytest.approx(REST[2]) and streamed[-1] == pytest.approx(0.35)
+    assert np.abs(np.diff(streamed)).max() <= 0.01 + 1e-9

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip('rclpy', reason='rclpy is not installed')
@@ -63,6 +64,13 @@ def test_a_bound_of_the_first_point_that_was_set_is_the_one_in_force() -> None:
     given = settings(limits__joints=['finger', 'shoulder'], limits__first_point=[0.05, 3.0])
     got = parameters.joint_limits(given, ['shoulder', 'finger'])
     assert got.first_distance.tolist() == [3.0, 0.05]
+
+
+@pytest.mark.fault
+def test_the_way_to_the_first_point_cannot_be_unbounded() -> None:
+    given = settings(limits__joints=['finger', 'shoulder'], limits__first_point=[0.05, np.inf])
+    with pytest.raises(parameters.ParameterError, match=r'limits.first_point: expected finite'):
+        parameters.joint_limits(given, ['shoulder', 'finger'])
 
 
 def test_the_tolerance_counts_for_the_limits_of_a_robot_description_alone() -> None:

@@ -71,6 +71,31 @@ def test_a_configure_that_takes_long_is_no_silence_of_a_dead_mans_switch(ros: No
     assert closed is not None and 'nothing received yet' in closed
 
 
+@pytest.mark.fault
+def test_a_short_stop_while_the_policy_loads_closes_the_gate_whatever_follows(ros: None) -> None:
+    pytest.importorskip('torch', reason='torch is not installed')
+    from tts_policy.ros.policy_node import PolicyNode
+
+    other = rclpy.create_node('operator')
+    qos = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+    publisher = other.create_publisher(Bool, 'emergency_stop', qos)
+
+    def load(*_: object, warmed: object) -> None:
+        # More messages than the queue holds, at a pace that the node can take them.
+        for count in range(600):
+            publisher.publish(Bool(data=count == 0))
+            time.sleep(0.002)
+        raise ValueError('loaded in vain')
+
+    node = PolicyNode(load=load)  # type: ignore[arg-type]
+    assert spin_until(node, lambda: publisher.get_subscription_count() == 2)
+    node.trigger_configure()
+    stopped = node._gate.stopped
+    node.destroy_node()
+    other.destroy_node()
+    assert stopped == 'emergency stop'
+
+
 @pytest.mark.parametrize('latched', [True, False])
 def test_a_robot_description_is_heard_once_from_latched_and_volatile_publishers(
     ros: None, latched: bool

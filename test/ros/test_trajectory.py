@@ -125,7 +125,7 @@ def test_message_carries_stamp_names_and_points() -> None:
 
 
 def test_hold_is_one_point_at_rest_in_the_future() -> None:
-    message = trajectory_message(hold_trajectory(JOINTS, np.array([0.1, 0.2]), STAMP, PERIOD))
+    message = trajectory_message(hold_trajectory(JOINTS, np.array([0.1, 0.2]), PERIOD))
     (point,) = message.points
     assert point.positions.tolist() == [0.1, 0.2]
     assert point.velocities.tolist() == [0.0, 0.0]

@@ -111,11 +111,6 @@ class ReplaySchedule:
         self._schedule.begin('start')
 
     @property
-    def window(self) -> ObservationWindow:
-        """The window, with its counts of arrivals."""
-        return self._schedule.window
-
-    @property
     def waiting_for(self) -> str:
         """What the next tick lacks."""
         return self._schedule.waiting_for

@@ -209,11 +209,15 @@ class InferenceWorker:
             self._sparsity = sparsity
             self._interval_ns = interval_ns
 
-    def request_reset(self, reason: str) -> None:
-        """Forget the episode before the next tick; the window and the rhythm of ticks stay."""
+    def request_reset(self, reason: str) -> bool:
+        """Forget the episode before the next tick; the window and the rhythm of ticks stay.
+
+        False where a delivery hangs, and there will be no next tick.
+        """
         with self.exclusive() as held:
             if held:
                 self._restart(reason, keep_rhythm=True)
+            return held
 
     def store(self, key: str, stamp_ns: int, value: Any) -> Arrival | None:
         """Put a message into the window; None when the node is not active."""

@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tts_policy.ros.limits import JointLimits
+    from tts_policy.ros.urdf import UrdfLimits
 
-OFF, WHEN_PRESENT, REQUIRED = 'off', 'when_present', 'required'
+OFF, REQUIRED = 'off', 'required'
 
 
 class LimitSource:
-    """Limits of the parameters and of the newest robot description.
+    """Limits of the parameters and of the robot descriptions, the newest of every joint.
 
-    A description that cannot be used leaves no limits in force at all: then nothing is commanded.
-    Where one is required it has to name every joint but those of a `gripper`, which has a
-    description of its own at times.
+    A description that cannot be used leaves no limits in force at all: then nothing is commanded,
+    until a sound one comes. Where one is required every joint has to be named but those of a
+    `gripper`, which has a description of its own at times.
     """
 
     def __init__(self, base: JointLimits, urdf: str, gripper: Sequence[str] = ()) -> None:
@@ -29,6 +30,7 @@ class LimitSource:
         self.missing: str | None = None
         self.unnamed: list[str] = []
         self._base = self._limits = base
+        self._urdf: dict[str, UrdfLimits] = {}
         self._arm = [joint for joint in base.joints if joint not in gripper]
         self._required = urdf == REQUIRED
         if self._required:
@@ -37,16 +39,18 @@ class LimitSource:
     def describe(self, text: str) -> None:
         """Take a robot description; `missing` says what is wrong with it, if anything."""
         try:
-            urdf = parse_limits(text)
-            self.unnamed = [joint for joint in self._arm if joint not in urdf]
-            if self._required and self.unnamed:
-                raise ValueError(
-                    f'robot_description: expected the joints {self._arm}, missing {self.unnamed}'
-                )
-            self._limits = self._base.tightened(urdf)
-            self.missing = None
+            # What a description does not name keeps the bounds that another one gave it.
+            urdf = self._urdf | parse_limits(text)
+            self._limits, self._urdf = self._base.tightened(urdf), urdf
         except ValueError as error:
             self.missing = str(error)
+            return
+        self.unnamed = [joint for joint in self._arm if joint not in urdf]
+        self.missing = None
+        if self._required and self.unnamed:
+            self.missing = (
+                f'robot_description: expected the joints {self._arm}, missing {self.unnamed}'
+            )
 
     def unbounded(self) -> str | None:
         """Which joints nothing bounds by now, in words; None where all are."""

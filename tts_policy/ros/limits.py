@@ -129,12 +129,17 @@ class JointLimits:
         )
 
     def reachable(
-        self, trajectory: Trajectory, measured: np.ndarray, now_ns: int, min_points: int
+        self,
+        trajectory: Trajectory,
+        start: np.ndarray,
+        now_ns: int,
+        min_points: int,
+        at_rest: bool = True,
     ) -> Trajectory:
-        """Drop the first points of a start that cannot be reached at what is allowed.
+        """Drop the first points that cannot be reached at what is allowed.
 
-        The arm is at rest at `measured` [A]; the way to the first point left lasts from `now_ns`
-        until that point is due, and takes half of that time squared times the acceleration.
+        The joints are at `start` [A]; the way to the first point left lasts from `now_ns` until
+        that point is due, and from rest takes half of that time squared times the acceleration.
 
         Raises
         ------
@@ -143,11 +148,11 @@ class JointLimits:
 
         """
         left_s = (trajectory.stamp_ns + trajectory.times_ns - now_ns)[:, None] * 1e-9
-        rates = (trajectory.positions - measured) / left_s
+        rates = (trajectory.positions - start) / left_s
         changes = 2.0 * rates / left_s
         scale = 1.0 + self.tolerance
         fast = np.abs(rates) > self.velocity * scale
-        hard = np.abs(changes) > self.acceleration * scale
+        hard = (np.abs(changes) > self.acceleration * scale) & at_rest
         starts = ~(fast | hard).any(axis=1)[: max(1, len(rates) - min_points + 1)]
         if not starts.any():
             self._refuse(fast, rates, 'velocity', lambda j: f'at most {self.velocity[j]}')

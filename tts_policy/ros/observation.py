@@ -12,7 +12,8 @@ STORED          newer than all of its key
 DUPLICATE       its stamp is held already: the first one stays (a frozen camera goes stale so)
 REORDERED       older than the newest but of use still: put in its place
 LATE            older than any window could use: dropped
-FUTURE          stamped more than `future_limit_ns` after now: put aside until the clock is there
+FUTURE          stamped more than `future_limit_ns` after now: put aside until the clock is there,
+                or until a message of the present shows that the stamp was wrong
 GAP             more than `gap_limit_ns` after the newest of its key: the key starts anew with it
 BACKWARD        more than `gap_limit_ns` before the newest: the same
 ==============  ===================================================================================
@@ -134,6 +135,17 @@ class _Buffer:
             del self.stamps[:drop]
             del self.values[:drop]
 
+    def forget_pending_after(self, limit_ns: int) -> None:
+        """Drop what was put aside for later than `limit_ns`.
+
+        Its source is at the present time by now, so those stamps came of a clock that was wrong,
+        or of one that was set back since: an old sample that would pass for a new one one day.
+        """
+        if self.pending:
+            kept = [sample for sample in self.pending if sample[0] <= limit_ns]
+            self.pending.clear()
+            self.pending.extend(kept)
+
     def nearest(self, target_ns: int, no_later_than_ns: int) -> int | None:
         """Index of the sample nearest to the target, the older of two; None when empty."""
         end = bisect_right(self.stamps, no_later_than_ns)
@@ -175,6 +187,7 @@ class ObservationWindow:
             buffer.pending.append((stamp_ns, value))
             arrival = Arrival.FUTURE
         else:
+            buffer.forget_pending_after(stamp_ns + self.spec.gap_limit_ns)
             arrival = self._store(buffer, stamp_ns, value)
         self.arrivals[key][arrival] += 1
         return arrival

@@ -58,6 +58,19 @@ class HoldRule:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Measured positions [A] of the joints, by their stamp, and when they were received."""
+
+    stamp_ns: int
+    received_ns: int
+    positions: np.ndarray
+
+    def age_ns(self, now_ns: int) -> int:
+        """How old they are at least: no stamp makes them newer than when they came."""
+        return now_ns - min(self.stamp_ns, self.received_ns)
+
+
+@dataclass(frozen=True)
 class Sent:
     """A trajectory that was published, and how smoothly it took over."""
 
@@ -82,7 +95,7 @@ class CommandOutput:
         self._hold_rule = hold_rule
         self._command = command
         self._proposed = proposed
-        self._measured: tuple[int, np.ndarray] | None = None
+        self._measured: Measured | None = None
         # The newest trajectory sent, and whether to the robot.
         self._last: Trajectory | None = None
         self._commanded = False
@@ -98,11 +111,11 @@ class CommandOutput:
         A stamp that is far older is that of a clock which was set back. Nothing is older than one
         that is ahead of the clock, `now_ns`: such a stamp is wrong.
         """
-        if self._measured is not None and self._measured[0] <= now_ns:
-            behind_ns = self._measured[0] - stamp_ns
+        if self._measured is not None and self._measured.stamp_ns <= now_ns:
+            behind_ns = self._measured.stamp_ns - stamp_ns
             if 0 < behind_ns <= self._hold_rule.max_age_ns:
                 return
-        self._measured = (stamp_ns, positions)
+        self._measured = Measured(stamp_ns, now_ns, positions)
 
     def send(self, actions: np.ndarray, stamp_ns: int, now_ns: int, enabled: bool) -> Sent:
         """Publish the points of a chunk that are still to come.
@@ -135,12 +148,15 @@ class CommandOutput:
         if self.blend_ns > 0:
             start = old_at or (lambda due_ns: np.repeat(measured[None], len(due_ns), axis=0))
             trajectory = blend(trajectory, start, now_ns, self.blend_ns)
-        limits, before = self._limits.current(), None
+        limits, floor = self._limits.current(), timing.min_points
         if old is None:
-            trajectory = limits.reachable(trajectory, measured, now_ns, timing.min_points)
+            set_out, before = measured, None
+            trajectory = limits.reachable(trajectory, measured, now_ns, floor)
         else:
+            set_out = old.positions_at(np.array([now_ns]))[0]
+            trajectory = limits.reachable(trajectory, set_out, now_ns, floor, at_rest=False)
             before = self._before(trajectory, old)
-        trajectory = limits.apply(trajectory, measured, before)
+        trajectory = limits.apply(trajectory, measured, before).setting_out(now_ns, set_out)
         continuity = measure(trajectory, old_at, timing.period_ns)
         (self._command if enabled else self._proposed).send(trajectory)
         self._last, self._commanded = trajectory, enabled
@@ -171,31 +187,33 @@ class CommandOutput:
         return CommittedActions(last.positions_at(due_ns), weights)
 
     def hold(self, now_ns: int) -> bool:
-        """Command the present position once; False when nothing was commanded before."""
+        """Command the present position once; False when nothing was commanded before.
+
+        It is on its way to all joints before any controller is waited for.
+        """
         if self._last is None or self._measured is None or not self._commanded:
             return False
         rule, joints = self._hold_rule, self._timing.joints
-        stamp_ns, measured = self._measured
         position = self._last.positions_at(np.array([now_ns]))[0]
-        if now_ns - stamp_ns <= rule.max_age_ns:
+        if self._measured.age_ns(now_ns) <= rule.max_age_ns:
             keep = [name in rule.last_command for name in joints]
-            position = np.where(keep, position, measured)
-        self._command.finish(hold_trajectory(joints, position, now_ns, rule.delay_ns))
+            position = np.where(keep, position, self._measured.positions)
+        self._command.finish(hold_trajectory(joints, position, rule.delay_ns))
         self._last, self._commanded = None, False
+        self._command.settle()
         return True
 
     def _measured_at(self, now_ns: int) -> np.ndarray:
         """Measured positions [A]; raises TrajectoryRefused where there are none, or old ones."""
         if self._measured is None:
             raise TrajectoryRefused('chunk: expected a measured joint state, got none yet')
-        stamp_ns, measured = self._measured
-        age_ns, limit_ns = now_ns - stamp_ns, self._hold_rule.max_age_ns
+        age_ns, limit_ns = self._measured.age_ns(now_ns), self._hold_rule.max_age_ns
         if age_ns > limit_ns:
             raise TrajectoryRefused(
                 f'chunk: expected a joint state of at most {limit_ns / 1e9:.3f} s, '
                 f'got one of {age_ns / 1e9:.3f} s'
             )
-        return measured
+        return self._measured.positions
 
     def _old(self, now_ns: int, enabled: bool) -> Trajectory | None:
         """Return the trajectory to be replaced; None where there is none of this kind."""
@@ -215,8 +233,7 @@ class CommandOutput:
     def _before(self, trajectory: Trajectory, old: Trajectory) -> tuple[np.ndarray, np.ndarray]:
         """Set-points a period before the first point and, as far as known, two periods.
 
-        A first point that is due sooner than that is judged by the pace of the chunk all the
-        same: whatever it is away from the old set-points, blending is there to spread.
+        The change of pace is judged by the period, also where the first point is due sooner.
         """
         times_ns = int(trajectory.times_ns[0]) - self._timing.period_ns * np.array([2, 1])
         due_ns = trajectory.stamp_ns + times_ns

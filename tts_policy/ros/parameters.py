@@ -319,6 +319,10 @@ def joint_limits(settings: Settings, joints: Sequence[str]) -> JointLimits:
     for key in ('velocity', 'acceleration', 'first_point'):
         if not (columns[key] > 0.0).all():
             raise ParameterError(f'limits.{key}: expected positive numbers, got {arrays[key]}')
+    if not np.isfinite(columns['first_point']).all():
+        raise ParameterError(
+            f'limits.first_point: expected finite numbers, got {arrays["first_point"]}'
+        )
     return JointLimits(
         tuple(joints),
         columns['lower'],

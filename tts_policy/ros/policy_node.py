@@ -132,7 +132,7 @@ class PolicyNode(LifecycleNode):
         try:
             parameters.check(settings)
             self._worker = worker
-            policy = worker.start(self.stopping)
+            policy = worker.start(self._while_loading)
             self._connect(worker, policy)
         except (InferenceFailed, ValueError) as error:
             self._release()
@@ -153,6 +153,7 @@ class PolicyNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin a new episode."""
         assert self._worker is not None and self._delivery is not None
+        self._safety.hear()
         reason = self._worker.fault()
         if reason is not None:
             self.get_logger().error(f'not activated: {reason}')
@@ -215,6 +216,11 @@ class PolicyNode(LifecycleNode):
             destroy()
         self._entities.clear()
         gc.unfreeze()
+
+    def _while_loading(self) -> bool:
+        """Whether to stop loading; the executor waits for it, so stops are heard here."""
+        self._safety.hear()
+        return self.stopping()
 
     def _autostart(self) -> None:
         """Do one transition a call: who stops the node while it loads wants no active one."""
@@ -281,12 +287,13 @@ class PolicyNode(LifecycleNode):
     def _on_reset_service(
         self, request: Trigger.Request, response: Trigger.Response
     ) -> Trigger.Response:
-        response.success = self._worker is not None
-        if self._worker is not None:
-            self._worker.request_reset('service')
-            response.message = 'the next tick starts a new episode'
-        else:
+        if self._worker is None:
             response.message = f'expected a configured node, it is {self._state}'
+            return response
+        response.success = self._worker.request_reset('service')
+        response.message = 'the next tick starts a new episode'
+        if not response.success:
+            response.message = f'expected an inference thread, {self._worker.fault()}'
         return response
 
     # Parameters

@@ -29,7 +29,8 @@ class SafetyInputs:
     """Emergency stop, its service, and the robot description.
 
     The stop is heard from the start of the process on, so that it also counts what came before
-    configure; `stopped` is called after a message closed the gate.
+    configure; `stopped` is called after a message closed the gate. While the executor is busy with
+    something else, `hear` takes what has come: a queue keeps only so many messages.
     """
 
     def __init__(self, node: Node, gate: OutputGate, stopped: Callable[[], None]) -> None:
@@ -39,8 +40,10 @@ class SafetyInputs:
         self._descriptions: list[Any] = []
         self._described: str | None = None
         stop = EMERGENCY_STOP
-        for qos in (stop.qos, BEST_EFFORT_STOP_QOS):
+        self._stops = [
             node.create_subscription(stop.kind, stop.name, self._on_stop, qos)
+            for qos in (stop.qos, BEST_EFFORT_STOP_QOS)
+        ]
         node.create_service(CLEAR_STOP.kind, CLEAR_STOP.name, self._on_clear)
 
     def listen(self, urdf: str, describe: Callable[[str], None]) -> None:
@@ -59,6 +62,13 @@ class SafetyInputs:
             self._node.destroy_subscription(subscription)
         self._descriptions.clear()
         self._described = None
+
+    def hear(self) -> None:
+        """Take the stop messages that have come; only where callbacks of the node may run."""
+        for subscription in self._stops:
+            with subscription.handle:
+                while taken := subscription.handle.take_message(subscription.msg_type, False):
+                    self._on_stop(taken[0])
 
     def _on_stop(self, message: Bool) -> None:
         self._gate.hear(message.data, time.monotonic())

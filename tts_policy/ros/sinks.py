@@ -37,7 +37,10 @@ class TrajectorySink(Protocol):
         """Let it replace the one before; raises TrajectoryRefused where nobody takes it."""
 
     def finish(self, trajectory: Trajectory) -> None:
-        """Send the last one: wait until it was taken, and send nothing after it."""
+        """Send the last one, and nothing after it."""
+
+    def settle(self) -> None:
+        """Wait a little until the last one was taken: what is destroyed now may never arrive."""
 
 
 class TopicSink:
@@ -53,8 +56,11 @@ class TopicSink:
         self._publisher.publish(trajectory_message(trajectory))
 
     def finish(self, trajectory: Trajectory) -> None:
-        """Publish it and wait for the controller's acknowledgement."""
+        """Publish it."""
         self.send(trajectory)
+
+    def settle(self) -> None:
+        """Wait for the controller's acknowledgement."""
         self._publisher.wait_for_all_acked(Duration(seconds=_ACK_TIMEOUT_S))
 
 
@@ -62,7 +68,8 @@ class ActionSink:
     """A control_msgs/FollowJointTrajectory action; a new goal replaces the one before.
 
     `refused` hears of a goal that the controller does not take, or ends while it is the newest,
-    and of a last one that nobody was there for.
+    and of a last one that nobody was there for. Where the last one is not taken, the goal that was
+    is cancelled: what the controller does without a goal is to hold.
     """
 
     def __init__(self, client: Any, goal_type: Any, refused: Callable[[str], None]) -> None:
@@ -71,6 +78,8 @@ class ActionSink:
         self._refused = refused
         self._sent = 0
         self._lost = 0
+        self._last: int | None = None
+        self._accepted: Any = None
 
     @property
     def following(self) -> bool:
@@ -89,6 +98,7 @@ class ActionSink:
         if not self._client.server_is_ready():
             raise TrajectoryRefused('follow_joint_trajectory: expected an action server, got none')
         self._sent += 1
+        self._last = None
         goal = self._goal_type(trajectory=trajectory_message(trajectory))
         answer = self._client.send_goal_async(goal)
         answer.add_done_callback(partial(self._on_answer, self._sent))
@@ -97,21 +107,30 @@ class ActionSink:
         """Send the last goal."""
         try:
             self.send(trajectory)
+            self._last = self._sent
         except TrajectoryRefused as error:
             self._refused(str(error))
+
+    def settle(self) -> None:
+        """Do not wait: the answer comes to the executor, which is where this is called."""
 
     def _on_answer(self, number: int, future: Any) -> None:
         try:
             handle = future.result()
         except Exception as error:  # noqa: BLE001 - whatever the middleware says, it was not taken
-            self._lost = max(self._lost, number)
-            self._refused(f'follow_joint_trajectory: expected an answer to the goal, got {error}')
+            self._not_taken(number, f'expected an answer to the goal, got {error}')
             return
         if not handle.accepted:
-            self._lost = max(self._lost, number)
-            self._refused('follow_joint_trajectory: expected the goal to be accepted, it was not')
+            self._not_taken(number, 'expected the goal to be accepted, it was not')
             return
+        self._accepted = handle
         handle.get_result_async().add_done_callback(partial(self._on_result, number))
+
+    def _not_taken(self, number: int, why: str) -> None:
+        self._lost = max(self._lost, number)
+        self._refused(f'follow_joint_trajectory: {why}')
+        if number == self._last and self._accepted is not None:
+            self._accepted.cancel_goal_async()
 
     def _on_result(self, number: int, future: Any) -> None:
         # A controller ends the goal that a newer one replaces: that is how it goes on.
@@ -126,7 +145,10 @@ class ActionSink:
 
 
 class GripperStream:
-    """Set-points of a gripper's joints as numbers, sent whenever `stream` is called."""
+    """Set-points of a gripper's joints as numbers, sent whenever `stream` is called.
+
+    Until the first point is due they lead there from where the trajectory sets out.
+    """
 
     following = True
 
@@ -142,6 +164,9 @@ class GripperStream:
         """Send the last set-point and stream no more."""
         self._trajectory = None
         self._publish(trajectory.positions[-1])
+
+    def settle(self) -> None:
+        """Do not wait: a gripper that misses a number keeps the one before."""
 
     def stream(self, now_ns: int) -> None:
         """Send the set-point of this moment, if there is one."""
@@ -179,7 +204,13 @@ class SplitSink:
             self._gripper.send(trajectory.of(self._gripper_joints))
 
     def finish(self, trajectory: Trajectory) -> None:
-        """Send each its joints for the last time."""
+        """Send each its joints for the last time, the arm first: it may hurt somebody."""
+        self._arm.finish(trajectory.of(self._arm_joints))
         if self._gripper is not None:
             self._gripper.finish(trajectory.of(self._gripper_joints))
-        self._arm.finish(trajectory.of(self._arm_joints))
+
+    def settle(self) -> None:
+        """Wait for both."""
+        self._arm.settle()
+        if self._gripper is not None:
+            self._gripper.settle()

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+# A controller lets a trajectory without a stamp begin when it comes, however late that is.
+NO_STAMP = 0
+
+
 class TrajectoryRefused(ValueError):
     """A chunk that must not reach the robot; one line naming joint, limit and value."""
 
@@ -34,7 +38,8 @@ class Trajectory:
     """Points of one chunk that are still to come.
 
     times_ns int64 [P] after `stamp_ns`, positions and velocities float64 [P, A]; `dropped` points
-    were past.
+    were past. `origin`, where it is known: when the joints set out for the first point, in ns
+    after the stamp, and from where [A].
     """
 
     joints: tuple[str, ...]
@@ -43,12 +48,23 @@ class Trajectory:
     positions: np.ndarray
     velocities: np.ndarray
     dropped: int
+    origin: tuple[int, np.ndarray] | None = None
+
+    def setting_out(self, now_ns: int, positions: np.ndarray) -> Trajectory:
+        """The same points; the joints set out for the first one from `positions` [A] now."""
+        return replace(self, origin=(now_ns - self.stamp_ns, positions))
 
     def positions_at(self, due_ns: np.ndarray) -> np.ndarray:
-        """Set-points [P, A] at times [P] of the stamp's clock: linear, held outside the points."""
+        """Set-points [P, A] at times [P] of the stamp's clock: linear from the origin on.
+
+        Before that, or where none is known before the first point, and after the last they rest.
+        """
+        known_ns, known = self.times_ns, self.positions
+        if self.origin is not None:
+            known_ns = np.concatenate([[self.origin[0]], known_ns])
+            known = np.concatenate([self.origin[1][None], known])
         times_ns = np.asarray(due_ns) - self.stamp_ns
-        columns = [np.interp(times_ns, self.times_ns, column) for column in self.positions.T]
-        return np.stack(columns, axis=1)
+        return np.stack([np.interp(times_ns, known_ns, column) for column in known.T], axis=1)
 
     def after(self, points: int) -> Trajectory:
         """What is left without the first so many points."""
@@ -68,6 +84,7 @@ class Trajectory:
             joints=tuple(joints),
             positions=self.positions[:, columns],
             velocities=self.velocities[:, columns],
+            origin=self.origin and (self.origin[0], self.origin[1][columns]),
         )
 
 
@@ -165,17 +182,19 @@ def _first_in_time(times_ns: np.ndarray, age_ns: int, lead_ns: int, min_points: 
     return first
 
 
-def hold_trajectory(
-    joints: Sequence[str], positions: np.ndarray, now_ns: int, delay_ns: int
-) -> Trajectory:
-    """One point at rest: be at `positions` [A] `delay_ns` from now and stay."""
+def hold_trajectory(joints: Sequence[str], positions: np.ndarray, delay_ns: int) -> Trajectory:
+    """One point at rest: be at `positions` [A] `delay_ns` after it has come, and stay.
+
+    It has no stamp: a controller refuses a trajectory that has ended by its stamp, and a stop must
+    not expire on the way, or between two clocks.
+    """
     positions = np.asarray(positions, dtype=np.float64).reshape(1, -1)
     times_ns = np.array([delay_ns], dtype=np.int64)
-    return Trajectory(tuple(joints), now_ns, times_ns, positions, np.zeros_like(positions), 0)
+    return Trajectory(tuple(joints), NO_STAMP, times_ns, positions, np.zeros_like(positions), 0)
 
 
 def trajectory_message(trajectory: Trajectory) -> JointTrajectory:
-    """trajectory_msgs/JointTrajectory stamped with the time its points count from."""
+    """trajectory_msgs/JointTrajectory stamped with the time its points count from, if any."""
     msg = JointTrajectory()
     msg.header.stamp = ns_to_time(trajectory.stamp_ns)
     msg.joint_names = list(trajectory.joints)

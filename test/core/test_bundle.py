@@ -135,6 +135,110 @@ def test_a_bundle_that_contradicts_itself_is_refused(
     assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        (
+            _put('network', 'camera_channels', value=-16),
+            r'multiple of 16 in \[16, 4096\], got -16',
+        ),
+        (_put('network', 'camera_channels', value=10**9), 'in .16, 4096., got 1000000000'),
+        (_put('network', 'camera_channels', value=24), 'multiple of 16 .* got 24'),
+        (_put('network', 'camera_channels', value=16.0), 'must be an integer, got 16.0'),
+        (_put('network', 'camera_blocks', value=True), 'camera_blocks must be an integer'),
+        (_put('network', 'train_steps', value=0), r'train_steps must be in \[1, 10000\], got 0'),
+        (_put('network', 'causal', value='no'), "network causal must be true or false, got 'no'"),
+        (_put('network', 'heads', value=True), 'network heads must be an integer, got True'),
+        (_put('network', 'objective', value=['flow']), 'network objective must be a text'),
+        (_put('network', 'resnet', value={'crop': [16.0, 16.0]}), 'resnet crop must be height'),
+        (_put('network', 'resnet', value={'keypoints': True}), 'resnet keypoints must be an int'),
+        (_put('network', 'vit', value={'layers': True}), 'vit layers must be an integer'),
+        (_put('network', 'dit', value={'rotary': 'no'}), 'rotary must be true or false'),
+        (_put('observation', 'period_s', value=True), 'period_s must be in .*got True'),
+        (_put('action', 'offset_steps', value=True), 'offset_steps must be 0 or 1, got True'),
+        (
+            _put('observation', 'cameras', value=[{'key': 'a', 'height': 32.0, 'width': 48}]),
+            'pixels a side, got 32.0 x 48',
+        ),
+    ],
+)
+def test_a_network_of_impossible_fields_is_refused(
+    bundle: Path, change: Callable[[dict[str, Any]], None], reason: str
+) -> None:
+    test_a_bundle_that_contradicts_itself_is_refused(bundle, change, reason)
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'reason'),
+    [
+        ('force_first_step', 'no', "must be true or false, got 'no'"),
+        ('hold_noise', 'no', "must be true or false, got 'no'"),
+        ('hold_noise', 1, 'must be true or false, got 1'),
+        ('max_rollout_age', 2.5, 'must be an integer, got 2.5'),
+        ('max_rollout_age', True, 'must be an integer, got True'),
+        ('temperature', False, 'must be a number, got False'),
+        ('temperature', '0.5', "must be a number, got '0.5'"),
+        ('recommended_sparsity', None, 'must be a number, got None'),
+        ('scheduler.steps', 5.0, 'must be an integer, got 5.0'),
+        ('scheduler.steps', True, 'must be an integer, got True'),
+        ('scheduler.train_steps', 20.0, 'must be an integer, got 20.0'),
+        ('scheduler.steps_offset', 0.5, 'must be an integer, got 0.5'),
+        ('scheduler.set_alpha_to_one', 'no', "must be true or false, got 'no'"),
+        ('scheduler.clip', True, 'must be a number, got True'),
+        ('scheduler.clip', float('nan'), r'must be in \[0, 1e6\], got nan'),
+        # YAML takes a number with an exponent but no point for a text.
+        ('scheduler.beta_start', '1e-4', "must be a number, got '1e-4'"),
+        ('scheduler.kind', ['ddim'], 'must be a text'),
+    ],
+)
+def test_a_sampler_of_impossible_fields_is_refused(
+    bundle: Path, field: str, value: object, reason: str
+) -> None:
+    change = _put('samplers', 'ddim5', *field.split('.'), value=value)
+    expected = f'{field.rpartition(".")[2]} {reason}'
+    test_a_bundle_that_contradicts_itself_is_refused(bundle, change, expected)
+
+
+def test_a_width_without_two_wavelengths_of_time_is_refused(bundle: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data['network'].update(width=2, heads=1)
+
+    reason = r'denoiser width must be an integer in \[4, 16384\], got 2'
+    test_a_bundle_that_contradicts_itself_is_refused(bundle, change, reason)
+
+
+@pytest.mark.parametrize(
+    ('text', 'reason'),
+    [
+        ('[' * 100_000, 'not YAML: .*recursion'),
+        ('format: 1\n2: 3\n', r"'action', .* expected, got \['format', 2\]"),
+        ('format: 2026-99-99\n', 'not YAML: month must be in'),
+    ],
+    ids=['deep', 'mixed keys', 'no date'],
+)
+def test_a_model_file_that_cannot_be_parsed_is_refused(
+    bundle: Path, text: str, reason: str
+) -> None:
+    (bundle / MODEL_FILE).write_text(text)
+    with pytest.raises(BundleError, match=reason) as caught:
+        load_bundle(bundle)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'error', [MemoryError(), RuntimeError("can't\nallocate"), RecursionError('too deep')], ids=repr
+)
+def test_what_ends_the_making_of_a_network_refuses_the_bundle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PolicyNetwork, '__init__', fail)
+    with pytest.raises(BundleError, match=r"model\.yaml: (MemoryError|can't allocate|too deep)$"):
+        load_bundle(bundle)
+
+
 def test_missing_bundle_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r'expected at .*absent/model\.yaml, got nothing'):
         load_bundle(tmp_path / 'absent')

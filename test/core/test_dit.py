@@ -256,10 +256,11 @@ def test_a_sampler_of_another_objective_is_refused(
     if scheduler is None:
         file = folder / 'model.yaml'
         file.write_text(file.read_text().replace('objective: flow', 'objective: stream'))
+        with pytest.raises(BundleError, match=reason):
+            load_bundle(folder)
     else:
-        save_bundle(folder, 'a', network, {'x': SamplerSpec(scheduler)})
-    with pytest.raises(BundleError, match=reason):
-        load_bundle(folder)
+        with pytest.raises(BundleError, match=reason):
+            save_bundle(folder, 'a', network, {'x': SamplerSpec(scheduler)})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 model.yaml holds everything needed to rebuild the network and its contract, the samplers, and the
 SHA-256 of every weight file. Weights are stored in half precision and used in single precision.
+What is saved replaces the bundle before it in one step; see bundle_files.
 """
 
 from __future__ import annotations
@@ -15,29 +16,44 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
 
+from tts_policy.core.bundle_files import (
+    MODEL_FILE,
+    BundleError,
+    locked,
+    malformed,
+    read_model_text,
+    read_weights,
+    remove_unnamed,
+    replace_file,
+    serialised,
+    weights_name,
+    weights_path,
+)
 from tts_policy.core.contract import PolicyContract
 from tts_policy.core.network import NetworkSpec, PolicyNetwork
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.query_pruner import QueryPruner, QueryPrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 
+__all__ = [
+    'MODEL_FILE',
+    'WEIGHTS_FILE',
+    'AnyPruner',
+    'Bundle',
+    'BundleError',
+    'bundle_digest',
+    'load_bundle',
+    'save_bundle',
+    'save_pruner',
+    'save_random_bundle',
+]
+
 FORMAT = 1
-MODEL_FILE = 'model.yaml'
 WEIGHTS_FILE = 'policy.safetensors'
-MAX_FILE_BYTES = 2 << 30
 QUERY_PRUNER = 'query'
 AnyPruner = Pruner | QueryPruner
-# Normalisation statistics map radians and metres: they keep full precision.
-_FULL_PRECISION = ('normalizer',)
-
-
-class BundleError(ValueError):
-    """A bundle that cannot be used; the message names the file and the reason."""
+_POLICY = WEIGHTS_FILE.partition('.')[0]
 
 
 @dataclass(frozen=True)
@@ -60,49 +76,6 @@ class Bundle:
         return self.samplers[name]
 
 
-def _half(name: str, value: Tensor) -> Tensor:
-    keep = any(part in name for part in _FULL_PRECISION) or not value.is_floating_point()
-    return value if keep else value.half()
-
-
-def _write_weights(folder: Path, file: str, module: nn.Module, half: bool) -> dict[str, str]:
-    """Write a module's state; returns the entry of model.yaml that points to it."""
-    state = {name: value.cpu() for name, value in module.state_dict().items()}
-    state = {k: (_half(k, v) if half else v).contiguous() for k, v in state.items()}
-    data = save_tensors(state)
-    (folder / file).write_bytes(data)
-    return {'file': file, 'sha256': hashlib.sha256(data).hexdigest()}
-
-
-def _read_weights(folder: Path, entry: Any, module: nn.Module) -> None:
-    """Check and load the weights that an entry of model.yaml points to."""
-    if not isinstance(entry, dict) or not {'file', 'sha256'} <= set(entry):
-        raise BundleError(f'{folder / MODEL_FILE}: weights need file and sha256, got {entry!r}')
-    name = str(entry['file'])
-    path = (folder / name).resolve()
-    if Path(name).name != name or path.parent != folder.resolve():
-        raise BundleError(f'{folder / MODEL_FILE}: file must lie in the bundle, got {name!r}')
-    if not path.is_file():
-        raise BundleError(f'weight file expected at {folder / name}, got nothing')
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise BundleError(f'{path}: at most {MAX_FILE_BYTES} bytes, got {path.stat().st_size}')
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != entry['sha256']:
-        raise BundleError(f'{path}: sha256 {entry["sha256"]} expected, got {digest}')
-    try:
-        state = load_tensors(data)
-        own = module.state_dict()
-        module.load_state_dict(
-            {k: v.to(own[k].dtype) if k in own else v for k, v in state.items()}
-        )
-    except (SafetensorError, RuntimeError) as error:
-        raise BundleError(f'{path}: {" ".join(str(error).split())[:500]}') from error
-    bad = [k for k, v in module.state_dict().items() if not torch.isfinite(v).all()]
-    if bad:
-        raise BundleError(f'{path}: finite weights expected, got NaN or infinity in {bad[:3]}')
-
-
 def save_bundle(
     folder: Path,
     name: str,
@@ -110,61 +83,202 @@ def save_bundle(
     samplers: Mapping[str, SamplerSpec],
     pruners: Mapping[str, AnyPruner] | None = None,
     half: bool = True,
-) -> None:
-    """Write a bundle; `folder` is created, files of the same names are replaced.
+) -> tuple[str, ...]:
+    """Write a bundle; `folder` is created, a bundle that stands there is replaced.
 
-    half: weights, but not normalisation statistics, are rounded to half precision.
+    half: weights, but not normalisation statistics, are rounded to half precision. A sampler that
+    is given no pruner keeps that of the replaced bundle if neither the sampler's scheduler nor
+    the policy (contract, network, weights as stored) has changed.
+
+    Returns
+    -------
+    tuple of str
+        the samplers of the replaced bundle whose pruner is dropped: it was of another policy.
+
+    Raises
+    ------
+    BundleError
+        for what `load_bundle` would refuse; the folder's bundle is as before.
+
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    given = pruners or {}
+    weights = serialised(_POLICY, network, half)
     data: dict[str, Any] = {
         'format': FORMAT,
         'name': name,
         **network.contract.to_dict(),
         'network': network.spec.to_dict(),
-        'weights': _write_weights(folder, WEIGHTS_FILE, network, half),
+        'weights': {},
         'samplers': {key: spec.to_dict() for key, spec in samplers.items()},
     }
-    _write_model_file(folder, data)
-    for key, pruner in (pruners or {}).items():
-        save_pruner(folder, key, pruner, half)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        old = _replaced(folder)
+        draft = _Draft(folder, data)
+        data['weights'] = draft.stage(_POLICY, weights)
+        kept = _kept_pruners(folder, old, data['weights']['sha256'], network, samplers)
+        for key, entry in kept.items():
+            data['samplers'][key]['pruner'] = entry
+        for key, pruner in given.items():
+            draft.add_pruner(key, pruner, half)
+        draft.write(network, replaced=old)
+    return tuple(
+        key
+        for key, entry in old.get('samplers', {}).items()
+        if isinstance(entry, dict) and 'pruner' in entry and key not in {*kept, *given}
+    )
 
 
 def save_pruner(folder: Path, sampler: str, pruner: AnyPruner, half: bool = True) -> None:
-    """Add a sampler's pruner to an existing bundle, or replace it."""
-    data = _read_model_file(folder)
-    entry = _write_weights(folder, f'pruner_{sampler}.safetensors', pruner, half)
-    kind = {} if isinstance(pruner, Pruner) else {'kind': QUERY_PRUNER}
-    data['samplers'][sampler]['pruner'] = {**entry, **kind, 'spec': pruner.spec.to_dict()}
-    _write_model_file(folder, data)
+    """Add a sampler's pruner to an existing bundle, or replace it.
+
+    Processes that save pruners of different samplers at the same time all succeed.
+
+    Raises
+    ------
+    BundleError
+        for what `load_bundle` would refuse; the bundle is as before.
+
+    """
+    read_model_text(folder)
+    with locked(folder):
+        # Read under the lock: others may have saved theirs.
+        data = _parsed(folder, read_model_text(folder))
+        with malformed(folder / MODEL_FILE), torch.device('meta'):
+            # For its sizes: it takes no memory, and draws no random numbers.
+            contract = PolicyContract.from_dict(data)
+            network = PolicyNetwork(contract, NetworkSpec.from_dict(data['network']))
+        draft = _Draft(folder, data)
+        draft.add_pruner(sampler, pruner, half)
+        draft.write(network, replaced=data)
 
 
-def _write_model_file(folder: Path, data: dict[str, Any]) -> None:
-    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None)
-    (folder / MODEL_FILE).write_text('# Model bundle; see CARD.md.\n' + text, encoding='utf-8')
+class _Draft:
+    """Data of a model file, with the weights that are to be written for it."""
+
+    def __init__(self, folder: Path, data: dict[str, Any]) -> None:
+        self._folder, self._data = folder, data
+        self._files: dict[str, bytes] = {}
+
+    def stage(self, stem: str, content: bytes) -> dict[str, str]:
+        """Have weights written; returns the entry of the model file that points to them."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        file = weights_name(self._folder, stem, sha256)
+        self._files[file] = content
+        return {'file': file, 'sha256': sha256}
+
+    def add_pruner(self, sampler: str, pruner: AnyPruner, half: bool) -> None:
+        """Give a sampler a pruner; raises BundleError if there is no such sampler."""
+        samplers = self._data['samplers']
+        if sampler not in samplers:
+            raise BundleError(
+                f'{self._folder}: a pruner must be of a sampler of {list(samplers)}, '
+                f'got {sampler!r}'
+            )
+        content = serialised(f'pruner of {sampler!r}', pruner, half)
+        entry = self.stage(_pruner_stem(sampler), content)
+        kind = {} if isinstance(pruner, Pruner) else {'kind': QUERY_PRUNER}
+        samplers[sampler]['pruner'] = {**entry, **kind, 'spec': pruner.spec.to_dict()}
+
+    def write(self, network: PolicyNetwork, replaced: dict[str, Any]) -> None:
+        """Write weights and model file in the place of those of `replaced`, {} if none.
+
+        Raises
+        ------
+        BundleError
+            for what would not be loaded again.
+
+        """
+        path = self._folder / MODEL_FILE
+        with malformed(path):
+            text = yaml.safe_dump(
+                self._data, sort_keys=False, allow_unicode=True, default_flow_style=None
+            )
+            text = '# Model bundle; see CARD.md.\n' + text
+            named = self._named(network, _parsed(self._folder, text))
+        for file, content in self._files.items():
+            replace_file(self._folder / file, content)
+        replace_file(path, text.encode())
+        samplers = {*self._data['samplers'], *replaced.get('samplers', {})}
+        remove_unnamed(self._folder, {_POLICY, *map(_pruner_stem, samplers)}, named)
+
+    def _named(self, network: PolicyNetwork, saved: dict[str, Any]) -> set[str]:
+        """Weight files that the model file names; raises as `load_bundle` would."""
+        entries = [saved['weights']]
+        for name, data in saved['samplers'].items():
+            _, sizes = _sampler_settings(network, str(name), data)
+            if sizes is not None:
+                entries.append(data['pruner'])
+        # A name may be a link to another file of the bundle.
+        targets = {weights_path(self._folder, entry).name for entry in entries}
+        return targets | {str(entry['file']) for entry in entries}
 
 
-def _read_model_file(folder: Path) -> dict[str, Any]:
-    path = folder / MODEL_FILE
-    if not path.is_file():
-        raise BundleError(f'bundle file expected at {path}, got nothing')
+def _pruner_stem(sampler: str) -> str:
+    return f'pruner_{sampler}'
+
+
+def _replaced(folder: Path) -> dict[str, Any]:
+    """Data of the bundle that stands in a folder, {} where there is none that can be read."""
     try:
-        data = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BundleError(f'{path}: not YAML: {" ".join(str(error).split())}') from error
+        return _parsed(folder, read_model_text(folder))
+    except BundleError:
+        return {}
+
+
+def _kept_pruners(
+    folder: Path,
+    old: dict[str, Any],
+    sha256: str,
+    network: PolicyNetwork,
+    samplers: Mapping[str, SamplerSpec],
+) -> dict[str, Any]:
+    """Entries of the replaced bundle's pruners that serve these samplers of this network."""
+    kept = {}
+    for name in samplers if _is_policy(old, sha256, network) else ():
+        entry = old['samplers'].get(name)
+        try:
+            with malformed(folder / MODEL_FILE):
+                spec, pruner = _load_sampler(folder, network, name, entry)
+        except BundleError:
+            continue
+        if pruner is not None and spec.scheduler == samplers[name].scheduler:
+            kept[name] = entry['pruner']
+    return kept
+
+
+def _is_policy(data: dict[str, Any], sha256: str, network: PolicyNetwork) -> bool:
+    """Whether a model file describes this network with weights of this hash."""
+    try:
+        with malformed(MODEL_FILE):
+            return (
+                data['weights']['sha256'] == sha256
+                and PolicyContract.from_dict(data) == network.contract
+                and NetworkSpec.from_dict(data['network']) == network.spec
+            )
+    except BundleError:
+        return False
+
+
+def _parsed(folder: Path, text: str) -> dict[str, Any]:
+    path = folder / MODEL_FILE
+    with malformed(f'{path}: not YAML'):
+        data = yaml.safe_load(text)
     if not isinstance(data, dict) or data.get('format') != FORMAT:
         found = data.get('format') if isinstance(data, dict) else data
         raise BundleError(f'{path}: format {FORMAT} expected, got {str(found)[:80]!r}')
     missing = {'name', 'network', 'weights', 'samplers', 'observation', 'action'} - set(data)
     if missing:
-        raise BundleError(f'{path}: {sorted(missing)} expected, got {sorted(data)}')
+        raise BundleError(f'{path}: {sorted(missing)} expected, got {list(data)}')
     if not isinstance(data['samplers'], dict) or not data['samplers']:
         raise BundleError(f'{path}: samplers must name at least one, got {data["samplers"]!r}')
     return data
 
 
-def _load_sampler(
-    folder: Path, network: PolicyNetwork, name: str, data: Any
-) -> tuple[SamplerSpec, AnyPruner | None]:
+def _sampler_settings(
+    network: PolicyNetwork, name: str, data: Any
+) -> tuple[SamplerSpec, PrunerSpec | QueryPrunerSpec | None]:
+    """Settings of a sampler and sizes of its pruner; raises ValueError unless they fit."""
     data = dict(data)
     entry = data.pop('pruner', None)
     spec = SamplerSpec.from_dict(data)
@@ -187,8 +301,17 @@ def _load_sampler(
         raise ValueError(
             f'pruner of {name!r} must have time_width {denoiser.time_width}, got {time_width}'
         )
+    return spec, sizes
+
+
+def _load_sampler(
+    folder: Path, network: PolicyNetwork, name: str, data: Any
+) -> tuple[SamplerSpec, AnyPruner | None]:
+    spec, sizes = _sampler_settings(network, name, data)
+    if sizes is None:
+        return spec, None
     pruner = QueryPruner(sizes) if isinstance(sizes, QueryPrunerSpec) else Pruner(sizes)
-    _read_weights(folder, entry, pruner)
+    read_weights(folder, data['pruner'], pruner)
     return spec, pruner
 
 
@@ -207,7 +330,7 @@ def bundle_digest(folder: Path) -> str:
 
 
 def load_bundle(folder: Path) -> Bundle:
-    """Load and validate a bundle folder.
+    """Load and validate a bundle folder, also while it is saved anew.
 
     Raises
     ------
@@ -216,19 +339,27 @@ def load_bundle(folder: Path) -> Bundle:
         do not match their hash or the network, or that are not finite.
 
     """
-    data = _read_model_file(folder)
-    try:
+    text = read_model_text(folder)
+    while True:
+        try:
+            return _load(folder, text)
+        except BundleError:
+            # Weights that it named are gone if the bundle was saved in the meantime.
+            before, text = text, read_model_text(folder)
+            if text == before:
+                raise
+
+
+def _load(folder: Path, text: str) -> Bundle:
+    data = _parsed(folder, text)
+    with malformed(folder / MODEL_FILE):
         contract = PolicyContract.from_dict(data)
         network = PolicyNetwork(contract, NetworkSpec.from_dict(data['network']))
-        _read_weights(folder, data['weights'], network)
+        read_weights(folder, data['weights'], network)
         samplers = {
             str(name): _load_sampler(folder, network, str(name), entry)
             for name, entry in data['samplers'].items()
         }
-    except BundleError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BundleError(f'{folder / MODEL_FILE}: {error}') from error
     return Bundle(str(data['name']), network, samplers)
 
 

@@ -77,9 +77,9 @@ class PolicyContract:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024:
                 raise ContractError(f'{name} must be an integer in [1, 1024], got {value!r}')
-        if act.offset_steps not in (0, 1):
+        if type(act.offset_steps) is not int or act.offset_steps not in (0, 1):
             raise ContractError(f'action.offset_steps must be 0 or 1, got {act.offset_steps!r}')
-        if not 0.001 <= obs.period_s <= 10.0:
+        if isinstance(obs.period_s, bool) or not 0.001 <= obs.period_s <= 10.0:
             raise ContractError(
                 f'observation.period_s must be in [0.001, 10] s, got {obs.period_s!r}'
             )
@@ -107,7 +107,8 @@ class PolicyContract:
         if 'joints' in cameras:
             raise ContractError("observation.cameras: the key 'joints' is taken, choose another")
         for camera in obs.cameras:
-            if not (16 <= camera.height <= 2048 and 16 <= camera.width <= 2048):
+            sides = camera.height, camera.width
+            if not all(type(side) is int and 16 <= side <= 2048 for side in sides):
                 raise ContractError(
                     f'camera {camera.key!r} must be 16 to 2048 pixels a side, '
                     f'got {camera.height} x {camera.width}'
@@ -165,5 +166,5 @@ def read_contract(path: Path) -> PolicyContract:
     """
     try:
         return PolicyContract.from_dict(yaml.safe_load(path.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ContractError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ContractError(f'{path}: {" ".join(str(error).split())}') from None

@@ -3,6 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+
+def is_side(value: Any) -> bool:
+    """Whether this can be the height or width, in pixels, of an image that is cut or scaled."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 2048
+
 
 def centre_crop(height: int, width: int, crop: tuple[int, int] | tuple[()]) -> tuple[slice, slice]:
     """Rows and columns of a crop, all where it is empty; raises ValueError if it does not fit."""

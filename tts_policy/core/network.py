@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tts_policy.core.contract import CameraSpec, PolicyContract
 from tts_policy.core.denoiser import Denoiser
 from tts_policy.core.dit import DiTDenoiser, DiTSpec
+from tts_policy.core.field_types import check_field_types
 from tts_policy.core.normalizer import LinearNormalizer
 from tts_policy.core.resnet import ResNetEncoder, ResNetSpec
 from tts_policy.core.scheduler import FLOW, SchedulerSpec
@@ -58,13 +59,21 @@ class NetworkSpec:
     objective: str = 'diffusion'
 
     def __post_init__(self) -> None:
-        """Refuse unknown objectives; raises ValueError."""
+        """Refuse unknown objectives and impossible sizes; raises ValueError naming the field."""
+        check_field_types('network', self)
         if self.objective not in OBJECTIVES:
             raise ValueError(
                 f'network objective must be one of {list(OBJECTIVES)}, got {self.objective!r}'
             )
         if not 0 <= self.camera_blocks <= 5:
             raise ValueError(f'network camera_blocks must be in [0, 5], got {self.camera_blocks}')
+        if self.camera_channels % 16 or not 16 <= self.camera_channels <= 4096:
+            raise ValueError(
+                f'network camera_channels must be a multiple of 16 in [16, 4096], '
+                f'got {self.camera_channels}'
+            )
+        if not 1 <= self.train_steps <= 10_000:
+            raise ValueError(f'network train_steps must be in [1, 10000], got {self.train_steps}')
         if self.resnet is not None and self.vit is not None:
             raise ValueError('network must have one kind of camera encoder, got resnet and vit')
 

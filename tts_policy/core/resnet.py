@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tts_policy.core.crop import centre_crop
+from tts_policy.core.crop import centre_crop, is_side
+from tts_policy.core.field_types import check_field_types
 from tts_policy.core.normalizer import LinearNormalizer
 from tts_policy.core.spatial_softmax import SpatialSoftmax
 
@@ -36,13 +37,14 @@ class ResNetSpec:
 
     def __post_init__(self) -> None:
         """Refuse impossible settings; raises ValueError naming the field."""
+        check_field_types('resnet', self)
         if self.norm not in ('group', 'batch'):
             raise ValueError(f"resnet norm must be 'group' or 'batch', got {self.norm!r}")
-        if len(self.crop) not in (0, 2) or not all(1 <= side <= 2048 for side in self.crop):
+        if len(self.crop) not in (0, 2) or not all(map(is_side, self.crop)):
             raise ValueError(f'resnet crop must be height and width, got {list(self.crop)}')
         for name in ('keypoints', 'features'):
             value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= 4096:
+            if not 1 <= value <= 4096:
                 raise ValueError(f'resnet {name} must be an integer in [1, 4096], got {value!r}')
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tts_policy.core.field_types import check_field_types
 from tts_policy.core.scheduler import SchedulerSpec
 
 
@@ -30,6 +31,7 @@ class SamplerSpec:
 
     def __post_init__(self) -> None:
         """Refuse impossible settings; raises ValueError naming the field."""
+        check_field_types('sampler', self)
         if not 1 <= self.max_rollout_age <= 10_000:
             raise ValueError(f'max_rollout_age must be in [1, 10000], got {self.max_rollout_age}')
         if not 0.0 <= self.temperature <= 1.0:

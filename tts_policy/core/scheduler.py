@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tts_policy.core.field_types import check_field_types
+
 
 def squared_cosine_alphas_cumprod(train_steps: int) -> Tensor:
     """Cumulative product of alphas, float64 [train_steps], betas clipped at 0.999."""
@@ -49,7 +51,8 @@ class SchedulerSpec:
     and the noise schedule's fields have no meaning. variance: of DDPM's noise, 'fixed_small',
     'fixed_small_log' (the same, as a clamped logarithm) or 'fixed_large'.
     clip: the clean sample is clipped to [-clip, clip]; 0 leaves it alone. steps_offset is added to
-    DDIM's timesteps; with set_alpha_to_one its last step ends at the clean sample.
+    the timesteps of DDPM and of DDIM; with set_alpha_to_one DDIM's last step ends at the clean
+    sample.
     """
 
     kind: str
@@ -66,6 +69,7 @@ class SchedulerSpec:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be sampled; raises ValueError naming the field."""
+        check_field_types('scheduler', self)
         for name, value, allowed in (
             ('kind', self.kind, ('ddpm', 'ddim', FLOW)),
             ('beta_schedule', self.beta_schedule, BETA_SCHEDULES),

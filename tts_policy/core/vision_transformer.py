@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tts_policy.core.attention import merge_heads, split_heads
-from tts_policy.core.crop import centre_crop
+from tts_policy.core.crop import centre_crop, is_side
+from tts_policy.core.field_types import check_field_types
 from tts_policy.core.normalizer import LinearNormalizer
 
 HEAD_WIDTH = 64
@@ -42,15 +43,16 @@ class ViTSpec:
 
     def __post_init__(self) -> None:
         """Refuse impossible sizes; raises ValueError naming the field."""
+        check_field_types('vit', self)
         for name, high in (('width', 4096), ('layers', 64), ('hidden', 16384), ('patch', 64)):
             value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= high:
+            if not 1 <= value <= high:
                 raise ValueError(f'vit {name} must be an integer in [1, {high}], got {value!r}')
         if self.width % HEAD_WIDTH:
             raise ValueError(f'vit width must be a multiple of {HEAD_WIDTH}, got {self.width}')
         for name in ('resize', 'crop'):
             size = getattr(self, name)
-            if len(size) not in (0, 2) or not all(1 <= side <= 2048 for side in size):
+            if len(size) not in (0, 2) or not all(map(is_side, size)):
                 raise ValueError(f'vit {name} must be height and width, got {list(size)}')
 
 

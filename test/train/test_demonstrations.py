@@ -346,7 +346,7 @@ def test_a_pruner_is_trained_from_a_replay_buffer_and_a_recordings_command_line(
     path = write_buffer(tmp_path / 'demos.zarr.zip', pose=states(), action=actions())
     options = ['--sampler', 'ddim10', '--sparsities', '0.8', '--out', str(out), '--held-out', '1']
     options += ['--steps', '1', '--batch', '2', '--sample', '1', '--trials', '2', '--ticks', '2']
-    command = [str(path), '--bundle', str(bundle), *options]
+    command = [str(path), str(path), '--bundle', str(bundle), *options]
     assert train_pruner.main([*command, '--topic', 'joints:=pose', '--episodes', '4']) == 0
     pruner = load_bundle(bundle).sampler('ddim10')[1]
     assert isinstance(pruner, Pruner) and pruner.spec.sparsities == (0.8,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,61 @@ def test_compressed_chunks_are_read(
     assert np.array_equal(load_replay_buffer(file, ('action',)).data['action'], arrays['action'])
 
 
+class _Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self._file,)
+
+
+@pytest.mark.fault
+def test_a_chunk_is_never_unpickled(tmp_path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    sprung = tmp_path / 'sprung'
+    file = write(
+        tmp_path / 'demos.zarr.zip',
+        arrays,
+        compressor={'id': 'pickle'},
+        encode=lambda _: pickle.dumps(_Trap(sprung)),
+    )
+    with pytest.raises(ReplayBufferError, match=r"a compressor of \['blosc', .* got 'pickle'"):
+        load_replay_buffer(file, ('action',))
+    assert not sprung.exists()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('codec', ['zlib', 'gzip', 'bz2', 'lzma', 'zstd', 'lz4', 'blosc'])
+@pytest.mark.parametrize(
+    'junk',
+    [b'', b'junk', b'\0' * 40, b'\xff' * 40],
+    ids=['nothing', 'text', 'zeros', 'ones'],
+)
+def test_chunks_that_do_not_decompress_are_refused(
+    codec: str, junk: bytes, tmp_path: Path, arrays: dict[str, NDArray[Any]]
+) -> None:
+    pytest.importorskip('numcodecs', reason='numcodecs is not installed')
+    compressor, file = {'id': codec}, tmp_path / 'demos.zarr.zip'
+    write(file, arrays, compressor=compressor, encode=lambda _: junk)
+    with pytest.raises(ReplayBufferError) as error:
+        load_replay_buffer(file, ('action',))
+    assert 'chunk data/action/0.0' in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('codec', ['zlib', 'gzip', 'bz2', 'lzma'])
+def test_chunks_that_are_cut_short_are_refused(
+    codec: str, tmp_path: Path, arrays: dict[str, NDArray[Any]]
+) -> None:
+    numcodecs = pytest.importorskip('numcodecs', reason='numcodecs is not installed')
+    encoder, file = numcodecs.get_codec({'id': codec}), tmp_path / 'demos.zarr.zip'
+    compressor = encoder.get_config()
+    write(file, arrays, compressor=compressor, encode=lambda raw: bytes(encoder.encode(raw))[:-9])
+    with pytest.raises(ReplayBufferError, match='chunk data/action'):
+        load_replay_buffer(file, ('action',))
+
+
 JPEG2K = {'id': 'imagecodecs_jpeg2k', 'level': 50}
 
 
@@ -173,6 +229,9 @@ def test_images_that_are_none_are_refused(
         ({'chunks': [4]}, 'chunks (4,) of shape (9, 2)'),
         ({'chunks': [4, 0]}, 'chunks (4, 0) of shape (9, 2)'),
         ({'chunks': [10**6, 10**6]}, 'chunks of at most 1073741824 bytes expected'),
+        ({'dtype': '<i4', 'fill_value': 'NaN'}, "a fill value of int32 expected, got 'NaN'"),
+        ({'dtype': '<i4', 'fill_value': float('nan')}, 'a fill value of int32 expected, got nan'),
+        ({'fill_value': [1, 2]}, 'a fill value of float32 expected, got [1, 2]'),
     ],
 )
 def test_an_array_that_is_not_what_it_should_be_is_refused_with_the_reason(
@@ -202,6 +261,18 @@ def test_whole_numbers_beyond_a_byte_are_refused_as_images(
     file = write(tmp_path / 'demos.zarr.zip', arrays)
     with pytest.raises(ReplayBufferError, match=r'values in \[0, 255\] expected for uint8'):
         load_replay_buffer(file, ('img',), {'img': np.uint8})
+
+
+def test_a_fill_value_beyond_a_byte_is_refused_where_it_is_read(
+    tmp_path: Path, arrays: dict[str, NDArray[Any]]
+) -> None:
+    stored_as = {'action': np.uint8}
+    arrays['action'] = np.ones((9, 2), np.float32)
+    file = write(tmp_path / 'demos.zarr.zip', arrays, fill_value='NaN')
+    assert (load_replay_buffer(file, ('action',), stored_as).data['action'] == 1).all()
+    file = write(tmp_path / 'demos.zarr.zip', arrays, fill_value='NaN', leave_out=(1, 0))
+    with pytest.raises(ReplayBufferError, match=r'values in \[0, 255\] expected for uint8'):
+        load_replay_buffer(file, ('action',), stored_as)
 
 
 @pytest.mark.parametrize('ends', [[4, 4], [], [0, 9]])

@@ -49,9 +49,10 @@ def write_page(rows: Sequence[Row], path: Path) -> None:
             for row in of
             if 'latency_in_turns' in row
         )
+        timed = ', '.join(turns) or 'while episodes ran'
         parts += [
             f'## {task.capitalize()}',
-            f'{devices}; one thread a process. Latency: {", ".join(turns) or "while episodes ran"}. '
+            f'{devices}; one thread a process. Latency: {timed}. '
             f'Observation encoder: {of[0]["gflops_observation"]:.3f} GFLOPs a tick.',
             markdown_table(of),
         ]

@@ -4,8 +4,8 @@
 Every plan starts from whole passes, placed where they help most (see `pass_search`), grows from
 the next sparser one's, or is another bundle's, whichever is best within the budget of cells and
 their cost (see `plan_budget`). Each is searched for a number of steps (see `plan_search`); the one
-that did best on lessons kept back becomes the table of its sparsity. The lessons of a step are
-drawn with a preference for those in which reuse errs most.
+that did best on lessons kept back, which are of other episodes, becomes the table of its sparsity.
+The lessons of a step are drawn with a preference for those in which reuse errs most.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from tts_policy.train.prior_plans import PriorPlans
 from tts_policy.train.refinement import refined
 from tts_policy.train.tick_sequences import DenseTeacher
 
-KEPT_BACK = 24
 VALIDATE_EVERY = 4
 
 
@@ -66,19 +65,19 @@ class PrunerTrainer:
         sampler: SamplerSpec,
         sparsities: list[float],
         lessons: list[Lesson],
+        kept_back: list[Lesson],
         measure: ActionError,
         spec: PrunerTrainingSpec,
         prior: PriorPlans | None = None,
     ) -> None:
         self._loop, self._measure, self.spec = SharedPlanLoop(teacher), measure, spec
         self.sampler, self.sparsities = sampler, sorted(sparsities)
-        kept = max(1, min(KEPT_BACK, len(lessons) // 4))
         self._kept = [
-            LessonBatch(teacher, lessons[first : min(first + spec.batch, kept)])
-            for first in range(0, kept, spec.batch)
+            LessonBatch(teacher, kept_back[first : first + spec.batch])
+            for first in range(0, len(kept_back), spec.batch)
         ]
         self._teacher = teacher
-        self.choice = LessonChoice(teacher, lessons[kept:], spec.preference)
+        self.choice = LessonChoice(teacher, lessons, spec.preference)
         shape = (sampler.scheduler.steps, teacher.denoiser.spec.blocks)
         self._forced = forced_cells(shape, sampler.force_first_step)
         self.tables: dict[float, Tensor] = {}

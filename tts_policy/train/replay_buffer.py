@@ -3,15 +3,18 @@
 
 `data/KEY` are arrays whose first axis is time over all episodes; `meta/episode_ends` says where
 each of them ends. Chunks are decompressed one at a time, by numcodecs, or by OpenCV where they are
-images in JPEG 2000; nothing else of zarr is needed to read, and nothing in the file is executed.
+images in JPEG 2000; nothing else of zarr is needed to read, and nothing in the file is executed:
+of the codecs that numcodecs knows, one of them pickle, those of CODECS alone are asked.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import lzma
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +36,21 @@ EPISODE_ENDS = 'meta/episode_ends'
 DEFAULT_STREAMS = {'joints': 'state', 'commands': 'action'}
 MAX_ARRAY_BYTES = 8 << 30
 MAX_CHUNK_BYTES = 1 << 30
+# Codecs that only decompress.
+CODECS = ('blosc', 'zstd', 'zlib', 'gzip', 'bz2', 'lz4', 'lzma')
+# What decompression says of damaged chunks, and settings of codecs that it cannot use.
+_DAMAGE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    OSError,
+    EOFError,
+    MemoryError,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 class ReplayBufferError(BagError):
@@ -206,7 +224,7 @@ class _Array:
             self.chunks = tuple(int(n) for n in about['chunks'])
             self.dtype = np.dtype(about['dtype'])
             version, order, filters = about['zarr_format'], about['order'], about['filters']
-            self._compressor, self._fill = about['compressor'], about['fill_value']
+            self._compressor, fill = about['compressor'], about['fill_value']
             self._separator = about.get('dimension_separator', '.')
         except (KeyError, ValueError, TypeError) as error:
             reason = ' '.join(str(error).split())
@@ -228,6 +246,12 @@ class _Array:
                 f'{self._where}: chunks of at most {MAX_CHUNK_BYTES} bytes expected, '
                 f'got {chunk_bytes}'
             )
+        try:
+            self._fill = np.array(fill or 0, self.dtype).reshape(())
+        except (ValueError, TypeError, OverflowError):
+            raise ReplayBufferError(
+                f'{self._where}: a fill value of {self.dtype} expected, got {fill!r}'
+            ) from None
 
     def read(self, stored_as: DTypeLike | None = None, rows: slice | None = None) -> NDArray[Any]:
         """Return the array, or these rows of it, in `stored_as` if that is given."""
@@ -240,7 +264,7 @@ class _Array:
             raise ReplayBufferError(
                 f'{self._where}: at most {MAX_ARRAY_BYTES} bytes expected, got shape {shape}'
             )
-        values = np.full(shape, self._fill or 0, dtype)
+        values = np.empty(shape, dtype)
         present = set(self._archive.namelist())
         grid = (range(-(-n // chunk)) for n, chunk in zip(shape, self.chunks, strict=True))
         for index in itertools.product(*grid):
@@ -249,9 +273,8 @@ class _Array:
             if stored:
                 stored[0] += offset // self.chunks[0]
             name = f'{self._name}/{self._separator.join(map(str, stored))}'
-            if name not in present:
-                continue
-            chunk = self._chunk(name)
+            never_written = np.broadcast_to(self._fill, self.chunks)
+            chunk = self._chunk(name) if name in present else never_written
             target = values[
                 tuple(slice(s, s + c) for s, c in zip(starts, self.chunks, strict=True))
             ]
@@ -271,12 +294,13 @@ class _Array:
             )
 
     def _chunk(self, name: str) -> NDArray[Any]:
-        raw: Any = self._archive.read(name)
-        if self._compressor is not None:
-            try:
+        try:
+            raw: Any = self._archive.read(name)
+            if self._compressor is not None:
                 raw = self._decompress(raw)
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise ReplayBufferError(f'{self._where}: chunk {name}: {error}') from error
+        except _DAMAGE as error:
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            raise ReplayBufferError(f'{self._where}: chunk {name}: {reason}') from error
         flat = np.frombuffer(raw, np.uint8)
         expected = math.prod(self.chunks) * self.dtype.itemsize
         if flat.size != expected:
@@ -292,6 +316,10 @@ class _Array:
             if set(rest) != {1} or channels != 3 or self.dtype != np.uint8:
                 raise ValueError(f'chunks of one RGB image expected, got {self.chunks}')
             return decode_jpeg2k(raw, height, width).tobytes()
+        if settings.get('id') not in CODECS:
+            raise ValueError(
+                f'a compressor of {[*CODECS, CODEC]} expected, got {settings.get("id")!r}'
+            )
         try:
             from numcodecs import get_codec
         except ImportError:

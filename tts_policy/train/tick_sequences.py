@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.scheduler import NoiseScheduler
 from tts_policy.train.dataset import Windows
 from tts_policy.train.replicas import Replicas
+
+KEPT_BACK = 24
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,14 @@ def tick_sequences(
     ticks: int,
     generator: torch.Generator,
     execute: int | None = None,
+    episodes: Sequence[Tensor] | None = None,
 ) -> list[TickSequence]:
     """Draw `count` sequences: `ticks` windows, `execute` frames apart.
 
     Every second one begins with its episode, as a live rollout does, the others anywhere in it.
     Of an episode that is too short there are fewer ticks; one of a single tick is left out, as the
-    first tick is dense and teaches nothing.
+    first tick is dense and teaches nothing. episodes: those to draw from, as indices of their
+    windows, where it is not all of them.
 
     Raises
     ------
@@ -48,16 +53,17 @@ def tick_sequences(
 
     """
     stride = execute or network.contract.action.execute
-    episodes = [episode for episode in windows.episode_windows if len(episode) > stride]
-    if ticks < 2 or not episodes:
-        longest = max(map(len, windows.episode_windows))
+    given = windows.episode_windows if episodes is None else episodes
+    usable = [episode for episode in given if len(episode) > stride]
+    if ticks < 2 or not usable:
+        longest = max(map(len, given))
         raise ValueError(
             f'ticks: sequences of 2 or more, {stride} frames apart, expected, '
             f'got {ticks} of episodes of up to {longest} windows'
         )
     device, sequences = network.denoiser.device, []
     for number in range(count):
-        episode = episodes[int(torch.randint(len(episodes), (), generator=generator))]
+        episode = usable[int(torch.randint(len(usable), (), generator=generator))]
         length = min(ticks, 1 + (len(episode) - 1) // stride)
         slack = len(episode) - (length - 1) * stride
         start = int(torch.randint(slack, (), generator=generator)) if number % 2 else 0
@@ -67,6 +73,35 @@ def tick_sequences(
         seed = int(torch.randint(1 << 31, (), generator=generator))
         sequences.append(TickSequence(network.features(images, joints), seed))
     return sequences
+
+
+def split_sequences(
+    network: PolicyNetwork, windows: Windows, count: int, ticks: int, generator: torch.Generator
+) -> tuple[list[TickSequence], list[TickSequence]]:
+    """Draw `count` sequences, those to keep back and those to train on, of different episodes.
+
+    The first quarter of the episodes, one at least, is kept back, and a quarter of the sequences,
+    KEPT_BACK at most.
+
+    Raises
+    ------
+    ValueError
+        if fewer than two episodes have two ticks, or as `tick_sequences`.
+
+    """
+    stride = network.contract.action.execute
+    usable = [episode for episode in windows.episode_windows if len(episode) > stride]
+    if len(usable) < 2:
+        raise ValueError(
+            f'demonstrations: 2 or more episodes of more than {stride} windows expected beside '
+            f'those held out, got {len(usable)}'
+        )
+    first, kept = max(1, len(usable) // 4), max(1, min(KEPT_BACK, count // 4))
+
+    def draw(number: int, episodes: list[Tensor]) -> list[TickSequence]:
+        return tick_sequences(network, windows, number, ticks, generator, episodes=episodes)
+
+    return draw(kept, usable[:first]), draw(count - kept, usable[first:])
 
 
 class DenseTeacher:

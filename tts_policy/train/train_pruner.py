@@ -15,7 +15,7 @@ import csv
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from tts_policy.core.bundle import BundleError, load_bundle, save_pruner
+from tts_policy.core.network import PolicyNetwork
 from tts_policy.core.policy import DEVICES
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
@@ -38,13 +39,44 @@ from tts_policy.train.plan_search import SearchSpec
 from tts_policy.train.prior_plans import PriorPlans
 from tts_policy.train.pruner_trainer import PrunerTrainer, PrunerTrainingSpec
 from tts_policy.train.replicas import Replicas
-from tts_policy.train.tick_sequences import DenseTeacher, TickSequence, tick_sequences
+from tts_policy.train.run_settings import check_settings, digest
+from tts_policy.train.tick_sequences import (
+    DenseTeacher,
+    TickSequence,
+    split_sequences,
+    tick_sequences,
+)
+
+# Smallest values of options; two sequences are one to train on and one to keep back.
+LEAST = {'steps': 1, 'batch': 1, 'sample': 1, 'trials': 1, 'episodes': 2, 'ticks': 2, 'seed': 0}
 
 
-def _settings(args: argparse.Namespace) -> dict[str, str]:
-    """What a resumed run must have in common with the one it continues."""
+def _option(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
+
+
+def _settings(
+    args: argparse.Namespace,
+    network: PolicyNetwork,
+    sampler: SamplerSpec,
+    sparsities: list[float],
+    prior: PriorPlans | None,
+) -> dict[str, str]:
+    """What a resumed run must have in common with the one it continues, by name.
+
+    Bundles by what they hold, not by their paths: a policy may have been trained anew meanwhile.
+    """
     free = ('demonstrations', 'bundle', 'out', 'add', 'topic', 'image_fit', 'threads', 'device')
-    return {name: str(value) for name, value in vars(args).items() if name not in free}
+    options = {_option(k): str(v) for k, v in vars(args).items() if k not in (*free, 'prior')}
+    sampling = replace(sampler, recommended_sparsity=0.0).to_dict()
+    sizes = (network.contract.to_dict(), network.spec.to_dict())
+    plans = 'none' if prior is None else digest(prior.pruner, prior.pruner.sparsities)
+    return options | {
+        '--sparsities': str(sorted(sparsities)),
+        'policy of --bundle': digest(network, *sizes),
+        'sampler of --bundle': str(sampling),
+        'plans of --prior': plans,
+    }
 
 
 def _resume(trainer: PrunerTrainer, out: Path, settings: dict[str, str], own: Replicas) -> None:
@@ -58,13 +90,7 @@ def _resume(trainer: PrunerTrainer, out: Path, settings: dict[str, str], own: Re
     state = own.of_first(state)
     if state is None:
         return
-    for name, value in settings.items():
-        began = state['settings'].get(name, value)
-        if began != value:
-            raise ValueError(
-                f'{out}: --{name.replace("_", "-")}: this run began with {began}, got {value}; '
-                'another --out begins a new one'
-            )
+    check_settings(out, state['settings'], settings)
     trainer.restore(state)
     if own.is_first:
         print(f'resumed at step {trainer.step}')
@@ -87,15 +113,15 @@ def _log(out: Path) -> TextIO:
     return handle
 
 
-def _train(trainer: PrunerTrainer, args: argparse.Namespace, replicas: Replicas) -> None:
+def _train(run: _Run, out: Path, replicas: Replicas) -> None:
     """Train to the end, from the checkpoint if there is one; the first replica writes."""
-    settings = _settings(args)
-    _resume(trainer, args.out, settings, replicas)
+    trainer = run.trainer
+    _resume(trainer, out, run.settings, replicas)
     if not replicas.is_first:
         while trainer.step < trainer.total_steps:
             trainer.train_step()
         return
-    with _log(args.out) as handle:
+    with _log(out) as handle:
         log = csv.writer(handle)
         started = time.monotonic()
         bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit='step', mininterval=5)
@@ -105,7 +131,7 @@ def _train(trainer: PrunerTrainer, args: argparse.Namespace, replicas: Replicas)
             seconds = round(time.monotonic() - started)
             log.writerow([trainer.step, sparsity, seconds, before, after, best])
             handle.flush()
-            _save(trainer, args.out, settings)
+            _save(trainer, out, run.settings)
             bar.update()
             bar.set_postfix(sparsity=sparsity, error=f'{after:.4f}', kept_back=f'{best:.4f}')
 
@@ -148,7 +174,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar='SHARE',
         help='share of the lessons drawn by their error; 0: all uniformly (default %(default)s)',
     )
-    parser.add_argument('--episodes', type=int, default=96, help='sequences to train on')
+    parser.add_argument(
+        '--episodes',
+        type=int,
+        default=96,
+        help='sequences to train on; a quarter of them, of other episodes, judges the plans',
+    )
     parser.add_argument('--ticks', type=int, default=5, help='ticks of a sequence')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1, help='torch threads')
@@ -159,6 +190,27 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help='with torchrun every process takes a GPU of its own',
     )
     return parser.parse_args(arguments)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raise ValueError naming the first option that is out of its range."""
+    for name, least in LEAST.items():
+        if getattr(args, name) < least:
+            raise ValueError(
+                f'{_option(name)} must be at least {least}, got {getattr(args, name)}'
+            )
+    if not 0.0 <= args.preference <= 1.0:
+        raise ValueError(f'--preference must be in [0, 1], got {args.preference}')
+
+
+def _check_sampler(args: argparse.Namespace, sampler: SamplerSpec) -> None:
+    """Raise ValueError if features of an earlier tick are those of another noise."""
+    if not sampler.hold_noise and sampler.temperature > 0:
+        raise ValueError(
+            f'--sampler: hold_noise, or temperature 0, expected of {args.sampler!r}, as plans are '
+            f'searched with held noise; got noise of temperature {sampler.temperature} that is '
+            'drawn for every chunk'
+        )
 
 
 def _check_sparsities(sparsities: list[float], sampler: SamplerSpec) -> None:
@@ -202,22 +254,26 @@ def _prior(args: argparse.Namespace, sampler: SamplerSpec, blocks: int) -> Prior
 
 @dataclass(frozen=True)
 class _Run:
-    """A training that was set up, and the held-out sequences that its plans are compared on."""
+    """A training that was set up, and the held-out sequences that its plans are compared on.
+
+    settings: see `_settings`.
+    """
 
     teacher: DenseTeacher
     sampler: SamplerSpec
     trainer: PrunerTrainer
     tests: list[TickSequence]
+    settings: dict[str, str]
 
 
 def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
     """Read bundle and demonstrations; raises ValueError, BundleError among them."""
+    _check_numbers(args)
     bundle = load_bundle(args.bundle)
     sampler, _ = bundle.sampler(args.sampler)
+    _check_sampler(args, sampler)
     sparsities = args.sparsities or [sampler.recommended_sparsity]
     _check_sparsities(sparsities, sampler)
-    if not 0.0 <= args.preference <= 1.0:
-        raise ValueError(f'--preference must be in [0, 1], got {args.preference}')
     blocks = bundle.network.denoiser.spec.blocks
     prior = _prior(args, sampler, blocks)
     if args.add:
@@ -228,7 +284,7 @@ def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
     held_out = load_windows(kept)
     windows = load_windows(others[: args.episodes])
     generator = torch.Generator().manual_seed(args.seed)
-    sequences = tick_sequences(network, windows, args.episodes, args.ticks, generator)
+    kept_back, sequences = split_sequences(network, windows, args.episodes, args.ticks, generator)
     tests = tick_sequences(network, held_out, 2 * args.held_out, args.ticks, generator)
     teacher = DenseTeacher(network, sampler, replicas)
     spec = PrunerTrainingSpec(
@@ -241,9 +297,11 @@ def _set_up(args: argparse.Namespace, replicas: Replicas) -> _Run:
     )
     contract = network.contract
     measure = ActionError(contract.newest_action, contract.action.execute)
-    lessons = make_lessons(teacher, sequences)
-    trainer = PrunerTrainer(teacher, sampler, sparsities, lessons, measure, spec, prior)
-    return _Run(teacher, sampler, trainer, tests)
+    lessons = make_lessons(teacher, [*kept_back, *sequences])
+    judges, lessons = lessons[: len(kept_back)], lessons[len(kept_back) :]
+    trainer = PrunerTrainer(teacher, sampler, sparsities, lessons, judges, measure, spec, prior)
+    settings = _settings(args, network, sampler, sparsities, prior)
+    return _Run(teacher, sampler, trainer, tests, settings)
 
 
 def _finish(run: _Run, args: argparse.Namespace) -> None:
@@ -274,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = _set_up(args, replicas)
         args.out.mkdir(parents=True, exist_ok=True)
         try:
-            _train(run.trainer, args, replicas)
+            _train(run, args.out, replicas)
         except KeyboardInterrupt:
             if replicas.is_first:
                 step = run.trainer.step

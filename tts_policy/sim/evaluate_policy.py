@@ -220,7 +220,8 @@ def timed_in_turns(rows: Sequence[Row], bundles: dict[str, Path], episodes: int)
         of = [index for index, row in enumerate(found) if row['task'] == task]
         latencies: dict[str, list[float]] = defaultdict(list)
         turns = worker.turns(task, [Arm.parse(found[index]['arm']) for index in of])
-        for turn in tqdm(turns, unit='tick', desc=f'{task}: {len(of)} arms in turns'):
+        ticks, title = worker.steady_ticks(task), f'{task}: {len(of)} arms in turns'
+        for turn in tqdm(turns, total=ticks, unit='tick', desc=title):
             for name, latency in turn.items():
                 latencies[name].append(latency)
         for index in of:

@@ -88,6 +88,10 @@ class Worker:
             return record | {'l1_error': self._action_error(job.task, job.arm)}
         return record | self._episode(job.task, job.arm, job.seed)
 
+    def steady_ticks(self, task: str) -> int:
+        """How many ticks the other episodes have without their first ones."""
+        return sum(len(windows) - 1 for windows in self._other_windows(task))
+
     def turns(self, task: str, arms: Sequence[Arm]) -> Iterator[dict[str, float]]:
         """Latency [ms] of every arm at a tick, tick after tick of the other episodes.
 

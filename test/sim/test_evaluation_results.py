@@ -196,3 +196,8 @@ def test_every_arm_is_in_every_file(tmp_path: Path) -> None:
         assert f'| {made["arm"]} | {made["successes"]}/{made["episodes"]} |' in page
     write_plot(rows, tmp_path / 'pareto.png')
     assert (tmp_path / 'pareto.png').read_bytes()[1:4] == b'PNG'
+
+
+def test_rows_of_arms_with_options_alone_are_drawn_too(tmp_path: Path) -> None:
+    write_plot([row('ddim10+execute4', {1, 2}, 10.0)], tmp_path / 'pareto.png')
+    assert (tmp_path / 'pareto.png').stat().st_size > 1000

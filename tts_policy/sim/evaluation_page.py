@@ -195,7 +195,7 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     # Options such as +execute2 make another task, or another plan at the same price.
-    shown = [row for row in rows if '+' not in row['arm']]
+    shown = [row for row in rows if '+' not in row['arm']] or list(rows)
     tasks = list(dict.fromkeys(row['task'] for row in shown))
     figure = Figure(figsize=(13, 4.6 * len(tasks)), layout='constrained')
     FigureCanvasAgg(figure)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ def _weights(bundle: Path) -> dict[str, Tensor]:
     return load_bundle(bundle).network.state_dict()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a terminal finds it; of a process in the background it may be ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures('interruptible')
 @pytest.mark.parametrize(('signals', 'kept'), [(1, 5), (2, 4)])
 @pytest.mark.parametrize('where', ['losses', 'update'])
 def test_a_training_interrupted_within_a_step_ends_where_an_uninterrupted_one_does(

@@ -134,7 +134,7 @@ class JointLimits:
         start: np.ndarray,
         now_ns: int,
         min_points: int,
-        at_rest: bool = True,
+        at_rest: bool,
     ) -> Trajectory:
         """Drop the first points that cannot be reached at what is allowed.
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 # Future-stamped messages put aside per key; more than this are not worth waiting for.
 _PENDING = 8
+_Pending = tuple[int, Any]
 
 
 class Arrival(Enum):
@@ -115,7 +116,7 @@ class _Buffer:
     def __init__(self) -> None:
         self.stamps: list[int] = []
         self.values: list[Any] = []
-        self.pending: deque[tuple[int, Any]] = deque(maxlen=_PENDING)
+        self.pending: deque[_Pending] = deque(maxlen=_PENDING)
 
     @property
     def newest(self) -> int | None:
@@ -135,16 +136,15 @@ class _Buffer:
             del self.stamps[:drop]
             del self.values[:drop]
 
-    def forget_pending_after(self, limit_ns: int) -> None:
-        """Drop what was put aside for later than `limit_ns`.
+    def split_pending(self, limit_ns: int) -> tuple[list[_Pending], list[_Pending]]:
+        """What was put aside until `limit_ns`, and for later."""
+        until = [sample for sample in self.pending if sample[0] <= limit_ns]
+        return until, [sample for sample in self.pending if sample[0] > limit_ns]
 
-        Its source is at the present time by now, so those stamps came of a clock that was wrong,
-        or of one that was set back since: an old sample that would pass for a new one one day.
-        """
-        if self.pending:
-            kept = [sample for sample in self.pending if sample[0] <= limit_ns]
-            self.pending.clear()
-            self.pending.extend(kept)
+    def put_aside(self, samples: list[_Pending]) -> None:
+        """Let these be all that is put aside."""
+        self.pending.clear()
+        self.pending.extend(samples)
 
     def nearest(self, target_ns: int, no_later_than_ns: int) -> int | None:
         """Index of the sample nearest to the target, the older of two; None when empty."""
@@ -187,7 +187,11 @@ class ObservationWindow:
             buffer.pending.append((stamp_ns, value))
             arrival = Arrival.FUTURE
         else:
-            buffer.forget_pending_after(stamp_ns + self.spec.gap_limit_ns)
+            if buffer.pending:
+                # The source is at the present time by now, so that stamps far after it came of a
+                # clock that was wrong: old samples that would pass for new ones one day.
+                plausible, _ = buffer.split_pending(stamp_ns + self.spec.gap_limit_ns)
+                buffer.put_aside(plausible)
             arrival = self._store(buffer, stamp_ns, value)
         self.arrivals[key][arrival] += 1
         return arrival
@@ -199,11 +203,9 @@ class ObservationWindow:
         for key, buffer in self._buffers.items():
             if not buffer.pending:
                 continue
-            due = sorted((p for p in buffer.pending if p[0] <= limit_ns), key=lambda p: p[0])
-            later = [p for p in buffer.pending if p[0] > limit_ns]
-            buffer.pending.clear()
-            buffer.pending.extend(later)
-            for stamp_ns, value in due:
+            due, later = buffer.split_pending(limit_ns)
+            buffer.put_aside(later)
+            for stamp_ns, value in sorted(due, key=lambda sample: sample[0]):
                 stored.append(self._store(buffer, stamp_ns, value))
                 self.arrivals[key][stored[-1]] += 1
         return stored

@@ -148,14 +148,12 @@ class CommandOutput:
         if self.blend_ns > 0:
             start = old_at or (lambda due_ns: np.repeat(measured[None], len(due_ns), axis=0))
             trajectory = blend(trajectory, start, now_ns, self.blend_ns)
-        limits, floor = self._limits.current(), timing.min_points
-        if old is None:
-            set_out, before = measured, None
-            trajectory = limits.reachable(trajectory, measured, now_ns, floor)
-        else:
-            set_out = old.positions_at(np.array([now_ns]))[0]
-            trajectory = limits.reachable(trajectory, set_out, now_ns, floor, at_rest=False)
-            before = self._before(trajectory, old)
+        limits = self._limits.current()
+        set_out = measured if old is None else old.position_at(now_ns)
+        trajectory = limits.reachable(
+            trajectory, set_out, now_ns, timing.min_points, at_rest=old is None
+        )
+        before = None if old is None else self._before(trajectory, old)
         trajectory = limits.apply(trajectory, measured, before).setting_out(now_ns, set_out)
         continuity = measure(trajectory, old_at, timing.period_ns)
         (self._command if enabled else self._proposed).send(trajectory)
@@ -194,7 +192,7 @@ class CommandOutput:
         if self._last is None or self._measured is None or not self._commanded:
             return False
         rule, joints = self._hold_rule, self._timing.joints
-        position = self._last.positions_at(np.array([now_ns]))[0]
+        position = self._last.position_at(now_ns)
         if self._measured.age_ns(now_ns) <= rule.max_age_ns:
             keep = [name in rule.last_command for name in joints]
             position = np.where(keep, position, self._measured.positions)

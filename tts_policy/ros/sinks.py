@@ -78,7 +78,6 @@ class ActionSink:
         self._refused = refused
         self._sent = 0
         self._lost = 0
-        self._last: int | None = None
         self._accepted: Any = None
 
     @property
@@ -95,41 +94,42 @@ class ActionSink:
             without a server: the arm will not follow, so nothing may build on it.
 
         """
-        if not self._client.server_is_ready():
-            raise TrajectoryRefused('follow_joint_trajectory: expected an action server, got none')
-        self._sent += 1
-        self._last = None
-        goal = self._goal_type(trajectory=trajectory_message(trajectory))
-        answer = self._client.send_goal_async(goal)
-        answer.add_done_callback(partial(self._on_answer, self._sent))
+        self._send(trajectory, last=False)
 
     def finish(self, trajectory: Trajectory) -> None:
         """Send the last goal."""
         try:
-            self.send(trajectory)
-            self._last = self._sent
+            self._send(trajectory, last=True)
         except TrajectoryRefused as error:
             self._refused(str(error))
 
     def settle(self) -> None:
         """Do not wait: the answer comes to the executor, which is where this is called."""
 
-    def _on_answer(self, number: int, future: Any) -> None:
+    def _send(self, trajectory: Trajectory, last: bool) -> None:
+        if not self._client.server_is_ready():
+            raise TrajectoryRefused('follow_joint_trajectory: expected an action server, got none')
+        self._sent += 1
+        goal = self._goal_type(trajectory=trajectory_message(trajectory))
+        answer = self._client.send_goal_async(goal)
+        answer.add_done_callback(partial(self._on_answer, self._sent, last))
+
+    def _on_answer(self, number: int, last: bool, future: Any) -> None:
         try:
             handle = future.result()
         except Exception as error:  # noqa: BLE001 - whatever the middleware says, it was not taken
-            self._not_taken(number, f'expected an answer to the goal, got {error}')
+            self._not_taken(number, last, f'expected an answer to the goal, got {error}')
             return
         if not handle.accepted:
-            self._not_taken(number, 'expected the goal to be accepted, it was not')
+            self._not_taken(number, last, 'expected the goal to be accepted, it was not')
             return
         self._accepted = handle
         handle.get_result_async().add_done_callback(partial(self._on_result, number))
 
-    def _not_taken(self, number: int, why: str) -> None:
+    def _not_taken(self, number: int, last: bool, why: str) -> None:
         self._lost = max(self._lost, number)
         self._refused(f'follow_joint_trajectory: {why}')
-        if number == self._last and self._accepted is not None:
+        if last and number == self._sent and self._accepted is not None:
             self._accepted.cancel_goal_async()
 
     def _on_result(self, number: int, future: Any) -> None:
@@ -172,7 +172,7 @@ class GripperStream:
         """Send the set-point of this moment, if there is one."""
         trajectory = self._trajectory
         if trajectory is not None:
-            self._publish(trajectory.positions_at(np.array([now_ns]))[0])
+            self._publish(trajectory.position_at(now_ns))
 
     def _publish(self, positions: np.ndarray) -> None:
         self._publisher.publish(Float64MultiArray(data=positions.tolist()))

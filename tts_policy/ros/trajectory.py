@@ -66,6 +66,10 @@ class Trajectory:
         times_ns = np.asarray(due_ns) - self.stamp_ns
         return np.stack([np.interp(times_ns, known_ns, column) for column in known.T], axis=1)
 
+    def position_at(self, now_ns: int) -> np.ndarray:
+        """Set-points [A] at one time, see `positions_at`."""
+        return self.positions_at(np.array([now_ns]))[0]
+
     def after(self, points: int) -> Trajectory:
         """What is left without the first so many points."""
         return replace(

@@ -17,7 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -215,19 +215,20 @@ def _run(
 
 def timed_in_turns(rows: Sequence[Row], bundles: dict[str, Path], episodes: int) -> list[Row]:
     """Rows with latencies of all arms of a task in turns, where the task has a bundle here."""
-    worker, found = Worker(bundles, episodes), list(rows)
-    for task in bundles:
-        of = [index for index, row in enumerate(found) if row['task'] == task]
-        latencies: dict[str, list[float]] = defaultdict(list)
-        turns = worker.turns(task, [Arm.parse(found[index]['arm']) for index in of])
-        ticks, title = worker.steady_ticks(task), f'{task}: {len(of)} arms in turns'
-        for turn in tqdm(turns, total=ticks, unit='tick', desc=title):
-            for name, latency in turn.items():
-                latencies[name].append(latency)
-        for index in of:
-            found[index] = timed(found[index], latencies[found[index]['arm']], processor())
-    worker.close()
-    return found
+    latencies: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with closing(Worker(bundles, episodes)) as worker:
+        for task in bundles:
+            arms = [Arm.parse(row['arm']) for row in rows if row['task'] == task]
+            ticks, title = worker.steady_ticks(task), f'{task}: {len(arms)} arms in turns'
+            for turn in tqdm(worker.turns(task, arms), total=ticks, unit='tick', desc=title):
+                for name, latency in turn.items():
+                    latencies[task, name].append(latency)
+    return [
+        timed(row, latencies[row['task'], row['arm']], processor())
+        if row['task'] in bundles
+        else row
+        for row in rows
+    ]
 
 
 def _task_bundle(text: str) -> tuple[str, Path]:

@@ -95,8 +95,7 @@ def make_row(task: str, arm: Arm, episodes: Episodes, l1_error: float | None) ->
         'gflops_tick': round(float(np.mean(steady('gflops'))), 4),
         'fe_steady': round(float(np.mean(steady('fe'))), 3),
         'fe_episode': round(float(np.mean(every('fe'))), 3),
-        'latency_ms': round(float(np.median(steady('latency_ms'))), 1),
-        'latency_ms_p95': round(float(np.percentile(steady('latency_ms'), 95)), 1),
+        **_percentiles(steady('latency_ms')),
         'gflops_tick_episode': round(float(np.mean(every('gflops'))), 4),
         'gflops_observation': runs[0]['observation_gflops'],
         'ticks_mean': round(float(np.mean([run['ticks'] for run in runs])), 2),
@@ -117,10 +116,14 @@ def make_row(task: str, arm: Arm, episodes: Episodes, l1_error: float | None) ->
 
 def timed(row: Row, latencies: Sequence[float], device: str) -> Row:
     """Row with `latencies` [ms] of an arm in turns with others, for those of its episodes."""
-    return row | {
+    turns = {'ticks': len(latencies), 'device': device}
+    return row | _percentiles(latencies) | {'latency_in_turns': turns}
+
+
+def _percentiles(latencies: Sequence[float]) -> Row:
+    return {
         'latency_ms': round(float(np.median(latencies)), 1),
         'latency_ms_p95': round(float(np.percentile(latencies, 95)), 1),
-        'latency_in_turns': {'ticks': len(latencies), 'device': device},
     }
 
 

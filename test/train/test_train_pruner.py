@@ -174,12 +174,19 @@ def _refused(command: list[str], reason: str, capsys: pytest.CaptureFixture[str]
     return error.startswith('train_pruner: ') and reason in error
 
 
-def test_plans_of_a_policy_are_not_given_to_another(
-    bags: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bundle = Path(shutil.copytree(bundle, tmp_path / 'bundle'))
-    command = _short_command(bags, bundle, tmp_path / 'out')
+@pytest.fixture
+def searched(bags: Path, bundle: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A bundle of its own for which a search has been made, and the command of that search."""
+    own = Path(shutil.copytree(bundle, tmp_path / 'bundle'))
+    command = _short_command(bags, own, tmp_path / 'out')
     assert train_pruner.main(command) == 0
+    return own, command
+
+
+def test_plans_of_a_policy_are_not_given_to_another(
+    searched: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, command = searched
     # The pruner that it made does not keep it from being repeated.
     assert train_pruner.main(command) == 0
     _change_sampler(bundle, temperature=0.5)
@@ -191,11 +198,9 @@ def test_plans_of_a_policy_are_not_given_to_another(
 
 
 def test_a_search_is_continued_at_the_sparsities_that_it_began_with(
-    bags: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    searched: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = Path(shutil.copytree(bundle, tmp_path / 'bundle'))
-    command = _short_command(bags, bundle, tmp_path / 'out')
-    assert train_pruner.main(command) == 0
+    bundle, command = searched
     assert train_pruner.main([*command, '--sparsities', '0.8']) == 0
     _change_sampler(bundle, recommended_sparsity=0.7)
     assert _refused(command, '--sparsities: this run began with [0.8], got [0.7]', capsys)

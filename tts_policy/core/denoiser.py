@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tts_policy.core.blocks import BlockStack
+from tts_policy.core.field_types import check_field_types
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class DenoiserSpec(ABC):
         """Refuse impossible sizes; raises ValueError naming the field."""
         for name in DenoiserSpec.__dataclass_fields__:
             self.check_size(name, low=1)
+        check_field_types('denoiser', self)
         if self.width % (2 * self.heads):
             raise ValueError(
                 f'denoiser width must be a multiple of 2 x heads = {2 * self.heads}, '
@@ -50,12 +52,6 @@ class DenoiserSpec(ABC):
             raise ValueError(
                 f'denoiser {name} must be an integer in [{low}, 16384], got {value!r}'
             )
-
-    def check_flag(self, name: str) -> None:
-        """Raise ValueError unless the field is true or false."""
-        value = getattr(self, name)
-        if not isinstance(value, bool):
-            raise ValueError(f'denoiser {name} must be true or false, got {value!r}')
 
     @property
     @abstractmethod

@@ -47,8 +47,6 @@ class DiTSpec(DenoiserSpec):
         self.check_size('time_features', low=4)
         if self.time_features % 2:
             raise ValueError(f'denoiser time_features must be even, got {self.time_features}')
-        for name in ('rotary', 'learned_position'):
-            self.check_flag(name)
         if not 1.0 < self.rotary_base <= 1e9:
             raise ValueError(f'denoiser rotary_base must be in (1, 1e9], got {self.rotary_base}')
         super().__post_init__()

@@ -42,7 +42,6 @@ class TransformerSpec(DenoiserSpec):
 
     def __post_init__(self) -> None:
         """Refuse impossible sizes; raises ValueError naming the field."""
-        self.check_flag('causal')
         # The embedding of time has a wavelength for every pair of components, at least two.
         self.check_size('width', low=4)
         self.check_size('cond_layers', low=0)

@@ -20,6 +20,7 @@ from tts_policy.core.bundle import Bundle
 from tts_policy.core.plan import PlanError, Reuse, make_plan
 from tts_policy.core.pruner import Pruner
 from tts_policy.core.sampler import SamplerSpec
+from tts_policy.core.state_hash import take_in
 from tts_policy.sim.evaluation_arms import LEARNED_PLANS, Arm, ArmError
 
 DIGITS = 16
@@ -33,7 +34,7 @@ class ArmDigests:
         self._bundle = bundle
         network = bundle.network
         self._policy = hashlib.sha256(repr((network.contract, network.spec)).encode())
-        _take_in(self._policy, network.state_dict())
+        take_in(self._policy, network.state_dict())
 
     def of(self, arm: Arm) -> str:
         """16 hexadecimal digits of the policy, its setting and what the plans are made from.
@@ -57,10 +58,10 @@ class ArmDigests:
         if arm.plan in LEARNED_PLANS and pruner is not None:
             if isinstance(pruner, Pruner) and not pruner.reads_observation:
                 digest.update(repr(replace(pruner.spec, sparsities=(0.0,))).encode())
-                _take_in(digest, self._constant_plan(arm, pruner, sampler))
+                take_in(digest, self._constant_plan(arm, pruner, sampler))
             else:
                 digest.update(repr(pruner.spec).encode())
-                _take_in(digest, pruner.state_dict())
+                take_in(digest, pruner.state_dict())
         return digest.hexdigest()[:DIGITS]
 
     def _constant_plan(
@@ -119,9 +120,3 @@ class ExpectedDigests:
                 else last[one['task'], one['arm']]
             )
         ]
-
-
-def _take_in(digest: hashlib._Hash, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())

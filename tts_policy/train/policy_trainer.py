@@ -24,8 +24,13 @@ from tts_policy.core.scheduler import (
     TrainingNoise,
     flow_lesson,
 )
+from tts_policy.train.checkpoint import (
+    check_settings,
+    digest,
+    read_checkpoint,
+    write_checkpoint,
+)
 from tts_policy.train.dataset import Windows
-from tts_policy.train.run_settings import check_settings, digest
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class PolicyTrainer:
         return (x - target).abs().mean().item()
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint that `load` continues from; the last write wins only when whole."""
+        """Write a checkpoint that `load` continues from."""
         state = {
             'settings': self.settings,
             'step': self.step,
@@ -176,12 +181,16 @@ class PolicyTrainer:
             'optimizer': self.optimizer.state_dict(),
             'generator': self.generator.get_state(),
         }
-        torch.save(state, folder / 'checkpoint.tmp')
-        (folder / 'checkpoint.tmp').replace(folder / 'checkpoint.pt')
+        write_checkpoint(folder, state)
 
-    def load(self, folder: Path) -> None:
-        """Continue from the checkpoint in `folder`; raises ValueError if it is another run's."""
-        state = torch.load(folder / 'checkpoint.pt', weights_only=True)
+    def load(self, folder: Path) -> bool:
+        """Continue from the checkpoint in `folder`, False where there is none.
+
+        Raises ValueError if it is another run's.
+        """
+        state = read_checkpoint(folder)
+        if state is None:
+            return False
         check_settings(folder, state.get('settings', {}), self.settings)
         self.step = state['step']
         self.network.load_state_dict(state['network'])
@@ -189,6 +198,7 @@ class PolicyTrainer:
         self.average.load_state_dict(state['average'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.generator.set_state(state['generator'])
+        return True
 
 
 def run_settings(

@@ -196,8 +196,7 @@ def _set_up(args: argparse.Namespace) -> tuple[PolicyTrainer, Windows, dict[str,
     )
     trainer = PolicyTrainer(contract, network, spec, windows, initial)
     args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / 'checkpoint.pt').exists():
-        trainer.load(args.out)
+    if trainer.load(args.out):
         print(f'resumed at step {trainer.step}')
     write_check(args.out / 'data_check.json', check)
     return trainer, held_out, samplers

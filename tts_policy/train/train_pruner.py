@@ -28,6 +28,12 @@ from tts_policy.core.policy import DEVICES
 from tts_policy.core.pruner import Pruner, PrunerSpec
 from tts_policy.core.sampler import SamplerSpec
 from tts_policy.core.threads import set_threads
+from tts_policy.train.checkpoint import (
+    check_settings,
+    digest,
+    read_checkpoint,
+    write_checkpoint,
+)
 from tts_policy.train.demonstrations import (
     add_demonstration_arguments,
     load_windows,
@@ -39,7 +45,6 @@ from tts_policy.train.plan_search import SearchSpec
 from tts_policy.train.prior_plans import PriorPlans
 from tts_policy.train.pruner_trainer import PrunerTrainer, PrunerTrainingSpec
 from tts_policy.train.replicas import Replicas
-from tts_policy.train.run_settings import check_settings, digest
 from tts_policy.train.tick_sequences import (
     DenseTeacher,
     TickSequence,
@@ -84,21 +89,13 @@ def _resume(trainer: PrunerTrainer, out: Path, settings: dict[str, str], own: Re
 
     Raises ValueError if it was made otherwise.
     """
-    state, path = None, out / 'checkpoint.pt'
-    if own.is_first and path.exists():
-        state = torch.load(path, weights_only=True)
-    state = own.of_first(state)
+    state = own.of_first(read_checkpoint(out) if own.is_first else None)
     if state is None:
         return
     check_settings(out, state['settings'], settings)
     trainer.restore(state)
     if own.is_first:
         print(f'resumed at step {trainer.step}')
-
-
-def _save(trainer: PrunerTrainer, out: Path, settings: dict[str, str]) -> None:
-    torch.save({**trainer.state(), 'settings': settings}, out / 'checkpoint.tmp')
-    (out / 'checkpoint.tmp').replace(out / 'checkpoint.pt')
 
 
 def _log(out: Path) -> TextIO:
@@ -131,7 +128,7 @@ def _train(run: _Run, out: Path, replicas: Replicas) -> None:
             seconds = round(time.monotonic() - started)
             log.writerow([trainer.step, sparsity, seconds, before, after, best])
             handle.flush()
-            _save(trainer, out, run.settings)
+            write_checkpoint(out, {**trainer.state(), 'settings': run.settings})
             bar.update()
             bar.set_postfix(sparsity=sparsity, error=f'{after:.4f}', kept_back=f'{best:.4f}')
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What defines a training run: one that goes on must have it in common with what it continues."""
+"""Checkpoints of trainings, and what a run must have in common with the one it continues."""
 
 from __future__ import annotations
 
@@ -8,15 +8,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+
+from tts_policy.core.state_hash import take_in
+
+_FILE = 'checkpoint.pt'
+
+
+def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint; the last write wins only when whole."""
+    partial = (folder / _FILE).with_suffix('.tmp')
+    torch.save(state, partial)
+    partial.replace(folder / _FILE)
+
+
+def read_checkpoint(folder: Path) -> Any:
+    """State of the checkpoint in a folder, None where there is none."""
+    path = folder / _FILE
+    return torch.load(path, weights_only=True) if path.exists() else None
 
 
 def digest(module: nn.Module, *about: Any) -> str:
     """SHA-256 of a module's state, and of plain containers that are said about it."""
     digested = hashlib.sha256(repr(about).encode())
-    for name, value in sorted(module.state_dict().items()):
-        digested.update(f'{name} {value.dtype} {tuple(value.shape)} '.encode())
-        digested.update(value.detach().cpu().contiguous().numpy().tobytes())
+    take_in(digested, module.state_dict())
     return digested.hexdigest()
 
 

@@ -2,7 +2,7 @@
 #   make demo    set up, then lift cubes with the sparse and the dense policy; writes out/demo
 #                (REALTIME=1: against the real clock; DEMO_ARGS: further arguments)
 #   make test    set up, then check format, lint and types, and run the tests
-#                (PYTEST_ARGS: further arguments, for instance test/core or -k name)
+#                (PYTEST_ARGS: further arguments, for instance test/policy or -k name)
 #   make setup   only set up .venv (PYTHON: another python3; PIP_ARGS: further arguments for pip)
 #   make format  rewrite the Python files in the project's format
 #   make clean   remove everything that the commands above made

@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tts_policy.core.denoiser import Denoiser
-from tts_policy.core.engine import EagerEngine
-from tts_policy.core.engines import EngineMaker
-from tts_policy.core.lattice import Lattice
-from tts_policy.core.memory import ConditionalMemory, Conditioning
-from tts_policy.core.scheduler import NoiseScheduler
-from tts_policy.core.transformer import TransformerDenoiser
+from tts_policy.policy.denoisers.denoiser import Denoiser
+from tts_policy.policy.denoisers.memory import ConditionalMemory, Conditioning
+from tts_policy.policy.denoisers.transformer import TransformerDenoiser
+from tts_policy.policy.engines.eager import EagerEngine
+from tts_policy.policy.engines.registry import EngineMaker
+from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.scheduler import NoiseScheduler
 
 
 class PerStepMemory(ConditionalMemory):

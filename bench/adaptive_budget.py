@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from tts_policy.core.bundle import load_bundle
-from tts_policy.core.lattice import Lattice
-from tts_policy.core.plan import Plan, make_plan
-from tts_policy.core.pruner import Pruner
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.train.demonstrations import find_demonstrations, load_windows
+from tts_policy.data.demonstrations import find_demonstrations, load_windows
+from tts_policy.policy.bundle import load_bundle
+from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.plan import Plan, make_plan
+from tts_policy.policy.pruner import Pruner
+from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.train.plan_comparison import sparse_actions
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence, tick_sequences
 

@@ -27,20 +27,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from tts_policy.core.policy import TestTimeSparsePolicy
-from tts_policy.ros.limit_source import OFF, LimitSource
-from tts_policy.ros.limits import JointLimits
-from tts_policy.ros.output import ChunkTiming, CommandOutput, HoldRule
-from tts_policy.ros.trajectory import ChunkTooLate, Trajectory
+from tts_policy.control.limit_source import OFF, LimitSource
+from tts_policy.control.limits import JointLimits
+from tts_policy.control.output import ChunkTiming, CommandOutput, HoldRule
+from tts_policy.control.trajectory import ChunkTooLate, Trajectory
+from tts_policy.evaluate.results import wilson_interval
+from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.sim.episode import FRAME_NS, Episode, Timeline
-from tts_policy.sim.evaluation_results import wilson_interval
 from tts_policy.sim.panda import CAMERA_KEY
-from tts_policy.sim.tasks import TASKS, task_named
+from tts_policy.sim.tasks.registry import TASKS, task_named
 from tts_policy.sim.trajectory_player import TrajectoryPoint
 
 if TYPE_CHECKING:
-    from tts_policy.core.contract import PolicyContract
-    from tts_policy.ros.continuity import Continuity
+    from tts_policy.control.continuity import Continuity
+    from tts_policy.policy.contract import PolicyContract
     from tts_policy.sim.world import World
 
 MODES = ('dropped', 'blended', 'held', 'held_soft', 'shifted')

@@ -20,20 +20,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from upstream import UpstreamSampler
 
-from tts_policy.core.bundle import load_bundle
-from tts_policy.core.capture import Capture
-from tts_policy.core.chunk_sampler import ChunkSampler
-from tts_policy.core.denoiser import Denoiser, DenoiserSpec
-from tts_policy.core.engine import EagerEngine
-from tts_policy.core.engines import EngineMaker, engine_maker, make_engine
-from tts_policy.core.frame_encoder import FrameEncoder
-from tts_policy.core.network import PolicyNetwork
-from tts_policy.core.pruner import PlanPruner, Pruner, PrunerSpec
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import NoiseScheduler, SchedulerSpec
-from tts_policy.core.stopwatch import Stopwatch
-from tts_policy.core.transfer import Download
-from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
+from tts_policy.policy.bundle import load_bundle
+from tts_policy.policy.chunk_sampler import ChunkSampler
+from tts_policy.policy.denoisers.denoiser import Denoiser, DenoiserSpec
+from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
+from tts_policy.policy.engines.capture import Capture
+from tts_policy.policy.engines.eager import EagerEngine
+from tts_policy.policy.engines.registry import EngineMaker, engine_maker, make_engine
+from tts_policy.policy.frame_encoder import FrameEncoder
+from tts_policy.policy.network import PolicyNetwork
+from tts_policy.policy.pruner import PlanPruner, Pruner, PrunerSpec
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
+from tts_policy.policy.stopwatch import Stopwatch
+from tts_policy.policy.transfer import Download
 
 TRAIN_STEPS = 100
 SPARSITIES = {'ddpm100': 0.95, 'ddim16': 0.80, 'ddim10': 0.80}

@@ -29,10 +29,10 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 from tqdm import tqdm
 
-from tts_policy.bag.reader import BagReader
-from tts_policy.bag.replay import RecordedTicks
-from tts_policy.bag.samples import SampleReader, Topics
-from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
+from tts_policy.data.reader import BagReader
+from tts_policy.data.replay import RecordedTicks
+from tts_policy.data.samples import SampleReader, Topics
+from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 
 HEIGHT, WIDTH, FRAME_HZ, STATE_HZ = 480, 640, 30, 100
 JOINTS = tuple(f'joint{j}' for j in range(8))

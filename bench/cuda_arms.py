@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tts_policy.core.capture import Capture
-from tts_policy.core.denoiser import Denoiser
-from tts_policy.core.engine import denoise_dense
-from tts_policy.core.lattice import Lattice
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import NoiseScheduler
+from tts_policy.policy.denoisers.denoiser import Denoiser
+from tts_policy.policy.engines.capture import Capture
+from tts_policy.policy.engines.eager import denoise_dense
+from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.scheduler import NoiseScheduler
 
 Sample = Callable[[Tensor], Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from tts_policy.core.stopwatch import Stopwatch
+from tts_policy.policy.stopwatch import Stopwatch
 
 
 class DeviceStopwatch(Stopwatch):

@@ -16,16 +16,16 @@ from arms import Model, random_model
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tts_policy.core.bundle import save_random_bundle
-from tts_policy.core.chunk_sampler import ChunkSampler
-from tts_policy.core.engines import engine_maker
-from tts_policy.core.inpainting import CommittedActions
-from tts_policy.core.network import NetworkSpec
-from tts_policy.core.policy import TestTimeSparsePolicy
-from tts_policy.core.pruner import PlanPruner
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.stopwatch import Stopwatch
-from tts_policy.train.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
+from tts_policy.policy.bundle import save_random_bundle
+from tts_policy.policy.chunk_sampler import ChunkSampler
+from tts_policy.policy.engines.registry import engine_maker
+from tts_policy.policy.inpainting import CommittedActions
+from tts_policy.policy.network import NetworkSpec
+from tts_policy.policy.policy import TestTimeSparsePolicy
+from tts_policy.policy.pruner import PlanPruner
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.stopwatch import Stopwatch
+from tts_policy.sim.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
 
 SPARSITIES = (0.8, 0.5, 0.9, 0.8, 0.0, 0.8)
 EPISODES, TICKS = 3, 200

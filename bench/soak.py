@@ -37,9 +37,9 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from tqdm import tqdm
 
-from tts_policy.core.bundle import Bundle, load_bundle
-from tts_policy.core.contract import PolicyContract
-from tts_policy.ros.conversions import ns_to_time
+from tts_policy.control.conversions import ns_to_time
+from tts_policy.policy.bundle import Bundle, load_bundle
+from tts_policy.policy.contract import PolicyContract
 
 STATES_PER_FRAME = 5
 WARM_UP_S = 30.0
@@ -164,7 +164,7 @@ def start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
         # What the scripted robot shows is noise: chunks begin far from where it says it is.
         'limits.first_point_default': 1000.0,
     }
-    command = [sys.executable, '-m', 'tts_policy.ros.policy_node', '--ros-args']
+    command = [sys.executable, '-m', 'tts_policy.node.policy_node', '--ros-args']
     if args.realtime_priority:
         command = ['chrt', '--fifo', str(args.realtime_priority), *command]
     for name, value in values.items():

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tts_policy.core.scheduler import SchedulerSpec
-from tts_policy.core.transformer import TransformerDenoiser
+from tts_policy.policy.denoisers.transformer import TransformerDenoiser
+from tts_policy.policy.scheduler import SchedulerSpec
 
 
 def decoder_of(denoiser: TransformerDenoiser) -> nn.TransformerDecoder:

@@ -18,5 +18,5 @@ if [ ! -d "$FOLDER/triton" ]; then
     exit 0
 fi
 export PYTHONPATH=$FOLDER TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-exec .venv/bin/pytest test/core/test_triton_engine.py test/core/test_inpainting.py \
+exec .venv/bin/pytest test/policy/test_triton_engine.py test/policy/test_inpainting.py \
     test/sim/test_software_rendering.py

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from processes import RosProcess
     from rclpy.node import Node
 
-    from tts_policy.core.contract import PolicyContract
+    from tts_policy.policy.contract import PolicyContract
 
 # Domains above 101 use ports that Linux also gives to clients.
 DOMAIN_ID = str(1 + os.getpid() % 100)
@@ -35,7 +35,8 @@ os.environ.update(
 )
 os.environ.setdefault('AMENT_PREFIX_PATH', sys.prefix)
 # Modules that tests share; test folders are no packages.
-sys.path.insert(0, str(Path(__file__).parent / 'ros'))
+for folder in ('node', 'data', 'train', 'policy', 'convert', 'control'):
+    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_node(ros: None) -> Iterator[Node]:
 @pytest.fixture(scope='session')
 def small_contract() -> PolicyContract:
     """One 32 x 24 camera, two arm joints and a finger, 20 Hz."""
-    from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
+    from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 
     return PolicyContract(
         ObservationSpec((CameraSpec('camera', 24, 32),), JOINTS, steps=2, period_s=0.05),
@@ -120,10 +121,10 @@ def small_contract() -> PolicyContract:
 @pytest.fixture(scope='session')
 def small_bundle(small_contract: PolicyContract, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write an untrained bundle of that contract, small enough for a tick in milliseconds."""
-    from tts_policy.core.bundle import save_random_bundle
-    from tts_policy.core.network import NetworkSpec
-    from tts_policy.core.sampler import SamplerSpec
-    from tts_policy.core.scheduler import SchedulerSpec
+    from tts_policy.policy.bundle import save_random_bundle
+    from tts_policy.policy.network import NetworkSpec
+    from tts_policy.policy.sampler import SamplerSpec
+    from tts_policy.policy.scheduler import SchedulerSpec
 
     folder = tmp_path_factory.mktemp('bundle')
     samplers = {
@@ -133,3 +134,39 @@ def small_bundle(small_contract: PolicyContract, tmp_path_factory: pytest.TempPa
     network = NetworkSpec(width=32, layers=2, heads=2)
     save_random_bundle(folder, small_contract, samplers, network, seed=0)
     return folder
+
+
+@pytest.fixture(scope='session')
+def bags(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of three recordings."""
+    from bags import Recording
+
+    folder = tmp_path_factory.mktemp('bags')
+    for n in range(3):
+        Recording(frames=20).write(folder / f'episode_{n}')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def bundle(bags: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle of a policy trained for six steps, in the folder of the run; to be copied."""
+    import torch
+    from small_training import SMALL
+
+    from tts_policy.train import train_policy
+
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp('policy')
+    steps = ['--steps', '6', '--encoder-steps', '2']
+    assert train_policy.main([str(bags), '--out', str(out), *steps, *SMALL]) == 0
+    return out / 'bundle'
+
+
+@pytest.fixture(scope='session')
+def world() -> Iterator[Any]:
+    """One Lift world for all tests; each test resets it."""
+    pytest.importorskip('robosuite', reason='robosuite is not installed')
+    from tts_policy.sim.tasks.lift import LiftWorld
+
+    with LiftWorld() as lift:
+        yield lift

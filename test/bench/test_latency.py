@@ -30,8 +30,8 @@ def test_upstream_computes_what_the_dense_engine_computes(tiny_model: object) ->
     pytest.importorskip('diffusers', reason='requirements/bench.txt is not installed')
     from upstream import UpstreamSampler
 
-    from tts_policy.core.chunk_sampler import ChunkSampler
-    from tts_policy.core.stopwatch import Stopwatch
+    from tts_policy.policy.chunk_sampler import ChunkSampler
+    from tts_policy.policy.stopwatch import Stopwatch
 
     spec, pruner = tiny_model.samplers['ddim10']
     chunks = ChunkSampler(tiny_model.denoiser, spec, pruner)
@@ -46,9 +46,9 @@ def test_upstream_computes_what_the_dense_engine_computes(tiny_model: object) ->
 def test_ablated_memories_give_the_eager_result(tiny_model: object) -> None:
     from ablation import AllStepsMemory, PerStepMemory, eager_with
 
-    from tts_policy.core.chunk_sampler import ChunkSampler
-    from tts_policy.core.engine import EagerEngine
-    from tts_policy.core.stopwatch import Stopwatch
+    from tts_policy.policy.chunk_sampler import ChunkSampler
+    from tts_policy.policy.engines.eager import EagerEngine
+    from tts_policy.policy.stopwatch import Stopwatch
 
     spec, pruner = tiny_model.samplers['ddpm100']
     engines = (EagerEngine, eager_with(PerStepMemory), eager_with(AllStepsMemory))
@@ -63,8 +63,8 @@ def test_ablated_memories_give_the_eager_result(tiny_model: object) -> None:
 def test_other_ways_to_sample_densely_compute_the_same(tiny_model: object) -> None:
     from cuda_arms import DenseSampler, captured_dense, compiled_dense
 
-    from tts_policy.core.chunk_sampler import ChunkSampler
-    from tts_policy.core.stopwatch import Stopwatch
+    from tts_policy.policy.chunk_sampler import ChunkSampler
+    from tts_policy.policy.stopwatch import Stopwatch
 
     spec, pruner = tiny_model.samplers['ddim10']
     chunks = ChunkSampler(tiny_model.denoiser, spec, pruner)

@@ -19,9 +19,9 @@ from layouts import PublishedPruner, Sizes, lowdim_policy, save_hybrid, save_low
 from torch import Tensor, nn
 
 from tts_policy.convert.convert_checkpoint import main
-from tts_policy.core.bundle import load_bundle
-from tts_policy.core.plan import Reuse, make_plan
-from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.policy.bundle import load_bundle
+from tts_policy.policy.plan import Reuse, make_plan
+from tts_policy.policy.policy import TestTimeSparsePolicy
 
 GRID = [
     Sizes(),

@@ -31,7 +31,7 @@ def test_a_converted_policy_is_activated_with_its_completed_draft_and_not_before
     arguments = ['--ros-args', '--params-file', str(draft), '-p', f'bundle:={bundle}']
     arguments += ['-p', 'autostart:=true']
 
-    node = start_process('tts_policy.ros.policy_node', *arguments)
+    node = start_process('tts_policy.node.policy_node', *arguments)
     reason = 'limits.velocity: expected positive numbers'
     wait_until(lambda: reason in node.output, 20, 'the reason')
     assert node.stop() == 0 and 'active' not in node.output
@@ -40,6 +40,6 @@ def test_a_converted_policy_is_activated_with_its_completed_draft_and_not_before
     limits = parameters['/**/tts_policy']['ros__parameters']['limits']
     limits |= {name: [0.5] * len(limits['joints']) for name in ('velocity', 'first_point')}
     draft.write_text(yaml.safe_dump(parameters))
-    node = start_process('tts_policy.ros.policy_node', *arguments)
+    node = start_process('tts_policy.node.policy_node', *arguments)
     wait_until(lambda: 'active, output disabled' in node.output, 20, 'an active node')
     assert node.stop() == 0, node.output

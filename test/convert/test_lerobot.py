@@ -15,8 +15,8 @@ import yaml
 from lerobot_layout import TEXT, LeRobotPolicy, LeRobotSizes
 
 from tts_policy.convert.convert_checkpoint import main
-from tts_policy.core.bundle import load_bundle
-from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.policy.bundle import load_bundle
+from tts_policy.policy.policy import TestTimeSparsePolicy
 
 TOLD = ['--instruction-tokens', *map(str, TEXT)]
 

@@ -25,16 +25,6 @@ START_LIMIT_S = 90.0
 _domains = itertools.count(os.getpid() % 80)
 
 
-@pytest.fixture(scope='session')
-def world() -> Iterator[Any]:
-    """One Lift world for all tests; each test resets it."""
-    pytest.importorskip('robosuite', reason='robosuite is not installed')
-    from tts_policy.sim.lift import LiftWorld
-
-    with LiftWorld() as lift:
-        yield lift
-
-
 class Robot:
     """A robot_node process and a client of it in a domain of their own."""
 

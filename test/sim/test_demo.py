@@ -22,7 +22,7 @@ pytest.importorskip('torch', reason='torch is not installed')
 
 from processes import BUSY_FACTOR, END_LIMIT_S, child_environment, wait_until
 
-from tts_policy.train.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
+from tts_policy.sim.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
 
 pytestmark = pytest.mark.slow
 
@@ -36,8 +36,8 @@ ARMS = ('sparse', 'dense', 'sparse_ddpm100')
 @pytest.fixture(scope='module')
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write an untrained bundle for the simulated robot, small enough to be quick."""
-    from tts_policy.core.bundle import save_random_bundle
-    from tts_policy.core.network import NetworkSpec
+    from tts_policy.policy.bundle import save_random_bundle
+    from tts_policy.policy.network import NetworkSpec
 
     folder = tmp_path_factory.mktemp('lift_bundle')
     network = NetworkSpec(width=32, layers=2, heads=2)

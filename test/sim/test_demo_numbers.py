@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip('rclpy', reason='rclpy is not installed')
 
-from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
+from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 from tts_policy.sim import demo_process
 from tts_policy.sim.demo_arms import Arm, DemoBundle, Sampler, choose_arms, read_bundle
 from tts_policy.sim.demo_driver import EpisodeRecord
@@ -146,7 +146,7 @@ def test_a_domain_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_classes_are_drawn_in_the_order_of_the_plan() -> None:
     pytest.importorskip('torch', reason='torch is not installed')
-    from tts_policy.core.plan import Reuse
+    from tts_policy.policy.plan import Reuse
     from tts_policy.sim.demo_pictures import CLASSES, plan_colours
 
     assert [name for name, _, _ in CLASSES] == [kind.name.lower() for kind in Reuse]
@@ -157,8 +157,8 @@ def test_classes_are_drawn_in_the_order_of_the_plan() -> None:
 
 def test_the_axes_of_a_plan_name_the_blocks_that_the_denoiser_declares() -> None:
     pytest.importorskip('torch', reason='torch is not installed')
-    from tts_policy.core.dit import DiTSpec
-    from tts_policy.ros.diagnostics import blocks_report
+    from tts_policy.node.diagnostics import blocks_report
+    from tts_policy.policy.denoisers.dit import DiTSpec
     from tts_policy.sim.plan_axes import PlanColumns
 
     spec = DiTSpec(2, 4, 1, 3, width=16, layers=2, heads=2)

@@ -13,13 +13,13 @@ pytest.importorskip('robosuite', reason='robosuite is not installed')
 
 from rosbags.highlevel import AnyReader
 
-from tts_policy.core.bundle import load_bundle
-from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.policy.bundle import load_bundle
+from tts_policy.policy.policy import TestTimeSparsePolicy
+from tts_policy.sim import collect
 from tts_policy.sim.demonstration import FRAMES_AFTER_SUCCESS, demonstrate
 from tts_policy.sim.lead import PolicyLead
-from tts_policy.sim.lift import LiftExpert
 from tts_policy.sim.panda import COMMAND_JOINTS, HOME_RAD, STATE_JOINTS
-from tts_policy.train import collect
+from tts_policy.sim.tasks.lift import LiftExpert
 
 MS = 1_000_000
 BUNDLE = Path(__file__).parents[2] / 'models' / 'panda_lift'

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip('robosuite', reason='robosuite is not installed')
 
 from tts_policy.sim.episode import FRAME_NS, Episode, Timeline
-from tts_policy.sim.lift import CUBE_RANGE_M, LiftWorld
 from tts_policy.sim.panda import COMMAND_JOINTS, HOME_RAD, STATE_JOINTS
+from tts_policy.sim.tasks.lift import CUBE_RANGE_M, LiftWorld
 from tts_policy.sim.trajectory_player import TrajectoryPoint
 
 HOME = dict(zip(COMMAND_JOINTS, (*HOME_RAD, 0.04), strict=True))

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip('gym_pusht', reason='gym-pusht is not installed')
 
-from tts_policy.sim.pusht import AGENT_AXES, BLOCK_AXES, PushTWorld, replay
+from tts_policy.sim.tasks.pusht import AGENT_AXES, BLOCK_AXES, PushTWorld, replay
 
 KEY_POINTS = {0: (201.8135, 293.5951), 4: (220.5748, 258.0041)}
 GOAL = np.array([300.0, 100.0, 256.0, 256.0, np.pi / 4])

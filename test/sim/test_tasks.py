@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip('robosuite', reason='robosuite is not installed')
 
-from tts_policy.sim.can import RELEASE_M, REST_HEIGHT_M, CanWorld
 from tts_policy.sim.demonstration import Demonstration, demonstrate
 from tts_policy.sim.panda import COMMAND_JOINTS, FINGER_OPEN_M, HOME_RAD
-from tts_policy.sim.stack import RANGE_M, StackWorld
-from tts_policy.sim.tasks import TASKS, task_named
+from tts_policy.sim.tasks.can import RELEASE_M, REST_HEIGHT_M, CanWorld
+from tts_policy.sim.tasks.registry import TASKS, task_named
+from tts_policy.sim.tasks.stack import RANGE_M, StackWorld
 
 HOME = dict(zip(COMMAND_JOINTS, (*HOME_RAD, FINGER_OPEN_M), strict=True))
 

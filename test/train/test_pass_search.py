@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tts_policy.core.plan import Reuse, passes_plan, resolve_sources, static_steps
+from tts_policy.policy.plan import Reuse, passes_plan, resolve_sources, static_steps
 from tts_policy.train.pass_search import placed_passes
 
 KINDS = np.arange(6) % 3

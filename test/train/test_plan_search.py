@@ -12,17 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tts_policy.core.engine import denoise_masked
-from tts_policy.core.plan import (
+from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
+from tts_policy.policy.engines.eager import denoise_masked
+from tts_policy.policy.plan import (
     Reuse,
     make_plan,
     realised_sparsity,
     resolve_sources,
     static_plan,
 )
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import SchedulerSpec
-from tts_policy.core.transformer import TransformerDenoiser, TransformerSpec
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.scheduler import SchedulerSpec
 from tts_policy.train.lesson_choice import LessonChoice
 from tts_policy.train.lessons import (
     ActionError,

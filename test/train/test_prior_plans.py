@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from tts_policy.core.plan import Plan, Reuse, make_plan, resolve_sources, static_plan
-from tts_policy.core.pruner import Pruner, PrunerSpec
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import SchedulerSpec
+from tts_policy.policy.plan import Plan, Reuse, make_plan, resolve_sources, static_plan
+from tts_policy.policy.pruner import Pruner, PrunerSpec
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.scheduler import SchedulerSpec
 from tts_policy.train.prior_plans import PriorPlans, carried_over
 
 BLOCKS = 6

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tts_policy.core.plan import Plan, Reuse, passes_plan, static_plan
+from tts_policy.policy.plan import Plan, Reuse, passes_plan, static_plan
 from tts_policy.train.refinement import refined, refinement_steps
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tts_policy.core.contract import ActionSpec, ObservationSpec, PolicyContract
-from tts_policy.train.dataset import Episode, Windows
+from tts_policy.data.windows import Episode, Windows
+from tts_policy.policy.contract import ActionSpec, ObservationSpec, PolicyContract
 from tts_policy.train.tick_sequences import TickSequence, split_sequences
 
 CONTRACT = PolicyContract(

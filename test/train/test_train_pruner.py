@@ -16,9 +16,9 @@ import yaml
 from bags import Recording
 from small_training import SMALL
 
-from tts_policy.core.bundle import load_bundle, save_bundle
-from tts_policy.core.policy import TestTimeSparsePolicy
-from tts_policy.core.pruner import Pruner
+from tts_policy.policy.bundle import load_bundle, save_bundle
+from tts_policy.policy.policy import TestTimeSparsePolicy
+from tts_policy.policy.pruner import Pruner
 from tts_policy.train import train_policy, train_pruner
 from tts_policy.train.pruner_trainer import PrunerTrainer
 

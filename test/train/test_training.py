@@ -15,12 +15,12 @@ import yaml
 from small_training import SMALL
 from torch import Tensor
 
-from tts_policy.core.bundle import load_bundle, save_random_bundle
-from tts_policy.core.network import NetworkSpec
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import SchedulerSpec
+from tts_policy.policy.bundle import load_bundle, save_random_bundle
+from tts_policy.policy.network import NetworkSpec
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.sim.panda_contract import PANDA_CONTRACT
 from tts_policy.train import train_policy
-from tts_policy.train.panda_contract import PANDA_CONTRACT
 from tts_policy.train.stop_request import StopRequest
 
 

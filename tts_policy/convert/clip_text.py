@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.convert.weights import WeightSource
-from tts_policy.core.attention import merge_heads, split_heads
-from tts_policy.core.vision_transformer import HEAD_WIDTH, quick_gelu
+from tts_policy.policy.denoisers.attention import merge_heads, split_heads
+from tts_policy.policy.encoders.vision_transformer import HEAD_WIDTH, quick_gelu
 
 START_OF_TEXT, END_OF_TEXT = 49406, 49407
 MAX_LAYERS = 64

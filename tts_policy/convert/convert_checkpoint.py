@@ -21,10 +21,10 @@ from tts_policy.convert.lerobot import read_lerobot
 from tts_policy.convert.parameter_file import parameter_file
 from tts_policy.convert.published_pruner import read_pruner
 from tts_policy.convert.restricted_pickle import CheckpointError
-from tts_policy.core.bundle import MODEL_FILE, AnyPruner, save_bundle
-from tts_policy.core.pruner import Pruner, PrunerSpec
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.transformer import TransformerDenoiser
+from tts_policy.policy.bundle import MODEL_FILE, AnyPruner, save_bundle
+from tts_policy.policy.denoisers.transformer import TransformerDenoiser
+from tts_policy.policy.pruner import Pruner, PrunerSpec
+from tts_policy.policy.sampler import SamplerSpec
 
 
 def static_pruner(converted: ConvertedPolicy, sampler: SamplerSpec) -> Pruner:

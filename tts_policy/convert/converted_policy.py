@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tts_policy.convert.restricted_pickle import CheckpointError
-from tts_policy.core.network import PolicyNetwork
-from tts_policy.core.sampler import SamplerSpec
+from tts_policy.policy.network import PolicyNetwork
+from tts_policy.policy.sampler import SamplerSpec
 
 MAX_VALUES = 4096
 

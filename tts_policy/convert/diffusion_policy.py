@@ -23,10 +23,10 @@ from tts_policy.convert.restricted_pickle import CheckpointError, StoredTensor, 
 from tts_policy.convert.robomimic_encoder import resnet_spec, resnet_state
 from tts_policy.convert.transformer_weights import diffusion_transformer
 from tts_policy.convert.weights import WeightSource, load_state
-from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
-from tts_policy.core.network import NetworkSpec, PolicyNetwork
-from tts_policy.core.resnet import ResNetSpec
-from tts_policy.core.transformer import TransformerSpec
+from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
+from tts_policy.policy.denoisers.transformer import TransformerSpec
+from tts_policy.policy.encoders.resnet import ResNetSpec
+from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 
 Source = WeightSource[StoredTensor]
 HYBRID = 'DiffusionTransformerHybridImagePolicy'

@@ -27,11 +27,11 @@ from tts_policy.convert.lerobot_processors import read_json, read_normalizers
 from tts_policy.convert.noise_schedule import flow_samplers, read_samplers
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.convert.weights import WeightSource, load_state
-from tts_policy.core.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
-from tts_policy.core.network import DiTOptions, NetworkSpec, PolicyNetwork
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import FLOW
-from tts_policy.core.vision_transformer import VisionTransformer
+from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
+from tts_policy.policy.encoders.vision_transformer import VisionTransformer
+from tts_policy.policy.network import DiTOptions, NetworkSpec, PolicyNetwork
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.scheduler import FLOW
 
 KIND = 'multi_task_dit'
 STATE, ACTION = 'observation.state', 'action'

@@ -12,8 +12,8 @@ from tts_policy.convert.clip_vision import Size, vit_spec, vit_state
 from tts_policy.convert.configuration import Configuration
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.convert.weights import WeightSource
-from tts_policy.core.contract import CameraSpec
-from tts_policy.core.vision_transformer import ViTSpec
+from tts_policy.policy.contract import CameraSpec
+from tts_policy.policy.encoders.vision_transformer import ViTSpec
 
 # What their transformers compute with; others have another activation.
 CLIP = 'openai/clip-'

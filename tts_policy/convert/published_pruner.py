@@ -11,9 +11,9 @@ from tts_policy.convert.checkpoint import Checkpoint
 from tts_policy.convert.restricted_pickle import CheckpointError, StoredTensor
 from tts_policy.convert.transformer_weights import cross_attention, self_attention
 from tts_policy.convert.weights import WeightSource, load_state
-from tts_policy.core.plan import Reuse
-from tts_policy.core.query_pruner import QueryPruner, QueryPrunerSpec
-from tts_policy.core.transformer import TransformerSpec
+from tts_policy.policy.denoisers.transformer import TransformerSpec
+from tts_policy.policy.plan import Reuse
+from tts_policy.policy.query_pruner import QueryPruner, QueryPrunerSpec
 
 
 def read_pruner(checkpoint: Checkpoint, denoiser: TransformerSpec, steps: int) -> QueryPruner:

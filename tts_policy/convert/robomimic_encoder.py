@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.convert.weights import WeightSource
-from tts_policy.core.resnet import ResNetSpec
+from tts_policy.policy.encoders.resnet import ResNetSpec
 
 Source = WeightSource[Any]
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tts_policy.convert.weights import WeightSource
-from tts_policy.core.transformer import TransformerSpec
+from tts_policy.policy.denoisers.transformer import TransformerSpec
 
 Source = WeightSource[Any]
 

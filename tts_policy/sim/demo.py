@@ -113,7 +113,7 @@ class Demo:
             'inference_timeout_s': OWED_LIMIT_S,
         }
         log = self._log / f'policy_node_{arm.sampler.name}.log'
-        self._policy = NodeProcess('tts_policy.ros.policy_node', parameters, log)
+        self._policy = NodeProcess('tts_policy.node.policy_node', parameters, log)
         if not self._driver.start_policy():
             raise self._policy.failure('policy_node could not be started')
 

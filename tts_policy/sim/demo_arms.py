@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tts_policy.core.contract import ContractError, PolicyContract
+from tts_policy.policy.contract import ContractError, PolicyContract
 from tts_policy.sim.demo_process import DemoError
 
 DENSE_SAMPLER = 'ddpm100'

@@ -27,7 +27,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from tts_policy.ros.conversions import image_to_rgb, joint_positions, time_to_ns
+from tts_policy.control.conversions import image_to_rgb, joint_positions, time_to_ns
 from tts_policy.sim.demo_process import DemoError
 
 ROBOT, POLICY = 'robot', 'tts_policy'

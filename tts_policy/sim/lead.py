@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tts_policy.core.policy import TestTimeSparsePolicy
+from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.sim.episode import FRAME_NS, Timeline
 from tts_policy.sim.rollout import run_episode
 from tts_policy.sim.world import World

@@ -32,7 +32,7 @@ from std_msgs.msg import Bool, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from tts_policy.ros.interface import COMMAND_QOS, LATCHED_QOS, RELIABLE_SENSOR_QOS
+from tts_policy.node.interface import COMMAND_QOS, LATCHED_QOS, RELIABLE_SENSOR_QOS
 from tts_policy.sim.episode import FRAME_NS, STEP_NS, Episode, Timeline
 from tts_policy.sim.robot_messages import (
     from_stamp,
@@ -41,7 +41,7 @@ from tts_policy.sim.robot_messages import (
     to_stamp,
     trajectory_points,
 )
-from tts_policy.sim.tasks import TASKS, Task, task_named
+from tts_policy.sim.tasks.registry import TASKS, Task, task_named
 from tts_policy.sim.trajectory_player import NS_PER_S, TrajectoryError
 
 REALTIME, LOCKSTEP = 'realtime', 'lockstep'

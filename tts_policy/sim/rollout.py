@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tts_policy.core.contract import PolicyContract
-from tts_policy.core.policy import Chunk, TestTimeSparsePolicy
-from tts_policy.ros.trajectory import plan_trajectory
+from tts_policy.control.trajectory import plan_trajectory
+from tts_policy.policy.contract import PolicyContract
+from tts_policy.policy.policy import Chunk, TestTimeSparsePolicy
 from tts_policy.sim.episode import FRAME_NS, Episode, Robot, Timeline
 from tts_policy.sim.panda import CAMERA_KEY
 from tts_policy.sim.trajectory_player import TrajectoryPoint

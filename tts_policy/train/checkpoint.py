@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tts_policy.core.state_hash import take_in
+from tts_policy.policy.state_hash import take_in
 
 _FILE = 'checkpoint.pt'
 

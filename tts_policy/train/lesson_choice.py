@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tts_policy.core.plan import Plan
+from tts_policy.policy.plan import Plan
 from tts_policy.train.lessons import ActionError, Lesson, LessonBatch, SharedPlanLoop
 from tts_policy.train.tick_sequences import DenseTeacher
 

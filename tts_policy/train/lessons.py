@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from tts_policy.core.plan import Plan, Reuse, resolve_sources
+from tts_policy.policy.plan import Plan, Reuse, resolve_sources
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
 
 

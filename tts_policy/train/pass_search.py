@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tts_policy.core.plan import static_steps
+from tts_policy.policy.plan import static_steps
 
 # The first stride is this share of the steps.
 REACH = 0.16

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tts_policy.core.plan import Plan, Reuse
+from tts_policy.policy.plan import Plan, Reuse
 from tts_policy.train.reuse_gradient import Flip
 
 # Of a block's column, flips this close in steps replace one another: their changes do not add up.

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from tts_policy.core.engine import denoise_masked
-from tts_policy.core.lattice import Lattice
-from tts_policy.core.plan import Plan, make_plan, realised_sparsity, static_plan
-from tts_policy.core.pruner import Pruner
-from tts_policy.core.sampler import SamplerSpec
+from tts_policy.policy.engines.eager import denoise_masked
+from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.plan import Plan, make_plan, realised_sparsity, static_plan
+from tts_policy.policy.pruner import Pruner
+from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
 
 # Plan of tick r, given the lattice and the observation tokens [1, To, D] of that tick.

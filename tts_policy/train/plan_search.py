@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tts_policy.core.plan import Plan, Reuse
+from tts_policy.policy.plan import Plan, Reuse
 from tts_policy.train.lessons import ActionError, LessonBatch, SharedPlanLoop
 from tts_policy.train.plan_budget import PlanBudget, apart
 from tts_policy.train.refinement import refinement_steps

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from tts_policy.core.contract import PolicyContract
-from tts_policy.core.network import NetworkSpec, PolicyNetwork
-from tts_policy.core.scheduler import (
+from tts_policy.data.windows import Windows
+from tts_policy.policy.contract import PolicyContract
+from tts_policy.policy.network import NetworkSpec, PolicyNetwork
+from tts_policy.policy.scheduler import (
     FLOW,
     NoiseScheduler,
     SchedulerSpec,
@@ -30,7 +31,6 @@ from tts_policy.train.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from tts_policy.train.dataset import Windows
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tts_policy.core.plan import Plan, Reuse, make_plan
-from tts_policy.core.pruner import Pruner
-from tts_policy.core.sampler import SamplerSpec
+from tts_policy.policy.plan import Plan, Reuse, make_plan
+from tts_policy.policy.pruner import Pruner
+from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.train.reuse_gradient import with_sources
 
 

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tts_policy.core.flops import pruner_flops
-from tts_policy.core.plan import Plan, Reuse, passes_plan, static_plan
-from tts_policy.core.pruner import Pruner, PrunerSpec
-from tts_policy.core.sampler import SamplerSpec
+from tts_policy.policy.flops import pruner_flops
+from tts_policy.policy.plan import Plan, Reuse, passes_plan, static_plan
+from tts_policy.policy.pruner import Pruner, PrunerSpec
+from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.train.lesson_choice import LessonChoice
 from tts_policy.train.lessons import (
     ActionError,

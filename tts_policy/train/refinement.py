@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tts_policy.core.plan import Plan, Reuse, static_time
+from tts_policy.policy.plan import Plan, Reuse, static_time
 
 # A step is one of a plan's passes if it computes this share of what its densest step does.
 PASS_SHARE = 0.5

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tts_policy.core.plan import Plan, Reuse, computed_before, resolve_sources
+from tts_policy.policy.plan import Plan, Reuse, computed_before, resolve_sources
 from tts_policy.train.lessons import ActionError, LessonBatch, SharedPlanLoop
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tts_policy.core.engine import denoise_dense, denoise_masked
-from tts_policy.core.lattice import Lattice
-from tts_policy.core.network import PolicyNetwork
-from tts_policy.core.plan import dense_plan
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import NoiseScheduler
-from tts_policy.train.dataset import Windows
+from tts_policy.data.windows import Windows
+from tts_policy.policy.engines.eager import denoise_dense, denoise_masked
+from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.network import PolicyNetwork
+from tts_policy.policy.plan import dense_plan
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.scheduler import NoiseScheduler
 from tts_policy.train.replicas import Replicas
 
 KEPT_BACK = 24

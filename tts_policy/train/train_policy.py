@@ -19,20 +19,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tts_policy.bag.data_check import DataCheck, write_check
-from tts_policy.core.bundle import BundleError, load_bundle, save_bundle
-from tts_policy.core.contract import PolicyContract, read_contract
-from tts_policy.core.network import OBJECTIVES, DiTOptions, NetworkSpec, PolicyNetwork
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.scheduler import FLOW
-from tts_policy.core.threads import set_threads
-from tts_policy.train.dataset import Windows
-from tts_policy.train.demonstrations import (
+from tts_policy.data.data_check import DataCheck, write_check
+from tts_policy.data.demonstrations import (
     add_demonstration_arguments,
     load_windows,
     split_demonstrations,
 )
-from tts_policy.train.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS
+from tts_policy.data.windows import Windows
+from tts_policy.policy.bundle import BundleError, load_bundle, save_bundle
+from tts_policy.policy.contract import PolicyContract, read_contract
+from tts_policy.policy.network import OBJECTIVES, DiTOptions, NetworkSpec, PolicyNetwork
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.scheduler import FLOW
+from tts_policy.policy.threads import set_threads
+from tts_policy.sim.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS
 from tts_policy.train.policy_trainer import PolicyTrainer, TrainingSpec
 from tts_policy.train.stop_request import StopRequest
 

@@ -22,22 +22,22 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-from tts_policy.core.bundle import BundleError, load_bundle, save_pruner
-from tts_policy.core.network import PolicyNetwork
-from tts_policy.core.policy import DEVICES
-from tts_policy.core.pruner import Pruner, PrunerSpec
-from tts_policy.core.sampler import SamplerSpec
-from tts_policy.core.threads import set_threads
+from tts_policy.data.demonstrations import (
+    add_demonstration_arguments,
+    load_windows,
+    split_demonstrations,
+)
+from tts_policy.policy.bundle import BundleError, load_bundle, save_pruner
+from tts_policy.policy.network import PolicyNetwork
+from tts_policy.policy.policy import DEVICES
+from tts_policy.policy.pruner import Pruner, PrunerSpec
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.threads import set_threads
 from tts_policy.train.checkpoint import (
     check_settings,
     digest,
     read_checkpoint,
     write_checkpoint,
-)
-from tts_policy.train.demonstrations import (
-    add_demonstration_arguments,
-    load_windows,
-    split_demonstrations,
 )
 from tts_policy.train.lessons import ActionError, make_lessons
 from tts_policy.train.plan_comparison import compare_plans

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""evaluate_policy from the command line to its files, and the episodes that it is made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip('robosuite', reason='robosuite is not installed')
+pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
+
+from tts_policy.evaluate import evaluate_policy
+from tts_policy.evaluate.digest import ExpectedDigests
+from tts_policy.evaluate.variants import Arm
+from tts_policy.evaluate.worker import Job, Worker
+from tts_policy.policy.bundle import load_bundle, save_bundle, save_pruner, save_random_bundle
+from tts_policy.policy.network import NetworkSpec
+from tts_policy.policy.policy import TestTimeSparsePolicy
+from tts_policy.policy.pruner import Pruner
+from tts_policy.sim.episode import FRAME_NS, Timeline
+from tts_policy.sim.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
+from tts_policy.sim.rollout import DeceivedRobot, run_episode
+from tts_policy.sim.tasks.lift import LiftWorld
+
+TINY = NetworkSpec(width=16, layers=1, heads=2, camera_channels=16)
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('bundle')
+    save_random_bundle(folder, PANDA_CONTRACT, PANDA_SAMPLERS, TINY)
+    return folder
+
+
+class CountingRobot:
+    """A world that counts its pictures."""
+
+    def __init__(self, world: LiftWorld, drawn: list[float]) -> None:
+        self.reset, self.step, self.success = world.reset, world.step, world.success
+        self.joint_positions, self._world, self._drawn = world.joint_positions, world, drawn
+
+    def render(self) -> np.ndarray:
+        self._drawn.append(self._world.data.time)
+        return self._world.render()
+
+
+@pytest.fixture(scope='module')
+def worker(bundle: Path) -> Iterator[Worker]:
+    worker = Worker({'lift': bundle}, sequences=1)
+    yield worker
+    worker.close()
+
+
+def test_an_episode_depends_on_its_seed_alone(world: Any, bundle: Path) -> None:
+    policy = TestTimeSparsePolicy.from_bundle(bundle, 'ddim10', threads=1)
+    timeline = Timeline(8 * FRAME_NS, 20 * FRAME_NS)
+    first = run_episode(policy, world, 5, 0.8, timeline)
+    run_episode(policy, world, 6, 0.8, timeline)
+    again = run_episode(policy, world, 5, 0.8, timeline)
+    # Ticks at frames 1, 9 and 17; the first is dense.
+    assert [round(c.stats.sparsity, 6) for c in first.chunks] == [0.0, 0.8, 0.8]
+    for a, b in zip(first.chunks, again.chunks, strict=True):
+        assert np.array_equal(a.actions, b.actions) and np.array_equal(a.plan, b.plan)
+
+
+def test_the_deceived_camera_shows_the_same_arm_and_another_cube(world: Any) -> None:
+    shown = LiftWorld()
+    deceived = DeceivedRobot(world, shown)
+    deceived.reset(3)
+    assert deceived.joint_positions() == shown.joint_positions()
+    assert np.abs(world.position(world.cube_qpos) - shown.position(shown.cube_qpos)).max() > 0.01
+    difference = np.abs(deceived.render().astype(int) - world.render()).max(axis=-1)
+    # Two cubes' worth of pixels differ, nothing else.
+    assert 100 < (difference > 40).sum() < 1200
+    shown.close()
+
+
+def test_costs_are_counted_from_the_plans(worker: Worker) -> None:
+    dense = worker.run(Job('lift', Arm.parse('ddim10'), 100_000))
+    sparse = worker.run(Job('lift', Arm.parse('ddim10:learned:0.8+execute15'), 100_000))
+    assert (dense['ticks'], sparse['ticks']) == (15, 8)
+    assert set(dense['fe']) == {10.0} and sparse['fe'] == [10.0] + [2.0] * 7
+    assert sparse['gflops'][0] == dense['gflops'][0] > 3 * sparse['gflops'][1]
+    assert dense['mix']['compute'] == 1.0 and sparse['mix']['compute'] == pytest.approx(0.2)
+
+
+def test_the_action_error_is_zero_for_dense_noise_and_reuse_of_nothing(worker: Worker) -> None:
+    error = worker.run(Job('lift', Arm.parse('ddim10:learned:0.001')))['l1_error']
+    assert error == pytest.approx(0.0, abs=1e-6)
+    assert worker.run(Job('lift', Arm.parse('ddim10:random:0.8')))['l1_error'] > 1e-4
+    assert worker.run(Job('lift', Arm.parse('ddim10')))['l1_error'] is None
+
+
+@pytest.mark.parametrize('noise', ['noiseless', 'fresh'])
+def test_the_action_error_compares_with_dense_of_the_same_noise(
+    worker: Worker, noise: str
+) -> None:
+    error = worker.run(Job('lift', Arm.parse(f'ddim10:learned:0.001+{noise}')))['l1_error']
+    assert error == pytest.approx(0.0, abs=1e-6)
+
+
+def test_an_arm_that_is_another_one_here_is_left_out(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = [Arm.parse(name) for name in ('ddim10', 'ddim10+held', 'ddim10+fresh', 'ddim10+free')]
+    able = evaluate_policy.runnable('lift', arms, load_bundle(bundle))
+    assert [arm.name for arm in able] == ['ddim10', 'ddim10+fresh']
+    assert 'left out, ddim10+held: here it is ddim10' in capsys.readouterr().err
+
+
+def test_arms_take_turns_at_every_tick_but_the_first(worker: Worker, bundle: Path) -> None:
+    arms = [Arm.parse(name) for name in ('ddim2', 'ddim32', 'ddim10:static:0.8')]
+    turns = list(worker.turns('lift', arms))
+    assert len(turns) == worker.steady_ticks('lift') > 2
+    assert all(list(turn) == [arm.name for arm in arms] for turn in turns)
+    few, many, _ = (np.median([turn[arm.name] for turn in turns]) for arm in arms)
+    assert 0 < few < many
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_stopped_and_tells_what_it_left_out(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [f'lift={bundle}', '--workers', '1', '--sequences', '1', '--out', str(tmp_path)]
+    arms = ['--arms', 'ddim2', 'ddim10:static:0.8', 'ddim16:learned:0.8', '--episodes', '1']
+    assert evaluate_policy.main([*command, *arms]) == 0
+    log = tmp_path / 'episodes.jsonl'
+    before = log.read_text()
+    assert len(before.splitlines()) == 3
+    with log.open('a') as handle:
+        handle.write('{"task": "lift", "ar')
+    assert 'left out, ddim16:learned:0.8: the bundle has no pruner' in capsys.readouterr().err
+    assert evaluate_policy.main([*command, '--arms', 'ddim2', '--episodes', '2']) == 0
+    assert log.read_text().startswith(before) and len(log.read_text().splitlines()) == 5
+    rows = json.loads((tmp_path / 'results.json').read_text())
+    assert [row['arm'] for row in rows] == ['ddim2', 'ddim10:static:0.8']
+    assert [row['episodes'] for row in rows] == [2, 1]
+    assert rows[1]['fe_steady'] == 2.0
+    assert (tmp_path / 'pareto.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'reason'),
+    [
+        (['--arms', 'ddim10:guessed:0.8'], 'a plan is PLAN:SPARSITY'),
+        (['--arms', 'ddim10+execute16'], 'execute must be in [1, 15], got 16'),
+        (['--episodes', '0'], 'must be at least 1'),
+        (['--latency', '-1'], 'latency must be at least 0 episodes, got -1'),
+        (['--seed', '99999'], 'seeds must be in [100000, 900000)'),
+        (['--seed', '899999', '--episodes', '2'], 'seeds must be in [100000, 900000)'),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(
+    arguments: list[str],
+    reason: str,
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate_policy.main([f'lift={bundle}', '--out', str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count('\n') == 1
+
+
+def grown(bundle: Path, folder: Path, sparsity: float) -> Path:
+    """Copy of a bundle whose DDIM-10 pruner has a table for one more sparsity."""
+    other = Path(shutil.copytree(bundle, folder))
+    pruner = load_bundle(other).samplers['ddim10'][1]
+    assert isinstance(pruner, Pruner)
+    spec = replace(pruner.spec, sparsities=tuple(sorted((*pruner.spec.sparsities, sparsity))))
+    more = Pruner(spec)
+    with torch.no_grad():
+        for table, known in zip(more.tables, spec.sparsities, strict=True):
+            table.copy_(pruner.table(known) if known != sparsity else table + 1.0)
+    save_pruner(other, 'ddim10', more)
+    return other
+
+
+@pytest.fixture
+def constant(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle whose pruner has the plan of its table whatever it sees."""
+    other = Path(shutil.copytree(bundle, tmp_path / 'constant'))
+    for name in PANDA_SAMPLERS:
+        pruner = load_bundle(other).samplers[name][1]
+        assert isinstance(pruner, Pruner)
+        torch.nn.init.zeros_(pruner.cell)
+        save_pruner(other, name, pruner)
+    return other
+
+
+def digests(folder: Path, names: list[str]) -> dict[str, str | None]:
+    expected = ExpectedDigests({'lift': load_bundle(folder)})
+    return {name: expected.of('lift', name) for name in names}
+
+
+def test_arms_that_read_what_a_bundle_kept_keep_their_measurements(
+    constant: Path, tmp_path: Path
+) -> None:
+    kept = ['ddpm100', 'ddim3', 'ddim10:static:0.8', 'ddim10:learned:0.8', 'ddim10+fresh']
+    # 0.6 was served by the table of 0.8, and gets its own.
+    names = [*kept, 'ddim10:learned:0.6']
+    before, after = (
+        digests(folder, names) for folder in (constant, grown(constant, tmp_path / 'more', 0.6))
+    )
+    assert [name for name in names if before[name] == after[name]] == kept
+    assert len(set(before.values())) == len(names)
+
+
+def test_the_order_of_cells_that_a_plan_reuses_matters_to_other_sparsities_alone(
+    constant: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(constant, tmp_path / 'other'))
+    pruner = load_bundle(other).samplers['ddim10'][1]
+    assert isinstance(pruner, Pruner)
+    with torch.no_grad():
+        logits = pruner.table(0.8)
+        best = logits[..., 1:].max(dim=-1).values
+        margin = (logits[..., 0] - best).flatten()
+        reused = margin.argsort(descending=True, stable=True)[round(0.2 * margin.numel()) :]
+        margin[reused] = margin[reused.flip(0)]
+        logits[..., 0] = best + margin.view_as(best)
+    save_pruner(other, 'ddim10', pruner)
+    names = [f'ddim10:learned:{sparsity}' for sparsity in (0.8, 0.6, 0.9)]
+    before, after = digests(constant, names), digests(other, names)
+    assert [before[name] == after[name] for name in names] == [True, False, True]
+
+
+def test_a_table_that_only_looks_like_another_sparsity_is_told_apart(
+    bundle: Path, tmp_path: Path
+) -> None:
+    # A pruner that reads the observation is taken in whole.
+    other = grown(bundle, tmp_path / 'more', 0.6)
+    names = ['ddim10:learned:0.8', 'ddim10:static:0.8']
+    before, after = digests(bundle, names), digests(other, names)
+    assert before[names[0]] != after[names[0]] and before[names[1]] == after[names[1]]
+
+
+def test_measurements_of_another_policy_or_setting_are_told_from_these(
+    bundle: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(bundle, tmp_path / 'other'))
+    network = load_bundle(other).network
+    torch.nn.init.normal_(next(network.parameters()))
+    known = {name: spec for name, (spec, _) in load_bundle(bundle).samplers.items()}
+    save_bundle(other, 'retrained', network, known)
+    noiseless = Path(shutil.copytree(bundle, tmp_path / 'noiseless'))
+    save_bundle(
+        noiseless,
+        'noiseless',
+        load_bundle(bundle).network,
+        {name: replace(spec, temperature=0.0) for name, spec in known.items()},
+    )
+    here, there, quiet = (
+        digests(folder, ['ddim10', 'ddim10+fresh']) for folder in (bundle, other, noiseless)
+    )
+    assert len({*here.values(), *there.values(), *quiet.values()}) == 5
+    # The option sets the temperature, whatever the bundle's is.
+    assert here['ddim10+fresh'] == quiet['ddim10+fresh']
+
+
+def test_what_is_forced_matters_to_plans_of_a_pruner_alone(constant: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(constant)
+    other = Path(shutil.copytree(constant, tmp_path / 'other'))
+    specs = {
+        name: replace(spec, force_first_step=not spec.force_first_step, max_rollout_age=3)
+        for name, (spec, _) in bundle.samplers.items()
+    }
+    save_bundle(other, 'other', bundle.network, specs)
+    for name, (_, pruner) in bundle.samplers.items():
+        if isinstance(pruner, Pruner):
+            save_pruner(other, name, pruner)
+    names = ['ddim10', 'ddim10+execute4', 'ddim10:static:0.8', 'ddim10:learned:0.8']
+    before, after = digests(constant, names), digests(other, names)
+    assert [name for name in names if before[name] == after[name]] == names[:3]
+
+
+def test_measurements_of_other_bundles_are_left_out_and_do_not_hide_these(bundle: Path) -> None:
+    expected = ExpectedDigests({'lift': load_bundle(bundle)})
+    own = expected.of('lift', 'ddim10')
+
+    def record(task: str, seed: int, digest: str | None, arm: str = 'ddim10') -> dict[str, Any]:
+        given = {} if digest is None else {'digest': digest}
+        return {'task': task, 'arm': arm, 'seed': seed, **given}
+
+    log = [
+        record('lift', 1, own),
+        record('lift', 1, 'other'),
+        record('lift', 2, None),
+        record('lift', 3, own, 'flow10'),
+        # Of a task that is not asked for nothing is known: what came last stands, unmixed.
+        record('can', 1, 'old'),
+        record('can', 2, 'new'),
+        record('can', 3, None),
+    ]
+    assert expected.matching(log) == [log[0], log[5]]
+
+
+def test_a_constant_plan_is_its_own_mean(
+    constant: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f'ddim10:{plan}:0.8' for plan in ('learned', 'mean', 'shuffled')]
+    arms = [Arm.parse(name) for name in names]
+    able = evaluate_policy.runnable('lift', arms, load_bundle(constant))
+    assert [arm.name for arm in able] == names[:1]
+    told = capsys.readouterr().err
+    assert all(f'left out, {name}: here it is {names[0]}' in told for name in names[1:])
+    assert len(evaluate_policy.runnable('lift', arms, load_bundle(bundle))) == 3
+
+
+@pytest.mark.slow
+def test_rows_of_an_earlier_page_are_taken_over_and_not_measured_again(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [f'lift={bundle}', '--workers', '1', '--sequences', '1', '--episodes', '1']
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    assert evaluate_policy.main([*command, '--out', str(first), '--arms', 'ddim2', 'ddim3']) == 0
+    known = ['--earlier', str(first / 'results.json'), '--out', str(second)]
+    assert evaluate_policy.main([*command, *known, '--arms', 'ddim2', 'ddim4']) == 0
+    measured = [json.loads(r) for r in (second / 'episodes.jsonl').read_text().splitlines()]
+    assert [record['arm'] for record in measured] == ['ddim4']
+    rows = {row['arm']: row for row in json.loads((second / 'results.json').read_text())}
+    assert list(rows) == ['ddim2', 'ddim3', 'ddim4']
+    assert rows['ddim2'] == json.loads((first / 'results.json').read_text())[0]
+    assert 'latency_in_turns' not in rows['ddim4'] and '| ~' in (second / 'results.md').read_text()
+    assert evaluate_policy.main([*command, *known, '--arms', 'ddim2', '--latency', '1']) == 0
+    timed = {row['arm']: row for row in json.loads((second / 'results.json').read_text())}
+    assert list(timed) == list(rows)
+    assert len({json.dumps(row['latency_in_turns']) for row in timed.values()}) == 1
+    assert timed['ddim2']['latency_in_turns']['ticks'] > 2
+    page = (second / 'results.md').read_text()
+    assert '| ~' not in page and 'ticks in turns on' in page
+    other = grown(bundle, tmp_path / 'more', 0.6)
+    assert evaluate_policy.main([f'lift={other}', *command[1:], *known, '--arms', 'ddim2']) == 0
+    assert 'of another bundle' not in capsys.readouterr().err
+
+
+ROW = '{"arm": "a", "digest": "d", "episodes": 1, "seed_runs": [], "failed_seeds": [], "task": '
+
+
+@pytest.mark.parametrize(
+    'text', ['', '{}', '[{"task": "lift", "arm": "ddim2"}]', '[1]', f'[{ROW}"juggle"}}]']
+)
+def test_earlier_results_that_say_too_little_are_refused_in_one_line(
+    text: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / 'results.json'
+    earlier.write_text(text)
+    arguments = [f'lift={bundle}', '--out', str(tmp_path / 'out'), '--earlier', str(earlier)]
+    assert evaluate_policy.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert str(earlier) in error and error.count('\n') == 1
+
+
+def test_an_evaluation_draws_the_frames_of_windows_and_sees_the_same(
+    world: Any, bundle: Path
+) -> None:
+    policy = TestTimeSparsePolicy.from_bundle(bundle, 'ddim10', threads=1)
+    timeline, drawn = Timeline(8 * FRAME_NS, 20 * FRAME_NS), []
+    counted = CountingRobot(world, drawn)
+    few = run_episode(policy, counted, 5, 0.8, timeline)
+    assert len(drawn) == 6
+    every = run_episode(policy, counted, 5, 0.8, timeline, keep_frames=True)
+    assert len(drawn) == 6 + len(every.frames) == 26
+    for a, b in zip(few.chunks, every.chunks, strict=True):
+        assert np.array_equal(a.actions, b.actions)
+
+
+def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as status:
+        evaluate_policy.main(['juggle', '--out', str(tmp_path)])
+    assert status.value.code == 2
+    assert "task must be one of ['lift', 'stack', 'can', 'pusht']" in capsys.readouterr().err

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The masked loop against the plain dense loop, against a naive loop, and what it executes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tts_policy.policy import flops
+from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
+from tts_policy.policy.engines.eager import denoise_dense, denoise_masked
+from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.plan import Plan, Reuse, dense_plan, make_plan
+from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
+
+SPEC = TransformerSpec(
+    action_dim=3, horizon=8, obs_steps=2, obs_features=7, width=32, layers=2, heads=2
+)
+STEPS = 6
+
+
+class Rig:
+    """A random denoiser with what sampling it needs."""
+
+    def __init__(self, kind: str = 'ddpm', steps: int = STEPS) -> None:
+        torch.manual_seed(0)
+        self.denoiser = TransformerDenoiser(SPEC).eval().requires_grad_(False)
+        for parameter in self.denoiser.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+        self.scheduler = NoiseScheduler(
+            SchedulerSpec(kind, steps, STEPS if kind == 'ddpm' else 60)
+        )
+        self.memory = self.denoiser.conditioner(self.scheduler.spec.timesteps())
+        self.lattice = self.fresh_lattice()
+
+    def fresh_lattice(self) -> Lattice:
+        lattice = Lattice(
+            SPEC, self.scheduler.spec.steps, self.scheduler.needs_noise, torch.device('cpu')
+        )
+        lattice.reset(torch.Generator().manual_seed(3))
+        return lattice
+
+    def observe(self, tick: int) -> None:
+        generator = torch.Generator().manual_seed(tick)
+        self.memory.encode(torch.randn(1, 2, 7, generator=generator))
+
+    def dense(self) -> Tensor:
+        return denoise_dense(self.denoiser, self.scheduler, self.memory, self.lattice)
+
+    def masked(self, plan: Plan, force: bool = False) -> Tensor:
+        x, executed = denoise_masked(
+            self.denoiser, self.scheduler, self.memory, self.lattice, lambda: plan, force
+        )
+        self.lattice.commit(executed)
+        return x
+
+
+class NaiveLoop:
+    """The method as the paper writes it: three caches, one cell at a time, nothing collapsed."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.tau_r: dict[tuple[int, int], Tensor] = {}
+
+    def run(self, plan: Plan) -> Tensor:
+        rig, lattice = self.rig, self.rig.lattice
+        tau_f: dict[int, Tensor] = {}
+        tau_t: dict[int, Tensor] = {}
+        x = lattice.initial_noise
+        for i in range(rig.scheduler.spec.steps):
+            tokens = rig.denoiser.embed(x)
+            memory = rig.memory.rows()[:, i]
+            for b, block in enumerate(rig.denoiser.blocks):
+                match Reuse(int(plan[i, b])):
+                    case Reuse.COMPUTE:
+                        masks = rig.denoiser.self_mask, None, None
+                        cross = rig.denoiser.conditioning(b // 3, memory)
+                        y = block(tokens, cross if b % 3 == 1 else masks[b % 3])
+                        tau_f[b % 3] = tau_t[b] = self.tau_r[i, b] = y
+                    case Reuse.FORWARD:
+                        y = tau_f[b % 3]
+                    case Reuse.TIMESTEP:
+                        y = tau_t[b]
+                    case Reuse.ROLLOUT:
+                        y = self.tau_r[i, b]
+                tokens = tokens + y
+            noise = lattice.step_noise[i] if len(lattice.step_noise) else None
+            x = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), noise)
+        return x
+
+
+def random_plan(rng: np.random.Generator, lattice: Lattice, sparsity: float, force: bool) -> Plan:
+    logits = rng.standard_normal((lattice.steps, lattice.blocks, 4)).astype(np.float32)
+    return make_plan(logits, sparsity, lattice.rollout_valid(100), force, SPEC.stack.kinds)
+
+
+@pytest.mark.parametrize('kind', ['ddpm', 'ddim'])
+@pytest.mark.parametrize('force', [True, False])
+@torch.no_grad()
+def test_sparsity_zero_is_bitwise_the_plain_dense_loop(kind: str, force: bool) -> None:
+    rig = Rig(kind)
+    for tick in range(3):
+        rig.observe(tick)
+        plan = random_plan(np.random.default_rng(tick), rig.lattice, 0.0, force)
+        assert torch.equal(rig.masked(plan, force), rig.dense())
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    sparsities=st.lists(st.floats(0.1, 1 - 1 / STEPS), min_size=2, max_size=4),
+    force=st.booleans(),
+    kind=st.sampled_from(['ddpm', 'ddim']),
+)
+@settings(max_examples=40, deadline=None)
+@torch.no_grad()
+def test_masked_loop_equals_the_naive_loop_over_any_plans(
+    seed: int, sparsities: list[float], force: bool, kind: str
+) -> None:
+    rig = Rig(kind)
+    naive = NaiveLoop(rig)
+    rng = np.random.default_rng(seed)
+    for tick, sparsity in enumerate([0.0, *sparsities]):
+        rig.observe(tick)
+        plan = random_plan(rng, rig.lattice, sparsity, force)
+        assert (rig.masked(plan, force) - naive.run(plan)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_plans_of_the_property_test_use_every_class() -> None:
+    rig = Rig()
+    rig.observe(0)
+    rig.masked(dense_plan(STEPS, SPEC.blocks))
+    plan = random_plan(np.random.default_rng(0), rig.lattice, 0.7, True)
+    assert set(np.unique(plan)) == {0, 1, 2, 3}
+
+
+@torch.no_grad()
+def test_dense_loop_equals_torch_transformer_decoder_with_per_step_encoding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / 'bench')
+    from upstream import decoder_of
+
+    rig = Rig()
+    rig.observe(0)
+    decoder = decoder_of(rig.denoiser)
+    x = rig.lattice.initial_noise
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 2, 7, generator=generator)
+    encoder = rig.denoiser.encoder
+    causal = torch.zeros(8, 8).masked_fill(~rig.denoiser.self_mask, float('-inf'))
+    visible = torch.zeros(8, 3).masked_fill(~rig.denoiser.memory_mask, float('-inf'))
+    for i, t in enumerate(rig.scheduler.spec.timesteps()):
+        time = encoder.time_tokens(torch.tensor([t]))[:, None]
+        memory = torch.cat([time, encoder.observation_tokens(features)], dim=1)
+        tokens = decoder(rig.denoiser.embed(x), memory, tgt_mask=causal, memory_mask=visible)
+        x = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), rig.lattice.step_noise[i])
+    assert (x - rig.dense()).abs().max() < 1e-5
+
+
+class _Calls:
+    """Counts the forward calls of every block through torch's own hooks."""
+
+    def __init__(self, denoiser: TransformerDenoiser) -> None:
+        self.count = np.zeros(len(denoiser.blocks), int)
+        for index, block in enumerate(denoiser.blocks):
+            block.register_forward_hook(self._counter(index))
+
+    def _counter(self, index: int) -> Any:
+        def hook(*_: Any) -> None:
+            self.count[index] += 1
+
+        return hook
+
+
+@torch.no_grad()
+def test_skipped_blocks_do_not_execute_and_flops_are_those_of_the_plan() -> None:
+    rig = Rig()
+    rig.observe(0)
+    rig.masked(dense_plan(STEPS, SPEC.blocks))
+    rig.observe(1)
+    plan = random_plan(np.random.default_rng(0), rig.lattice, 0.7, True)
+    calls = _Calls(rig.denoiser)
+    with FlopCounterMode(display=False) as counter:
+        rig.masked(plan, True)
+    assert calls.count.tolist() == (plan == Reuse.COMPUTE).sum(axis=0).tolist()
+    counted = flops.decoder_flops(SPEC, plan)
+    # torch's counter sees the matrix products; CPU attention counts as zero there.
+    attention = _attention_flops(plan)
+    assert counter.get_total_flops() == counted - attention
+    assert 0 < attention < counted
+
+
+def _attention_flops(plan: NDArray) -> int:
+    computed = (plan == Reuse.COMPUTE).sum(axis=0)
+    tokens, memory = SPEC.horizon, 1 + SPEC.obs_steps
+    return int(
+        4 * tokens * SPEC.width * (computed[0::3].sum() * tokens + computed[1::3].sum() * memory)
+    )
+
+
+@torch.no_grad()
+def test_conditional_encoder_flops_are_those_executed() -> None:
+    rig = Rig()
+    with FlopCounterMode(display=False) as counter:
+        rig.observe(0)
+    assert counter.get_total_flops() == SPEC.conditioner_flops(steps=1)
+
+
+@torch.no_grad()
+def test_memory_rows_are_the_time_token_of_the_step_beside_the_observation() -> None:
+    rig = Rig()
+    rig.observe(0)
+    rows = rig.memory.rows()
+    assert rows.shape == (1, STEPS, 3, 32)
+    assert torch.equal(rows[0, 2, 0], rig.memory.time_tokens[2])
+    assert torch.equal(rows[0, 0, 1:], rows[0, 5, 1:])

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Committed actions: held exactly by every engine, refused when they do not fit, free when off."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
+from tts_policy.policy.engines.cpu import CpuEngine
+from tts_policy.policy.engines.eager import EagerEngine, Engine
+from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.inpainting import CommittedActions, Inpainting, hold_weights
+from tts_policy.policy.plan import make_plan
+from tts_policy.policy.policy import TestTimeSparsePolicy
+from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
+from tts_policy.policy.stopwatch import Stopwatch
+
+Windows = list[dict[str, NDArray]]
+STEPS = 4
+SPEC = TransformerSpec(
+    action_dim=3, horizon=8, obs_steps=2, obs_features=7, width=32, layers=2, heads=2
+)
+SCHEDULERS = {
+    'ddpm': SchedulerSpec('ddpm', STEPS, STEPS),
+    'ddim': SchedulerSpec('ddim', STEPS, 40, clip=0.5),
+}
+
+
+def engines(scheduler: NoiseScheduler, force: bool) -> list[tuple[Engine, Lattice]]:
+    """Return every engine there is here, each with a lattice of its own, the reference first."""
+    torch.manual_seed(0)
+    denoiser = TransformerDenoiser(SPEC).eval().requires_grad_(False)
+    for parameter in denoiser.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.1)
+    kinds: list[type[Engine]] = [EagerEngine, CpuEngine]
+    # Read when Triton is imported, which other tests do where torch brings one.
+    if find_spec('triton') is not None and os.environ.get('TRITON_INTERPRET') == '1':
+        from tts_policy.policy.engines.triton_engine import TritonEngine
+
+        kinds.append(TritonEngine)
+    made = []
+    for kind in kinds:
+        lattice = Lattice(SPEC, STEPS, scheduler.needs_noise, torch.device('cpu'))
+        lattice.reset(torch.Generator().manual_seed(0))
+        made.append((kind(denoiser, scheduler, lattice, force), lattice))  # type: ignore[call-arg]
+    return made
+
+
+@pytest.mark.parametrize('kind', sorted(SCHEDULERS))
+@pytest.mark.parametrize('force', [True, False])
+@torch.inference_mode()
+def test_every_engine_holds_committed_actions_and_agrees_on_the_rest(
+    kind: str, force: bool
+) -> None:
+    scheduler = NoiseScheduler(SCHEDULERS[kind])
+    rng = np.random.default_rng(0)
+    actions = torch.from_numpy(rng.standard_normal((8, 3), np.float32))
+    weights = torch.tensor([0.0, 1.0, 1.0, 0.5, 0.1, 0.0, 0.0, 0.0])
+    features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
+    logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
+    levels = torch.tensor(scheduler.noise_levels())
+    results: list[list[Tensor]] = []
+    for engine, lattice in engines(scheduler, force):
+        results.append([])
+        for tick, held in enumerate((False, True, False)):
+            valid = lattice.rollout_valid(4)
+            plan = make_plan(logits, 0.6 if tick else 0.0, valid, force, SPEC.stack.kinds)
+            given = Inpainting(levels, lattice.initial_noise, actions, weights)
+            engine.observe(features)
+            x, _ = engine.denoise(lambda plan=plan: plan, Stopwatch(), given if held else None)
+            lattice.commit(plan)
+            results[-1].append(x[0].clone())
+        assert torch.equal(results[-1][1][1:3], actions[1:3])
+        assert not torch.allclose(results[-1][2][1:3], actions[1:3])
+    for others in results[1:]:
+        for expected, x in zip(results[0], others, strict=True):
+            assert (x - expected).abs().max() < 1e-4
+
+
+def test_a_level_is_the_known_action_noised_as_its_step_asks() -> None:
+    scheduler = NoiseScheduler(SCHEDULERS['ddim'])
+    noise, actions = torch.randn(1, 8, 3), torch.randn(8, 3)
+    given = Inpainting(torch.tensor(scheduler.noise_levels()), noise, actions, torch.ones(8))
+    alphas = scheduler.spec.alphas_cumprod()
+    for level, t in enumerate(scheduler.spec.timesteps()):
+        x = torch.zeros(1, 8, 3)
+        given.impose(level, x)
+        expected = alphas[t] ** 0.5 * actions + (1 - alphas[t]) ** 0.5 * noise
+        assert torch.allclose(x, expected.float(), atol=1e-6)
+
+
+def test_a_level_of_a_flow_lies_between_noise_and_the_known_action() -> None:
+    scheduler = NoiseScheduler(SchedulerSpec('flow', STEPS, 1, prediction='velocity', clip=0.0))
+    noise, actions = torch.randn(1, 8, 3), torch.randn(8, 3)
+    given = Inpainting(torch.tensor(scheduler.noise_levels()), noise, actions, torch.ones(8))
+    x = noise.clone()
+    for level in range(STEPS):
+        given.impose(level, x)
+        assert torch.allclose(x, torch.lerp(noise, actions, level / STEPS), atol=1e-6)
+        # A network that knows the action moves from level to level by itself.
+        x = scheduler.step(level, x, actions - noise, None)
+    assert torch.allclose(x, actions, atol=1e-6)
+
+
+def test_weights_hold_what_is_committed_and_decay_over_the_overlap() -> None:
+    assert hold_weights(2, 5, soft=False).tolist() == [1, 1, 0, 0, 0]
+    soft = hold_weights(2, 5, soft=True)
+    assert soft[:2].tolist() == [1, 1]
+    assert (np.diff(soft[1:]) < 0).all() and soft[-1] > 0
+    assert hold_weights(5, 5, soft=True).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize('sampler', ['ddim5', 'ddpm20'])
+def test_a_chunk_continues_committed_actions_in_robot_units(
+    bundle: Path, windows: Windows, sampler: str
+) -> None:
+    free, held = (TestTimeSparsePolicy.from_bundle(bundle, sampler) for _ in range(2))
+    assert np.array_equal(free.act(windows[0], 0.0).actions, held.act(windows[0], 0.0).actions)
+    given = CommittedActions(np.full((4, 3), 0.25), hold_weights(2, 4, soft=True))
+    expected, chunk = free.act(windows[1], 0.5), held.act(windows[1], 0.5, given)
+    assert np.allclose(chunk.actions[:2], 0.25, atol=1e-6)
+    assert not np.allclose(chunk.actions[2:], expected.actions[2:])
+
+
+@pytest.mark.parametrize(
+    ('actions', 'weights', 'reason'),
+    [
+        (np.zeros((8, 3)), np.ones(8), r'n at most 7, got \(8, 3\)'),
+        (np.zeros((2, 2)), np.ones(2), r'\[n, 3\] with a weight each'),
+        (np.full((2, 3), np.nan), np.ones(2), 'finite'),
+        (np.zeros((2, 3)), np.full(2, 1.5), r'weights in \[0, 1\]'),
+    ],
+)
+def test_committed_actions_that_do_not_fit_are_refused(
+    bundle: Path, windows: Windows, actions: NDArray, weights: NDArray, reason: str
+) -> None:
+    policy = TestTimeSparsePolicy.from_bundle(bundle, 'ddim5')
+    with pytest.raises(ValueError, match=reason):
+        policy.act(windows[0], 0.0, CommittedActions(actions, weights))

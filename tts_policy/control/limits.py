@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds of the joints, and the check of a trajectory against them.
+
+A chunk that breaks a bound by more than its tolerance is refused whole; within the tolerance its
+positions are clipped. A controller's spline runs through the velocities of the points too: they
+are clipped as well, and zero where a position was, or it would pass the bound between two points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tts_policy.control.trajectory import Trajectory, TrajectoryRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from tts_policy.control.urdf import UrdfLimits
+
+
+@dataclass(frozen=True)
+class JointLimits:
+    """Bounds per joint of the contract, [A] each; infinity where nothing is bounded.
+
+    `tolerance` is the share of a bound's range by which it may be exceeded: of upper - lower for
+    positions (which are then clipped), of the bound itself for velocities and accelerations.
+    """
+
+    joints: tuple[str, ...]
+    lower: np.ndarray
+    upper: np.ndarray
+    velocity: np.ndarray
+    acceleration: np.ndarray
+    first_distance: np.ndarray
+    tolerance: float = 0.0
+
+    @staticmethod
+    def unbounded(joints: Sequence[str]) -> JointLimits:
+        """No bound on any joint: only NaN and infinity are refused."""
+        inf = np.full(len(joints), np.inf)
+        return JointLimits(tuple(joints), -inf, inf, inf, inf, inf)
+
+    def missing(self) -> str | None:
+        """Which joints lack a bound on position or velocity, in words; None where none does."""
+        parts = []
+        for name, bounds in (
+            ('position', self.upper - self.lower),
+            ('velocity', self.velocity),
+        ):
+            joints = [j for j, bound in zip(self.joints, bounds, strict=True) if np.isinf(bound)]
+            if joints:
+                parts.append(f'{name} of {joints}')
+        return f'limits: none on {" and ".join(parts)}' if parts else None
+
+    def scaled(self, scale: float) -> JointLimits:
+        """Scale what bounds motion, not where the joints may be; `scale` is in (0, 1]."""
+        return replace(
+            self,
+            velocity=self.velocity * scale,
+            acceleration=self.acceleration * scale,
+            first_distance=self.first_distance * scale,
+        )
+
+    def tightened(self, urdf: Mapping[str, UrdfLimits]) -> JointLimits:
+        """Take the tighter of these bounds and those of a URDF, joint by joint.
+
+        Raises
+        ------
+        ValueError
+            when the two leave a joint no room.
+
+        """
+        lower, upper, velocity = self.lower.copy(), self.upper.copy(), self.velocity.copy()
+        for at, joint in enumerate(self.joints):
+            if joint in urdf:
+                lower[at] = max(lower[at], urdf[joint].lower)
+                upper[at] = min(upper[at], urdf[joint].upper)
+                velocity[at] = min(velocity[at], urdf[joint].velocity)
+                if not lower[at] < upper[at]:
+                    raise ValueError(
+                        f'robot_description: {joint}: expected room between the limits, '
+                        f'got [{lower[at]}, {upper[at]}]'
+                    )
+        return replace(self, lower=lower, upper=upper, velocity=velocity)
+
+    def apply(
+        self,
+        trajectory: Trajectory,
+        measured: np.ndarray,
+        before: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> Trajectory:
+        """Check the points against every bound and clip positions within the tolerance.
+
+        `measured` [A] is the newest measured state; the first point must lie within
+        `first_distance` of it. `before` are the last set-points in force before the first point,
+        times in ns after the trajectory's stamp [P] and positions [P, A]: the step from there
+        counts as well.
+
+        Raises
+        ------
+        TrajectoryRefused
+            for the first joint that breaks a bound beyond the tolerance.
+
+        """
+        positions = trajectory.positions
+        span = self.upper - self.lower
+        slack = np.where(np.isfinite(span), span, 0.0) * self.tolerance
+        below, above = positions < self.lower - slack, positions > self.upper + slack
+        self._refuse(
+            below | above, positions, 'position', lambda j: f'[{self.lower[j]}, {self.upper[j]}]'
+        )
+        self._check_motion(trajectory, before)
+        distance = positions[:1] - measured
+        self._refuse(
+            np.abs(distance) > self.first_distance,
+            distance,
+            'distance of the first point to the measured state',
+            lambda j: f'at most {self.first_distance[j]}',
+        )
+        clipped = np.clip(positions, self.lower, self.upper)
+        velocities = np.clip(trajectory.velocities, -self.velocity, self.velocity)
+        return replace(
+            trajectory,
+            positions=clipped,
+            velocities=np.where(clipped == positions, velocities, 0.0),
+        )
+
+    def reachable(
+        self,
+        trajectory: Trajectory,
+        start: np.ndarray,
+        now_ns: int,
+        min_points: int,
+        at_rest: bool,
+    ) -> Trajectory:
+        """Drop the first points that cannot be reached at what is allowed.
+
+        The joints are at `start` [A]; the way to the first point left lasts from `now_ns` until
+        that point is due, and from rest takes half of that time squared times the acceleration.
+
+        Raises
+        ------
+        TrajectoryRefused
+            when fewer than `min_points` would be left.
+
+        """
+        left_s = (trajectory.stamp_ns + trajectory.times_ns - now_ns)[:, None] * 1e-9
+        rates = (trajectory.positions - start) / left_s
+        changes = 2.0 * rates / left_s
+        scale = 1.0 + self.tolerance
+        fast = np.abs(rates) > self.velocity * scale
+        hard = (np.abs(changes) > self.acceleration * scale) & at_rest
+        starts = ~(fast | hard).any(axis=1)[: max(1, len(rates) - min_points + 1)]
+        if not starts.any():
+            self._refuse(fast, rates, 'velocity', lambda j: f'at most {self.velocity[j]}')
+            self._refuse(
+                hard, changes, 'acceleration', lambda j: f'at most {self.acceleration[j]}'
+            )
+        return trajectory.after(int(np.argmax(starts)))
+
+    def _check_motion(
+        self, trajectory: Trajectory, before: tuple[np.ndarray, np.ndarray] | None
+    ) -> None:
+        positions, times_s = trajectory.positions, trajectory.times_ns * 1e-9
+        if before is not None:
+            positions = np.concatenate([before[1], positions])
+            times_s = np.concatenate([before[0] * 1e-9, times_s])
+        if len(positions) < 2:
+            return
+        steps_s = np.diff(times_s)[:, None]
+        rates = np.diff(positions, axis=0) / steps_s
+        scale = 1.0 + self.tolerance
+        self._refuse(
+            np.abs(rates) > self.velocity * scale,
+            rates,
+            'velocity',
+            lambda j: f'at most {self.velocity[j]}',
+        )
+        changes = np.diff(rates, axis=0) / ((steps_s[:-1] + steps_s[1:]) / 2)
+        self._refuse(
+            np.abs(changes) > self.acceleration * scale,
+            changes,
+            'acceleration',
+            lambda j: f'at most {self.acceleration[j]}',
+        )
+
+    def _refuse(
+        self, broken: np.ndarray, values: np.ndarray, quantity: str, bound: Callable[[int], str]
+    ) -> None:
+        if broken.any():
+            point, joint = (int(i) for i in np.argwhere(broken)[0])
+            raise TrajectoryRefused(
+                f'{self.joints[joint]}: expected {quantity} {bound(joint)}, '
+                f'got {values[point, joint]:.4f} at point {point}'
+            )

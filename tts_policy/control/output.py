@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only way from a chunk to the robot: timing, blending, limits and the hold point.
+
+A command is sent only where the caller found the gate open. When it closes after a command, one
+hold-position point follows. Calls come from the inference thread and from the executor; the owner
+serialises them with `InferenceWorker.exclusive`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tts_policy.control.continuity import Continuity, blend, measure
+from tts_policy.control.trajectory import (
+    Trajectory,
+    TrajectoryRefused,
+    due_times_ns,
+    hold_trajectory,
+    plan_trajectory,
+)
+from tts_policy.policy.inpainting import CommittedActions, hold_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tts_policy.control.limit_source import LimitSource
+    from tts_policy.node.sinks import TrajectorySink
+
+
+@dataclass(frozen=True)
+class ChunkTiming:
+    """Set-point a of a chunk is due at stamp + (a + offset_steps) * period_ns.
+
+    Points due within `lead_ns` of publishing are dropped; fewer than `min_points` are not sent.
+    """
+
+    joints: tuple[str, ...]
+    period_ns: int
+    offset_steps: int
+    lead_ns: int
+    min_points: int
+
+
+@dataclass(frozen=True)
+class HoldRule:
+    """How to hold: due after `delay_ns`; `last_command` joints (a gripper) keep their set-point.
+
+    A measured state older than `max_age_ns` is no place to go back to, then all joints do; nor is
+    it one that a chunk can be compared with.
+    """
+
+    delay_ns: int
+    last_command: Sequence[str]
+    max_age_ns: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measured positions [A] of the joints, by their stamp, and when they were received."""
+
+    stamp_ns: int
+    received_ns: int
+    positions: np.ndarray
+
+    def age_ns(self, now_ns: int) -> int:
+        """How old they are at least: no stamp makes them newer than when they came."""
+        return now_ns - min(self.stamp_ns, self.received_ns)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A trajectory that was published, and how smoothly it took over."""
+
+    trajectory: Trajectory
+    continuity: Continuity
+
+
+class CommandOutput:
+    """Sends chunks as trajectories, to the robot or, gate closed, as proposals."""
+
+    def __init__(
+        self,
+        timing: ChunkTiming,
+        limits: LimitSource,
+        hold_rule: HoldRule,
+        command: TrajectorySink,
+        proposed: TrajectorySink,
+    ) -> None:
+        self.blend_ns = 0
+        self._limits = limits
+        self._timing = timing
+        self._hold_rule = hold_rule
+        self._command = command
+        self._proposed = proposed
+        self._measured: Measured | None = None
+        # The newest trajectory sent, and whether to the robot.
+        self._last: Trajectory | None = None
+        self._commanded = False
+
+    def begin(self) -> None:
+        """Forget the measured state and the last command: nothing was commanded yet."""
+        self._measured = self._last = None
+        self._commanded = False
+
+    def measured(self, stamp_ns: int, positions: np.ndarray, now_ns: int) -> None:
+        """Measured positions [A] of the joints; what comes out of order is passed over.
+
+        A stamp that is far older is that of a clock which was set back. Nothing is older than one
+        that is ahead of the clock, `now_ns`: such a stamp is wrong.
+        """
+        if self._measured is not None and self._measured.stamp_ns <= now_ns:
+            behind_ns = self._measured.stamp_ns - stamp_ns
+            if 0 < behind_ns <= self._hold_rule.max_age_ns:
+                return
+        self._measured = Measured(stamp_ns, now_ns, positions)
+
+    def send(self, actions: np.ndarray, stamp_ns: int, now_ns: int, enabled: bool) -> Sent:
+        """Publish the points of a chunk that are still to come.
+
+        Where the gate was found closed here first, the hold point comes before the proposal.
+
+        Raises
+        ------
+        TrajectoryRefused
+            for a chunk that must not reach the robot; nothing is published then.
+
+        """
+        if not enabled:
+            self.hold(now_ns)
+        timing = self._timing
+        trajectory = plan_trajectory(
+            actions,
+            timing.joints,
+            timing.period_ns,
+            timing.offset_steps,
+            stamp_ns,
+            now_ns,
+            timing.lead_ns,
+            timing.min_points,
+        )
+        measured = self._measured_at(now_ns)
+        now_ns = max(now_ns, stamp_ns)
+        old = self._old(now_ns, enabled)
+        old_at = None if old is None else old.positions_at
+        if self.blend_ns > 0:
+            start = old_at or (lambda due_ns: np.repeat(measured[None], len(due_ns), axis=0))
+            trajectory = blend(trajectory, start, now_ns, self.blend_ns)
+        limits = self._limits.current()
+        set_out = measured if old is None else old.position_at(now_ns)
+        trajectory = limits.reachable(
+            trajectory, set_out, now_ns, timing.min_points, at_rest=old is None
+        )
+        before = None if old is None else self._before(trajectory, old)
+        trajectory = limits.apply(trajectory, measured, before).setting_out(now_ns, set_out)
+        continuity = measure(trajectory, old_at, timing.period_ns)
+        (self._command if enabled else self._proposed).send(trajectory)
+        self._last, self._commanded = trajectory, enabled
+        return Sent(trajectory, continuity)
+
+    def committed(
+        self, stamp_ns: int, delay_ns: int, enabled: bool, soft: bool
+    ) -> CommittedActions | None:
+        """Set-points that are in force while a chunk is made of the observation of that stamp.
+
+        Held are those that will be past when it is sent, `delay_ns` after the observation; soft:
+        the rest of the old chunk too, ever less. None where nothing is in force.
+        """
+        last, timing = self._newest(stamp_ns, enabled), self._timing
+        if last is None:
+            return None
+        first_ns, last_ns = (last.stamp_ns + int(time_ns) for time_ns in last.times_ns[[0, -1]])
+        overlap = (last_ns - stamp_ns) // timing.period_ns - timing.offset_steps + 1
+        if overlap < 1:
+            return None
+        due_ns = stamp_ns + due_times_ns(overlap, timing.offset_steps, timing.period_ns)
+        held = int((due_ns <= stamp_ns + delay_ns + timing.lead_ns).sum())
+        weights = hold_weights(held, overlap, soft)
+        # What was in force before the old chunk's first point is not known any more.
+        weights[due_ns < first_ns] = 0.0
+        if not weights.any():
+            return None
+        return CommittedActions(last.positions_at(due_ns), weights)
+
+    def hold(self, now_ns: int) -> bool:
+        """Command the present position once; False when nothing was commanded before.
+
+        It is on its way to all joints before any controller is waited for.
+        """
+        if self._last is None or self._measured is None or not self._commanded:
+            return False
+        rule, joints = self._hold_rule, self._timing.joints
+        position = self._last.position_at(now_ns)
+        if self._measured.age_ns(now_ns) <= rule.max_age_ns:
+            keep = [name in rule.last_command for name in joints]
+            position = np.where(keep, position, self._measured.positions)
+        self._command.finish(hold_trajectory(joints, position, rule.delay_ns))
+        self._last, self._commanded = None, False
+        self._command.settle()
+        return True
+
+    def _measured_at(self, now_ns: int) -> np.ndarray:
+        """Measured positions [A]; raises TrajectoryRefused where there are none, or old ones."""
+        if self._measured is None:
+            raise TrajectoryRefused('chunk: expected a measured joint state, got none yet')
+        age_ns, limit_ns = self._measured.age_ns(now_ns), self._hold_rule.max_age_ns
+        if age_ns > limit_ns:
+            raise TrajectoryRefused(
+                f'chunk: expected a joint state of at most {limit_ns / 1e9:.3f} s, '
+                f'got one of {age_ns / 1e9:.3f} s'
+            )
+        return self._measured.positions
+
+    def _old(self, now_ns: int, enabled: bool) -> Trajectory | None:
+        """Return the trajectory to be replaced; None where there is none of this kind."""
+        last = self._newest(now_ns, enabled)
+        # After its end the arm is at rest: the next chunk is a start, bounded by its distance.
+        if last is None or now_ns > last.stamp_ns + int(last.times_ns[-1]):
+            return None
+        return last
+
+    def _newest(self, now_ns: int, enabled: bool) -> Trajectory | None:
+        """Return what was sent last; None where it was of the other kind or is not followed."""
+        last = self._last
+        if last is None or self._commanded is not enabled or now_ns < last.stamp_ns:
+            return None
+        return last if not enabled or self._command.following else None
+
+    def _before(self, trajectory: Trajectory, old: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+        """Set-points a period before the first point and, as far as known, two periods.
+
+        The change of pace is judged by the period, also where the first point is due sooner.
+        """
+        times_ns = int(trajectory.times_ns[0]) - self._timing.period_ns * np.array([2, 1])
+        due_ns = trajectory.stamp_ns + times_ns
+        # What was in force before the old chunk's first point is not known any more.
+        known = (due_ns >= old.stamp_ns + old.times_ns[0]) | np.array([False, True])
+        return times_ns[known], old.positions_at(due_ns[known])

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays of a data set's episode, a row a frame, to samples of a policy's contract.
+
+What a stream is made of is written as array names, each with a range of columns if need be, joined
+by commas: `keypoint,state[:2]`. Joints are taken by name where the columns are named like those of
+the contract, and in the order of the columns where their number is the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tts_policy.control.conversions import ConversionError
+from tts_policy.control.images import ImageFit, check_size, fit_image
+from tts_policy.data.reader import BagError
+from tts_policy.data.samples import Command, Sample
+from tts_policy.policy.contract import PolicyContract
+
+# Stamps of a data set begin at zero, which in ROS is no time.
+START_NS = 1_000_000_000
+_SELECTION = re.compile(r'([^\[\],]+)(?:\[(\d*):(\d*)\])?')
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Columns of one array."""
+
+    array: str
+    columns: slice
+
+
+def parse_selections(text: str) -> list[Selection]:
+    """Inverse of how a stream is written; raises BagError saying what was expected."""
+    selections = []
+    for part in text.split(','):
+        match = _SELECTION.fullmatch(part.strip())
+        if match is None:
+            raise BagError(f'arrays such as keypoint,state[:2] expected, got {text!r}')
+        first, last = (int(number) if number else None for number in match.group(2, 3))
+        selections.append(Selection(match[1], slice(first, last)))
+    return selections
+
+
+def take_columns(
+    values: NDArray[np.float64],
+    columns: Sequence[str] | None,
+    wanted: Sequence[str],
+    where: str,
+) -> NDArray[np.float64]:
+    """Columns [F, len(wanted)] of values [F, C], by name or else by order.
+
+    Raises
+    ------
+    BagError
+        if neither names nor number fit, or a value is not finite.
+
+    """
+    named = set(wanted) & set(columns or ())
+    if len(named) == len(wanted):
+        assert columns is not None
+        values = values[:, [list(columns).index(name) for name in wanted]]
+    elif named or values.shape[1] != len(wanted):
+        raise BagError(
+            f'{where}: {len(wanted)} columns {list(wanted)} expected, '
+            f'got {values.shape[1]}{"" if columns is None else f" {list(columns)}"}'
+        )
+    if not np.isfinite(values).all():
+        raise BagError(f'{where}: finite numbers expected, got {values[~np.isfinite(values)][0]}')
+    return values
+
+
+@dataclass(frozen=True)
+class ArraySamples:
+    """Samples of one episode of F frames: joints [F, J], actions [F, A] if there are any.
+
+    images: frames uint8 [H, W, 3] of every camera, in the order of time.
+    """
+
+    name: str
+    contract: PolicyContract
+    frame_s: float
+    joints: NDArray[np.float64]
+    actions: NDArray[np.float64] | None
+    images: Mapping[str, Iterable[NDArray[np.uint8]]]
+    fit: ImageFit = ImageFit.EXACT
+
+    def __post_init__(self) -> None:
+        """Check that a policy could have been trained on this; raises BagError."""
+        observed, acted = self.contract.observation.joints, self.contract.action.joints
+        if self.actions is None and not set(acted) <= set(observed):
+            raise BagError(
+                f'{self.name}: commands expected: {sorted(set(acted) - set(observed))} are not '
+                'observed, so what was done cannot stand for them'
+            )
+
+    @property
+    def has_commands(self) -> bool:
+        """Whether there are actions."""
+        return self.actions is not None
+
+    def problems(self) -> list[str]:
+        """Nothing: what does not fit ends the reading."""
+        return []
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples frame by frame; BagError for an image that does not fit or is missing."""
+        observed = self.contract.observation.joints
+        acted = [observed.index(j) for j in self.contract.action.joints if j in observed]
+        cameras = {key: iter(frames) for key, frames in self.images.items()}
+        for frame, joints in enumerate(self.joints):
+            stamp_ns = START_NS + round(frame * self.frame_s * 1e9)
+            yield Sample('joints', stamp_ns, stamp_ns, joints, joints[acted])
+            if self.actions is not None:
+                command = Command(np.array([stamp_ns]), self.actions[frame : frame + 1])
+                yield Sample('commands', stamp_ns, stamp_ns, command=command)
+            for key, frames in cameras.items():
+                image = next(frames, None)
+                if image is None:
+                    raise BagError(
+                        f'{self.name}: {key}: {len(self.joints)} images expected, got {frame}'
+                    )
+                yield Sample(key, stamp_ns, stamp_ns, self._fitted(key, image))
+
+    def _fitted(self, key: str, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        size = next((c.height, c.width) for c in self.contract.observation.cameras if c.key == key)
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise BagError(f'{self.name}: {key}: images [H, W, 3] expected, got {image.shape}')
+        try:
+            check_size((image.shape[0], image.shape[1]), *size, key, self.fit)
+        except ConversionError as error:
+            raise BagError(f'{self.name}: {error}') from None
+        return fit_image(np.ascontiguousarray(image), *size, self.fit)

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`evaluate_policy`: success against cost of a policy and of what one would run instead of it.
+
+Every arm of a task runs the same seeds with the same noise, headless, over processes. Measurements
+go to OUT/episodes.jsonl as they are made, and a run that was interrupted goes on from there; so
+does one with more episodes, arms or tasks. Rows of an earlier results.json (--earlier) are taken
+over where the bundle at hand still makes them. Then results.json, .csv, .md and pareto.png are
+written from all measurements that there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tts_policy.data.worker_processes import worker_processes
+from tts_policy.evaluate.benchmark import BENCHMARKS, EXPERT_SEED, benchmark_named
+from tts_policy.evaluate.digest import ExpectedDigests
+from tts_policy.evaluate.page import markdown_table, write_page, write_plot
+from tts_policy.evaluate.results import (
+    Row,
+    compared,
+    make_row,
+    row_seeds,
+    timed,
+    write_rows,
+)
+from tts_policy.evaluate.variants import ARM_SETS, Arm, ArmError, parse_arms
+from tts_policy.evaluate.worker import (
+    Job,
+    Worker,
+    processor,
+    run_job,
+    start_worker,
+    stop_worker,
+)
+from tts_policy.policy.bundle import Bundle, BundleError, load_bundle
+
+FIRST_SEED = 100_000
+INTERRUPTED = 130
+Key = tuple[str, str, int | None]
+
+
+class EvaluationError(ValueError):
+    """A command line that cannot be run; the message says why in one line."""
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Measurements of earlier runs; a line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def read_earlier(path: Path) -> list[Row]:
+    """Rows of a results.json.
+
+    Raises
+    ------
+    EvaluationError
+        if there is none, or its rows do not say what they were measured with.
+
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f'{path}: results.json expected, got {error}') from None
+    needed = {'task', 'arm', 'digest', 'episodes', 'seed_runs', 'failed_seeds'}
+    if not isinstance(rows, list) or not all(
+        isinstance(r, dict) and needed <= set(r) for r in rows
+    ):
+        raise EvaluationError(f'{path}: a list of rows with {sorted(needed)} expected')
+    unknown = sorted({row['task'] for row in rows} - set(BENCHMARKS))
+    if unknown:
+        raise EvaluationError(f'{path}: tasks of {list(BENCHMARKS)} expected, got {unknown}')
+    return rows
+
+
+def _matching(
+    measured: list[dict[str, Any]], expected: ExpectedDigests, where: Path
+) -> list[dict[str, Any]]:
+    """Measurements of the bundles at hand; says how many there are of others."""
+    matching = expected.matching(measured)
+    if len(matching) < len(measured):
+        others = len(measured) - len(matching)
+        print(f'{where}: {others} of another bundle left out', file=sys.stderr)
+    return matching
+
+
+def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
+    """Arms that the bundle can run; says which it cannot, and why."""
+    import torch
+
+    benchmark_named(task).check(bundle.network.contract)
+    able: list[Arm] = []
+    known: dict[tuple[object, ...], Arm] = {}
+    for arm in arms:
+        try:
+            setting = arm.setting(bundle)
+            arm.plan_source(bundle, torch.zeros(1))
+            if setting.blind and not bundle.network.contract.observation.cameras:
+                raise BundleError(f'{arm.name}: the policy has no camera to deceive')
+            usable = bundle.network.contract.usable_actions
+            if not 1 <= setting.execute <= usable:
+                raise EvaluationError(
+                    f'{arm.name}: execute must be in [1, {usable}], got {setting.execute}'
+                )
+        except BundleError as error:
+            print(f'{task}: left out, {error}', file=sys.stderr)
+            continue
+        if arm.asked_sparsity > setting.sampler.max_sparsity + 1e-9:
+            print(
+                f'{task}: left out, {arm.name}: sparsity must be at most '
+                f'{setting.sampler.max_sparsity:.4g}',
+                file=sys.stderr,
+            )
+            continue
+        same = known.setdefault((arm.made_plan(bundle), arm.asked_sparsity, setting), arm)
+        if same is not arm:
+            print(f'{task}: left out, {arm.name}: here it is {same.name}', file=sys.stderr)
+            continue
+        able.append(arm)
+    return able
+
+
+def plan_jobs(
+    arms: Mapping[str, Sequence[Arm]],
+    seeds: Sequence[int],
+    done: Mapping[Key, Any],
+    earlier: Sequence[Row] = (),
+) -> list[Job]:
+    """Jobs still to be done: task by task, arm by arm, the action error of an arm first."""
+    covered = {(row['task'], row['arm']) for row in earlier if set(seeds) <= row_seeds(row)}
+    jobs = [
+        Job(task, arm, seed)
+        for task, of in arms.items()
+        for arm in of
+        if (task, arm.name) not in covered
+        for seed in ((None, *seeds) if arm.plan else seeds)
+    ]
+    return [job for job in jobs if job.key not in done]
+
+
+def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()) -> list[Row]:
+    """Rows of everything measured: tasks as registered, arms as in the set of all of them.
+
+    An earlier row stands until all of its seeds, or more episodes than it has, are in the log.
+    """
+    episodes: dict[tuple[str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
+    errors: dict[tuple[str, str], float | None] = {}
+    for (task, name, seed), record in done.items():
+        if seed is None:
+            errors[task, name] = record['l1_error']
+        else:
+            episodes[task, name][seed] = record
+    rows = {(row['task'], row['arm']): row for row in earlier}
+    for (task, name), of in episodes.items():
+        row = rows.get((task, name))
+        if row is None or set(of) >= row_seeds(row) or len(of) > row['episodes']:
+            rows[task, name] = make_row(task, Arm.parse(name), of, errors.get((task, name)))
+    rank = {name: index for index, name in enumerate(ARM_SETS['all'])}
+    tasks = list(BENCHMARKS)
+    order = sorted(rows, key=lambda e: (tasks.index(e[0]), rank.get(e[1], len(rank)), e[1]))
+    return [
+        compared(rows[task, name], rows.get((task, Arm.parse(name).reference)))
+        for task, name in order
+    ]
+
+
+def _run(
+    jobs: Sequence[Job], bundles: dict[str, Path], args: argparse.Namespace, log: Path
+) -> dict[Key, dict[str, Any]]:
+    """Run the jobs over processes and log what they measure."""
+    measured: dict[Key, dict[str, Any]] = {}
+    if log.exists() and not log.read_text().endswith('\n'):
+        with log.open('a') as handle:
+            handle.write('\n')
+    workers, setup = min(args.workers, len(jobs)), (bundles, args.sequences)
+    with (
+        ExitStack() as stack,
+        log.open('a') as handle,
+        tqdm(total=len(jobs), unit='run', mininterval=5) as bar,
+    ):
+        records: Iterator[dict[str, Any]]
+        if workers == 1:
+            start_worker(*setup)
+            stack.callback(stop_worker)
+            records = map(run_job, jobs)
+        else:
+            pool = stack.enter_context(worker_processes(workers, start_worker, setup))
+            futures = [pool.submit(run_job, job) for job in jobs]
+            records = (future.result() for future in as_completed(futures))
+        for record in records:
+            measured[record['task'], record['arm'], record['seed']] = record
+            handle.write(json.dumps(record) + '\n')
+            handle.flush()
+            bar.set_postfix_str(f'{record["task"]} {record["arm"]}', refresh=False)
+            bar.update()
+    return measured
+
+
+def timed_in_turns(rows: Sequence[Row], bundles: dict[str, Path], episodes: int) -> list[Row]:
+    """Rows with latencies of all arms of a task in turns, where the task has a bundle here."""
+    latencies: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with closing(Worker(bundles, episodes)) as worker:
+        for task in bundles:
+            arms = [Arm.parse(row['arm']) for row in rows if row['task'] == task]
+            ticks, title = worker.steady_ticks(task), f'{task}: {len(arms)} arms in turns'
+            for turn in tqdm(worker.turns(task, arms), total=ticks, unit='tick', desc=title):
+                for name, latency in turn.items():
+                    latencies[task, name].append(latency)
+    return [
+        timed(row, latencies[row['task'], row['arm']], processor())
+        if row['task'] in bundles
+        else row
+        for row in rows
+    ]
+
+
+def _task_bundle(text: str) -> tuple[str, Path]:
+    name, _, bundle = text.partition('=')
+    try:
+        default = benchmark_named(name).bundle
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name, Path(bundle) if bundle else default
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line of `evaluate_policy`."""
+    parser = argparse.ArgumentParser(
+        prog='evaluate_policy', description=(__doc__ or '').split('\n')[0]
+    )
+    parser.add_argument(
+        'tasks',
+        nargs='+',
+        type=_task_bundle,
+        metavar='TASK[=BUNDLE]',
+        help=f'of {", ".join(BENCHMARKS)}; the bundle is the one in models/ if it is not named',
+    )
+    parser.add_argument(
+        '--arms',
+        nargs='+',
+        default=['named'],
+        metavar='ARM',
+        help=f'{", ".join(ARM_SETS)}, or SCHEDULER[:PLAN:SPARSITY][+OPTION...] such as ddpm100, '
+        'ddim10:learned:0.8, ddim10:static:0.8+forced (default: %(default)s)',
+    )
+    parser.add_argument('--episodes', type=int, default=50, help='of every arm (default: 50)')
+    parser.add_argument('--seed', type=int, default=FIRST_SEED, help='first seed')
+    parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes')
+    parser.add_argument(
+        '--sequences', type=int, default=10, help='expert episodes for the action error'
+    )
+    parser.add_argument(
+        '--latency',
+        type=int,
+        default=0,
+        metavar='EPISODES',
+        help='time all arms anew, in turns, on so many expert episodes; for an idle machine',
+    )
+    parser.add_argument(
+        '--earlier',
+        type=Path,
+        metavar='RESULTS',
+        help='results.json whose rows are taken over where the bundle still makes them',
+    )
+    parser.add_argument('--out', type=Path, required=True, help='folder of log and results')
+    parser.add_argument('--list', action='store_true', help='print the arms and stop')
+    return parser.parse_args(arguments)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if min(args.episodes, args.workers, args.sequences) < 1:
+        raise EvaluationError('episodes, workers and sequences must be at least 1')
+    if args.latency < 0:
+        raise EvaluationError(f'latency must be at least 0 episodes, got {args.latency}')
+    if not FIRST_SEED <= args.seed <= EXPERT_SEED - args.episodes:
+        raise EvaluationError(
+            f'seeds must be in [{FIRST_SEED}, {EXPERT_SEED}), apart from those of demonstrations, '
+            f'got {args.episodes} from {args.seed} on'
+        )
+    asked, bundles = parse_arms(args.arms), dict(args.tasks)
+    if args.list:
+        print('\n'.join(arm.name for arm in asked))
+        return 0
+    loaded = {task: load_bundle(path) for task, path in bundles.items()}
+    arms = {task: runnable(task, asked, bundle) for task, bundle in loaded.items()}
+    expected, log = ExpectedDigests(loaded), args.out / 'episodes.jsonl'
+    earlier = [] if args.earlier is None else read_earlier(args.earlier)
+    earlier = _matching(earlier, expected, args.earlier)
+    args.out.mkdir(parents=True, exist_ok=True)
+    logged = _matching(read_log(log), expected, log)
+    done = {(record['task'], record['arm'], record['seed']): record for record in logged}
+    seeds = range(args.seed, args.seed + args.episodes)
+    jobs = plan_jobs(arms, seeds, done, earlier)
+    if jobs:
+        done |= _run(jobs, bundles, args, log)
+    rows = collect_rows(done, earlier)
+    if not rows:
+        raise EvaluationError('no arm could be run')
+    if args.latency:
+        rows = timed_in_turns(rows, bundles, args.latency)
+    written = [*write_rows(rows, args.out), args.out / 'results.md', args.out / 'pareto.png']
+    write_page(rows, args.out / 'results.md')
+    write_plot(rows, args.out / 'pareto.png')
+    for task in bundles:
+        print(markdown_table([row for row in rows if row['task'] == task]))
+    for path in written:
+        print(f'wrote {path}')
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing, write the results, print the tables; returns the exit status."""
+    args = parse_arguments(arguments)
+    try:
+        return _evaluate(args)
+    except (BundleError, ArmError, EvaluationError, ChildProcessError) as error:
+        print(f'evaluate_policy: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('interrupted; run the same command again to go on', file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == '__main__':
+    sys.exit(main())

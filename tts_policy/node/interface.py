@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every topic and service of the node in one table; what creates them reads it, and so does
+`docs/robot.md` (`python -m tts_policy.node.interface` writes its tables).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Bool, Float64MultiArray, String
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from tts_policy.node.parameter_table import PARAMETERS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Best effort takes from every kind of publisher; `reliable_sensors` asks for reliable.
+SENSOR_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
+RELIABLE_SENSOR_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+COMMAND_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+# Every message counts: a true that a heartbeat follows at once must not be overwritten by it.
+STOP_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+# A reliable subscription hears no best-effort publisher: a second one does.
+BEST_EFFORT_STOP_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
+REPORT_QOS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+DIAGNOSTICS_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+LATCHED_QOS = QoSProfile(
+    depth=1,
+    reliability=ReliabilityPolicy.RELIABLE,
+    durability=DurabilityPolicy.TRANSIENT_LOCAL,
+)
+# A transient-local subscription hears no volatile publisher: a second one does.
+VOLATILE_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+
+
+class Direction(Enum):
+    """Which way the messages go."""
+
+    IN = 'in'
+    OUT = 'out'
+    SERVICE = 'service'
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One topic or service: relative to the namespace, or private to the node with `~/`."""
+
+    name: str
+    kind: type
+    direction: Direction
+    qos: QoSProfile | None
+    description: str
+
+
+def _topic(direction: Direction, name: str, kind: type, qos: QoSProfile, text: str) -> Endpoint:
+    return Endpoint(name, kind, direction, qos, text)
+
+
+def camera_topic(key: str) -> str:
+    """Relative topic of the camera of that key."""
+    return IMAGE.name.replace('KEY', key)
+
+
+def compressed_topic(key: str) -> str:
+    """Relative topic of the camera of that key where it comes compressed."""
+    return COMPRESSED_IMAGE.name.replace('KEY', key)
+
+
+IMAGE = _topic(
+    Direction.IN, 'KEY/image', Image, SENSOR_QOS,
+    'a camera of the bundle, KEY as it is called there; rgb8, bgr8, rgba8, bgra8 or mono8',
+)  # fmt: skip
+COMPRESSED_IMAGE = _topic(
+    Direction.IN, 'KEY/image/compressed', CompressedImage, SENSOR_QOS,
+    'the same as jpeg or png, for the cameras in `compressed_cameras`',
+)  # fmt: skip
+JOINT_STATES = _topic(
+    Direction.IN, 'joint_states', JointState, SENSOR_QOS,
+    'measured positions; joints are found by name, in any order',
+)  # fmt: skip
+EMERGENCY_STOP = _topic(
+    Direction.IN, 'emergency_stop', Bool, STOP_QOS,
+    'true closes the output gate until ~/clear_stop; so does silence, if a timeout is set; '
+    'best-effort publishers are heard too',
+)  # fmt: skip
+ROBOT_DESCRIPTION = _topic(
+    Direction.IN, 'robot_description', String, LATCHED_QOS,
+    'URDF; its limits are taken where they are tighter (see `limits.urdf`); volatile publishers '
+    'are heard too',
+)  # fmt: skip
+JOINT_TRAJECTORY = _topic(
+    Direction.OUT, 'joint_trajectory', JointTrajectory, COMMAND_QOS,
+    'a chunk every tick while the gate is open; one point at rest when it closes',
+)  # fmt: skip
+GRIPPER_TRAJECTORY = _topic(
+    Direction.OUT, 'gripper/joint_trajectory', JointTrajectory, COMMAND_QOS,
+    'the joints in `gripper.joints`, if `gripper.output` is joint_trajectory',
+)  # fmt: skip
+GRIPPER_COMMANDS = _topic(
+    Direction.OUT, 'gripper/commands', Float64MultiArray, COMMAND_QOS,
+    'their set-points every period, if `gripper.output` is float64_multi_array',
+)  # fmt: skip
+PROPOSED_TRAJECTORY = _topic(
+    Direction.OUT, '~/proposed_trajectory', JointTrajectory, COMMAND_QOS,
+    'the same chunk for all joints while the gate is closed: a dry run',
+)  # fmt: skip
+CHUNK_STATS = _topic(
+    Direction.OUT, '~/chunk_stats', String, REPORT_QOS, 'JSON of every tick, with the plan',
+)  # fmt: skip
+PLAN_IMAGE = _topic(
+    Direction.OUT, '~/plan_image', Image, COMMAND_QOS,
+    'the plan, a row per denoising step, coloured by class; only while somebody subscribes',
+)  # fmt: skip
+DIAGNOSTICS = _topic(
+    Direction.OUT, '/diagnostics', DiagnosticArray, DIAGNOSTICS_QOS,
+    'once a second: level, reasons, latency, ages, sparsity, reuse',
+)  # fmt: skip
+RESET = Endpoint(
+    '~/reset', Trigger, Direction.SERVICE, None,
+    'begin a new episode: every cached feature is forgotten',
+)  # fmt: skip
+CLEAR_STOP = Endpoint(
+    '~/clear_stop', Trigger, Direction.SERVICE, None,
+    'open the gate that an emergency stop closed; refused while its cause lasts',
+)  # fmt: skip
+
+ENDPOINTS = (
+    IMAGE,
+    COMPRESSED_IMAGE,
+    JOINT_STATES,
+    EMERGENCY_STOP,
+    ROBOT_DESCRIPTION,
+    JOINT_TRAJECTORY,
+    GRIPPER_TRAJECTORY,
+    GRIPPER_COMMANDS,
+    PROPOSED_TRAJECTORY,
+    CHUNK_STATS,
+    PLAN_IMAGE,
+    DIAGNOSTICS,
+    RESET,
+    CLEAR_STOP,
+)
+
+BEGIN = '<!-- generated by python -m tts_policy.node.interface, do not edit -->'
+END = '<!-- end of the generated part -->'
+
+
+def _qos_text(qos: QoSProfile | None) -> str:
+    if qos is None:
+        return ''
+    parts = [qos.reliability.name.lower().replace('_', ' '), f'depth {qos.depth}']
+    if qos.durability is DurabilityPolicy.TRANSIENT_LOCAL:
+        parts.append('transient local')
+    return ', '.join(parts)
+
+
+def _type_text(kind: type) -> str:
+    package, folder, *_ = kind.__module__.split('.')
+    return f'{package}/{folder}/{kind.__name__}'
+
+
+def _rows(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    lines = [header, ('---',) * len(header), *rows]
+    return ['| ' + ' | '.join(cell.replace('|', '\\|') for cell in line) + ' |' for line in lines]
+
+
+def markdown() -> str:
+    """Tables of topics, services and parameters for the documentation."""
+    endpoints = [
+        (e.direction.value, f'`{e.name}`', _type_text(e.kind), _qos_text(e.qos), e.description)
+        for e in ENDPOINTS
+    ]
+    parameters = [
+        (f'`{p.name}`', p.type.name.lower(), p.default_text, p.range_text, p.unit,
+         p.change.value, p.description)
+        for p in PARAMETERS
+    ]  # fmt: skip
+    return '\n'.join(
+        [
+            BEGIN,
+            '',
+            *_rows(('', 'name', 'type', 'QoS', ''), endpoints),
+            '',
+            *_rows(('parameter', 'type', 'default', 'range', 'unit', 'change', ''), parameters),
+            '',
+            END,
+        ]
+    )
+
+
+def renewed(text: str) -> str:
+    """Return a page with its generated part up to date; raises ValueError if it has none."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f'page: expected {BEGIN!r} and {END!r}, got neither or one')
+    return head + markdown() + tail
+
+
+def main() -> int:
+    """Bring the page given on the command line up to date."""
+    page = Path(sys.argv[1] if len(sys.argv) > 1 else 'docs/robot.md')
+    page.write_text(renewed(page.read_text(encoding='utf-8')), encoding='utf-8')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

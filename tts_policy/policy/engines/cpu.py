@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU executor of the denoising loop: packed blocks driven by a compiled plan.
+
+At batch size one a chunk is many small operations, so their number is what counts: a fully reused
+step is six (embedding with the sum of all residuals, normalisation, head, three for the
+scheduler), whatever the plan says about its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tts_policy.policy.denoisers.denoiser import Denoiser
+from tts_policy.policy.denoisers.transformer import (
+    ConditionalEncoder,
+    CrossAttention,
+    FeedForward,
+    SelfAttention,
+    TransformerDenoiser,
+)
+from tts_policy.policy.engines.eager import Engine
+from tts_policy.policy.engines.packed import (
+    FoldedMemory,
+    PackedCrossAttention,
+    PackedEncoder,
+    PackedFeedForward,
+    PackedSelfAttention,
+    fold_norm,
+)
+from tts_policy.policy.engines.program import CONSTANT, Op, compile_plan
+from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.inpainting import Inpainting
+from tts_policy.policy.plan import Plan, dense_plan
+from tts_policy.policy.scheduler import NoiseScheduler
+from tts_policy.policy.stopwatch import Stopwatch
+
+Block = Callable[[Tensor, Tensor], None]
+
+
+class FoldedScheduler:
+    """Head and scheduler of every step, on tables.
+
+    With p = to_x0_x x + to_x0_eps eps the step is x0 = clip(p), x' = a x0 + b p + c x + noise; the
+    head's bias is taken out of p into the clipping bounds and the noise, so that p is one product.
+    """
+
+    def __init__(
+        self, denoiser: TransformerDenoiser, scheduler: NoiseScheduler, lattice: Lattice
+    ) -> None:
+        weight, bias = fold_norm(denoiser.norm, denoiser.head)
+        self._norm, self._eps = (denoiser.spec.width,), denoiser.norm.eps
+        self._head = weight.t().contiguous()
+        rows = torch.tensor(scheduler.coefficients, dtype=torch.float64)
+        to_x, to_eps, next_x0, next_x, next_eps, next_noise = rows.unbind(1)
+        next_p = next_eps / to_eps
+        shift = to_eps[:, None] * bias.double()
+        self._low, self._high = (
+            list((side - shift).float().unbind(0)) for side in (-scheduler.clip, scheduler.clip)
+        )
+        shape = lattice.initial_noise.shape[1:]
+        constant = (next_x0 + next_p)[:, None] * shift
+        self._constant = constant.float()[:, None].expand(-1, *shape).contiguous()
+        self._scalars = list(
+            zip(
+                to_x.tolist(),
+                to_eps.tolist(),
+                next_x0.tolist(),
+                next_p.tolist(),
+                (next_x - next_p * to_x).tolist(),
+                strict=True,
+            )
+        )
+        self._noise_scale = next_noise.float()[:, None, None]
+        self._step_noise = lattice.step_noise
+        self._added = self._constant.clone()
+        self._rows = list(self._added.unbind(0))
+        self._p, self._x0 = torch.empty(shape), torch.empty(shape)
+
+    def begin(self) -> None:
+        """Take the noise that the lattice holds for this tick."""
+        if len(self._step_noise):
+            torch.addcmul(
+                self._constant, self._step_noise[:, 0], self._noise_scale, out=self._added
+            )
+
+    def step(self, i: int, tokens: Tensor, x: Tensor) -> None:
+        """Finish step i: tokens [T, D] after the last block, x [T, A] becomes less noisy."""
+        to_x, to_eps, next_x0, next_p, next_x = self._scalars[i]
+        normed = torch.layer_norm(tokens, self._norm, eps=self._eps)
+        torch.addmm(x, normed, self._head, beta=to_x, alpha=to_eps, out=self._p)
+        torch.clamp(self._p, self._low[i], self._high[i], out=self._x0)
+        torch.add(self._rows[i], x, alpha=next_x, out=x)
+        x.add_(self._x0, alpha=next_x0)
+        if next_p:
+            x.add_(self._p, alpha=next_p)
+
+
+@dataclass(frozen=True)
+class _BoundProgram:
+    """A plan's program with the engine's methods in the place of its operations."""
+
+    plan: Plan
+    calls: list[tuple[Callable[[int], None], int]]
+    starts: list[int]
+    batches: list[tuple[Tensor, Tensor]]
+
+
+class CpuEngine(Engine):
+    """Packed blocks, folded memory and scheduler tables of one sampler on the CPU, in float32."""
+
+    @staticmethod
+    def supports(denoiser: Denoiser) -> TypeGuard[TransformerDenoiser]:
+        """Whether every part is of a kind that has a packed form here."""
+        kinds = (SelfAttention, CrossAttention, FeedForward)
+        return (
+            type(denoiser) is TransformerDenoiser
+            and type(denoiser.encoder) is ConditionalEncoder
+            and all(type(block) in kinds for block in denoiser.blocks)
+            and denoiser.position.dtype == torch.float32
+        )
+
+    def __init__(
+        self,
+        denoiser: TransformerDenoiser,
+        scheduler: NoiseScheduler,
+        lattice: Lattice,
+        force_first_step: bool,
+    ) -> None:
+        spec, encoder = denoiser.spec, denoiser.encoder
+        self._lattice, self._force_first_step = lattice, force_first_step
+        self._kinds = spec.stack.kinds
+        # Layer of every block that reads the memory.
+        self._layers = [b.layer if b.conditioned else None for b in spec.stack.blocks]
+        timesteps = torch.tensor(scheduler.spec.timesteps())
+        self.time_tokens = encoder.time_tokens(timesteps)
+        self.observation_tokens = torch.empty(0)
+        self._encoder = PackedEncoder(encoder, spec.obs_steps)
+        self._memory = FoldedMemory(denoiser, self.time_tokens)
+        self._blocks = self._pack(denoiser)
+        self._scheduler = FoldedScheduler(denoiser, scheduler, lattice)
+        self._action = denoiser.action.weight.t().contiguous()
+        lattice.store[-1].copy_(denoiser.position + denoiser.action.bias)
+        self._rows = lattice.store.flatten(1)
+        self._cells = list(lattice.store.unbind(0))
+        self._tokens = torch.empty(spec.horizon, spec.width)
+        self._x = torch.empty(spec.horizon, spec.action_dim)
+        self._sums: list[Tensor] = []
+        self._inpainting: Inpainting | None = None
+        self._methods: dict[int, Callable[[int], None]] = {
+            Op.EMBED: self._embed,
+            Op.COMPUTE: self._compute,
+            Op.ADD: self._add,
+            Op.GATHER: self._gather,
+            Op.FINISH: self._finish,
+        }
+        self._dense = self._bind(dense_plan(scheduler.spec.steps, spec.blocks))
+        self._program = self._dense
+
+    def _pack(self, denoiser: TransformerDenoiser) -> list[Block]:
+        rows = denoiser.spec.horizon
+        blocks: list[Block] = []
+        for index, block in enumerate(denoiser.blocks):
+            match block:
+                case SelfAttention():
+                    blocks.append(PackedSelfAttention(block, denoiser.self_mask))
+                case CrossAttention():
+                    layer = denoiser.spec.stack.blocks[index].layer
+                    blocks.append(PackedCrossAttention(block, self._memory, layer, rows))
+                case FeedForward():
+                    blocks.append(PackedFeedForward(block, rows))
+        return blocks
+
+    def observe(self, features: Tensor) -> None:
+        """Encode the observation features [1, To, Do] of a tick."""
+        tokens = self._encoder(features[0])
+        self.observation_tokens = tokens[None]
+        self._memory.observe(tokens)
+
+    def denoise(
+        self, plan: Callable[[], Plan], watch: Stopwatch, inpainting: Inpainting | None = None
+    ) -> tuple[Tensor, Plan]:
+        """Run the loop by a plan; see `Engine.denoise`."""
+        self._begin(inpainting)
+        first = 0
+        if self._force_first_step:
+            self._run(self._dense, 0, 1)
+            first = 1
+        watch.lap('first_step')
+        executed = plan()
+        watch.lap('plan')
+        program = self._compiled(executed)
+        watch.lap('compile')
+        self._run(program, first, len(executed))
+        watch.lap('masked_steps')
+        return self._x.clone()[None], executed
+
+    def denoise_dense(self) -> Tensor:
+        """Plain loop over every block of every step, which caches nothing: [1, T, A]."""
+        self._begin()
+        residual = torch.empty_like(self._tokens)
+        for step in range(self._lattice.steps):
+            self._embed(CONSTANT)
+            for layer, block in zip(self._layers, self._blocks, strict=True):
+                if layer is not None:
+                    self._memory.enter(step, layer)
+                block(self._tokens, residual)
+                self._tokens.add_(residual)
+            self._finish(step)
+        return self._x.clone()[None]
+
+    def _begin(self, inpainting: Inpainting | None = None) -> None:
+        self._x.copy_(self._lattice.initial_noise[0])
+        self._inpainting = inpainting
+        if inpainting is not None:
+            inpainting.impose(0, self._x)
+        self._scheduler.begin()
+        self._sums.clear()
+
+    def _compiled(self, plan: Plan) -> _BoundProgram:
+        """Return the plan's program, the last one if the plan has not changed."""
+        for program in (self._dense, self._program):
+            if plan is program.plan or np.array_equal(plan, program.plan):
+                return program
+        self._program = self._bind(plan)
+        return self._program
+
+    def _bind(self, plan: Plan) -> _BoundProgram:
+        program = compile_plan(plan, self._kinds)
+        return _BoundProgram(
+            plan.copy(),
+            [(self._methods[op], argument) for op, argument in program.ops],
+            program.starts,
+            [
+                (torch.from_numpy(rows), torch.from_numpy(offsets))
+                for rows, offsets in program.batch_rows()
+            ],
+        )
+
+    def _run(self, program: _BoundProgram, first: int, last: int) -> None:
+        self._batches = program.batches
+        for call, argument in program.calls[program.starts[first] : program.starts[last]]:
+            call(argument)
+
+    def _embed(self, number: int) -> None:
+        constant = self._cells[-1] if number == CONSTANT else self._sums[number]
+        torch.addmm(constant, self._x, self._action, out=self._tokens)
+
+    def _compute(self, cell: int) -> None:
+        step, block = divmod(cell, len(self._blocks))
+        layer = self._layers[block]
+        if layer is not None:
+            self._memory.enter(step, layer)
+        residual = self._cells[cell]
+        self._blocks[block](self._tokens, residual)
+        self._tokens.add_(residual)
+
+    def _add(self, number: int) -> None:
+        self._tokens.add_(self._sums[number])
+
+    def _gather(self, batch: int) -> None:
+        rows, offsets = self._batches[batch]
+        sums = torch.embedding_bag(self._rows, rows, offsets)[0]
+        self._sums.extend(sums.view(-1, *self._tokens.shape).unbind(0))
+
+    def _finish(self, step: int) -> None:
+        self._scheduler.step(step, self._tokens, self._x)
+        if self._inpainting is not None:
+            self._inpainting.impose(step + 1, self._x)

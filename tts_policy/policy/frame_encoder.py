@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Camera features of an observation window, every frame encoded once.
+
+Consecutive windows share frames when ticks come faster than a window is long. A frame is known by
+its pixels, which costs a comparison of bytes and cannot mistake one frame for another; stamps, or
+the identity of a buffer that its owner writes anew, could. Bytes go to the device as they are:
+conversion and crop happen there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tts_policy.policy.contract import CameraSpec, ObservationSpec
+from tts_policy.policy.encoders.observation_encoder import ObservationEncoder
+from tts_policy.policy.engines.capture import Capturer
+from tts_policy.policy.transfer import Upload
+
+
+class _Slot:
+    """Carries one frame of a window to the device and encodes it there."""
+
+    def __init__(
+        self,
+        encoder: ObservationEncoder,
+        camera: CameraSpec,
+        device: torch.device,
+        capture: Capturer | None,
+    ) -> None:
+        self._upload = Upload((1, camera.height, camera.width, 3), torch.uint8, device)
+        forward = partial(encoder.camera_features, camera.key, self._upload.device)
+        self._forward = forward if capture is None else self._captured(forward, capture)
+
+    def _captured(self, forward: Callable[[], Tensor], capture: Capturer) -> Callable[[], Tensor]:
+        with torch.inference_mode():
+            features = torch.zeros_like(forward())
+
+            def run() -> None:
+                features.copy_(forward())
+
+            unit = capture(run)
+
+        def replay() -> Tensor:
+            unit()
+            # The window holds on to features for longer than the buffer does.
+            return features.clone()
+
+        return replay
+
+    def encode(self, frame: NDArray[np.uint8]) -> Tensor:
+        """Features [1, F] of a frame [H, W, 3]."""
+        self._upload.send(frame[None])
+        return self._forward()
+
+
+class FrameEncoder:
+    """Encodes the frames of windows one by one and keeps those of the last window.
+
+    A frame's features do not depend on what was encoded with it, so the same window gives the
+    same bits whether or not its frames were seen before. The caller waits for the end of a tick
+    before it begins the next: a frame of a window has a buffer of its own, written once a tick.
+    """
+
+    def __init__(
+        self,
+        encoder: ObservationEncoder,
+        observation: ObservationSpec,
+        device: torch.device,
+        capture: Capturer | None = None,
+    ) -> None:
+        """Allocate what carries the frames of a window to the device; with `capture`, capture."""
+        self._seen: dict[str, list[tuple[NDArray[np.uint8], Tensor]]] = {}
+        self._slots = {
+            camera.key: [_Slot(encoder, camera, device, capture) for _ in range(observation.steps)]
+            for camera in observation.cameras
+        }
+        self.encoded = 0
+
+    def clear(self) -> None:
+        """Forget every frame."""
+        self._seen.clear()
+
+    def __call__(self, images: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        """Features [1, To, F] by camera from uint8 images [To, H, W, 3]."""
+        return {key: self._window(key, frames) for key, frames in images.items()}
+
+    def _window(self, key: str, frames: NDArray[Any]) -> Tensor:
+        seen = self._seen.get(key, [])
+        window: list[tuple[NDArray[np.uint8], Tensor]] = []
+        for frame, slot in zip(frames, self._slots[key], strict=True):
+            found = next((f for f in (*window, *seen) if np.array_equal(f[0], frame)), None)
+            if found is None:
+                found = frame.copy(), slot.encode(frame)
+                self.encoded += 1
+            window.append(found)
+        self._seen[key] = window
+        return torch.cat([features for _, features in window])[None]

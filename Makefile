@@ -29,6 +29,7 @@ test: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 	@$(RUN) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 ROS_PYTHON_CHECK_FIELDS=1 \
 		pytest $(PYTEST_ARGS)
 ifndef PYTEST_ARGS

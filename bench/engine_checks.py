@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tts_policy.policy.bundle import save_random_bundle
 from tts_policy.policy.chunk_sampler import ChunkSampler
+from tts_policy.policy.contract import CommittedActions
 from tts_policy.policy.engines.registry import engine_maker
-from tts_policy.policy.inpainting import CommittedActions
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.pruner import PlanPruner

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tts_policy.policy.contract import CommittedActions, hold_weights
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
 from tts_policy.policy.engines.cpu import CpuEngine
 from tts_policy.policy.engines.eager import EagerEngine, Engine
 from tts_policy.policy.feature_cache import Lattice
-from tts_policy.policy.inpainting import CommittedActions, Inpainting, hold_weights
+from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import make_plan
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec

@@ -21,7 +21,7 @@ from tts_policy.control.trajectory import (
     hold_trajectory,
     plan_trajectory,
 )
-from tts_policy.policy.inpainting import CommittedActions, hold_weights
+from tts_policy.policy.contract import CommittedActions, hold_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

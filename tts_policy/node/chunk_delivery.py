@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tts_policy.node.monitor import Monitor
     from tts_policy.node.parameters import Settings
     from tts_policy.node.worker import Delivery
-    from tts_policy.policy.inpainting import CommittedActions
+    from tts_policy.policy.contract import CommittedActions
     from tts_policy.policy.policy import TestTimeSparsePolicy
 
 # How long a hold point may take after the inference thread failed.

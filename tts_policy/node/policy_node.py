@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from std_srvs.srv import Trigger
 
     from tts_policy.control.ticks import ScheduledTick
-    from tts_policy.policy.inpainting import CommittedActions
+    from tts_policy.policy.contract import CommittedActions
     from tts_policy.policy.policy import TestTimeSparsePolicy
 
     Transition = Callable[['PolicyNode', LifecycleState], TransitionCallbackReturn]

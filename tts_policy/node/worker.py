@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tts_policy.control.observation import Arrival, ObservationWindow
-    from tts_policy.policy.inpainting import CommittedActions
+    from tts_policy.policy.contract import CommittedActions
     from tts_policy.policy.policy import Chunk, TestTimeSparsePolicy
 
 

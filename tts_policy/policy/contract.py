@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 
 class ContractError(ValueError):
@@ -168,3 +170,29 @@ def read_contract(path: Path) -> PolicyContract:
         return PolicyContract.from_dict(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ContractError(f'{path}: {" ".join(str(error).split())}') from None
+
+
+@dataclass(frozen=True)
+class CommittedActions:
+    """Actions the robot will have executed before a new chunk arrives.
+
+    actions: [n, A] in robot units, the first one due at the newest observation; weights: [n] in
+    [0, 1], where 1 holds an action fixed and 0 leaves it free.
+    """
+
+    actions: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+
+def hold_weights(held: int, overlap: int, soft: bool) -> NDArray[np.float64]:
+    """Weights [overlap] that hold the first `held` actions fixed; with `soft` the rest decay.
+
+    The decay is equation 5 of Real-Time Chunking (arXiv 2506.07339): c (e^c - 1) / (e - 1), where
+    c falls linearly from the last held action to the end of the overlap.
+    """
+    weights = np.zeros(overlap)
+    weights[:held] = 1.0
+    if soft and overlap > held:
+        c = np.arange(overlap - held, 0, -1) / (overlap - held + 1)
+        weights[held:] = c * np.expm1(c) / np.expm1(1.0)
+    return weights

@@ -20,12 +20,11 @@ from torch import Tensor
 from tts_policy.policy import flops
 from tts_policy.policy.bundle import Bundle, load_bundle
 from tts_policy.policy.chunk_sampler import ChunkSampler
-from tts_policy.policy.contract import PolicyContract
+from tts_policy.policy.contract import CommittedActions, PolicyContract
 from tts_policy.policy.denoisers.blocks import BlockStack
 from tts_policy.policy.engines.capture import Capture
 from tts_policy.policy.engines.registry import CAPTURING, engine_maker
 from tts_policy.policy.frame_encoder import FrameEncoder
-from tts_policy.policy.inpainting import CommittedActions
 from tts_policy.policy.plan import Plan, realised_sparsity, reuse_mix
 from tts_policy.policy.stopwatch import Stopwatch
 from tts_policy.policy.threads import set_threads

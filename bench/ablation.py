@@ -15,7 +15,7 @@ from tts_policy.policy.denoisers.memory import ConditionalMemory, Conditioning
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser
 from tts_policy.policy.engines.eager import EagerEngine
 from tts_policy.policy.engines.registry import EngineMaker
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.scheduler import NoiseScheduler
 
 
@@ -81,12 +81,12 @@ def eager_with(memory: type[ConditionalMemory]) -> EngineMaker:
     """Maker of eager engines that encode through another memory."""
 
     def make(
-        denoiser: Denoiser, scheduler: NoiseScheduler, lattice: Lattice, force_first_step: bool
+        denoiser: Denoiser, scheduler: NoiseScheduler, cache: FeatureCache, force_first_step: bool
     ) -> EagerEngine:
         assert isinstance(denoiser, TransformerDenoiser)
         timesteps = scheduler.spec.timesteps()
         return EagerEngine(
-            denoiser, scheduler, lattice, force_first_step, memory(denoiser, timesteps)
+            denoiser, scheduler, cache, force_first_step, memory(denoiser, timesteps)
         )
 
     return make

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from tts_policy.data.demonstrations import find_demonstrations, load_windows
 from tts_policy.policy.bundle import load_bundle
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import Plan, make_plan
 from tts_policy.policy.pruner import Pruner
 from tts_policy.policy.sampler import SamplerSpec
@@ -55,15 +55,15 @@ class Comparison:
         rows = []
         for n, sequence in enumerate(tqdm(self._sequences, desc=f'{dense} or {sparse}')):
 
-            def make(lattice: Lattice, tokens: Tensor, tick: int, n: int = n) -> Plan:
+            def make(cache: FeatureCache, tokens: Tensor, tick: int, n: int = n) -> Plan:
                 sparsity = dense if choice(n, tick) else sparse
                 logits = self._pruner.table(sparsity).detach().numpy()
-                valid = lattice.rollout_valid(self._spec.max_rollout_age)
+                valid = cache.rollout_valid(self._spec.max_rollout_age)
                 kinds = self._teacher.denoiser.spec.stack.kinds
                 return make_plan(logits, sparsity, valid, self._spec.force_first_step, kinds)
 
-            lattice = self._teacher.first_tick(sequence)
-            actions, _ = sparse_actions(self._teacher, sequence, lattice, make)
+            cache = self._teacher.first_tick(sequence)
+            actions, _ = sparse_actions(self._teacher, sequence, cache, make)
             rows.append((actions - self._targets[n][1:]).abs().mean(dim=(1, 2)).numpy())
         return np.array(rows, np.float64)
 

@@ -155,7 +155,7 @@ class SampledChunks:
         self._chunks = ChunkSampler(
             model.denoiser, spec, pruner, engine=engine, overlap_pruner=overlap
         )
-        shape = self._chunks.lattice.initial_noise.shape
+        shape = self._chunks.cache.initial_noise.shape
         self._copied = Download(shape, torch.float32, model.denoiser.device)
 
     @torch.inference_mode()
@@ -177,7 +177,7 @@ class SampledChunks:
         first_tick_ms: the dense tick after a reset.
         """
         features = self._model.observe()
-        noise = torch.randn(3, *self._chunks.lattice.initial_noise.shape).to(features.device)
+        noise = torch.randn(3, *self._chunks.cache.initial_noise.shape).to(features.device)
         steps, scheduler = self._spec.scheduler.steps, NoiseScheduler(self._spec.scheduler)
 
         def step_all() -> None:

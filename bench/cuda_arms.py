@@ -11,7 +11,7 @@ from torch import Tensor
 from tts_policy.policy.denoisers.denoiser import Denoiser
 from tts_policy.policy.engines.capture import Capture
 from tts_policy.policy.engines.eager import denoise_dense
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.scheduler import NoiseScheduler
 
@@ -24,15 +24,15 @@ class DenseSampler:
     def __init__(self, denoiser: Denoiser, spec: SamplerSpec) -> None:
         self._denoiser, self._scheduler = denoiser, NoiseScheduler(spec.scheduler)
         self._conditioner = denoiser.conditioner(spec.scheduler.timesteps())
-        self._lattice = Lattice(
+        self._cache = FeatureCache(
             denoiser.spec, spec.scheduler.steps, self._scheduler.needs_noise, denoiser.device
         )
-        self._lattice.reset(torch.Generator().manual_seed(0))
+        self._cache.reset(torch.Generator().manual_seed(0))
 
     def sample(self, features: Tensor) -> Tensor:
         """Normalised actions [1, T, A] from features [1, To, Do]."""
         self._conditioner.encode(features)
-        return denoise_dense(self._denoiser, self._scheduler, self._conditioner, self._lattice)
+        return denoise_dense(self._denoiser, self._scheduler, self._conditioner, self._cache)
 
 
 def captured_dense(denoiser: Denoiser, spec: SamplerSpec) -> Sample:
@@ -71,14 +71,16 @@ def compiled_dense(denoiser: Denoiser, spec: SamplerSpec) -> Sample:
     """Dense sampling by a network under torch.compile(mode='reduce-overhead'), a call a step."""
     scheduler = NoiseScheduler(spec.scheduler)
     network = torch.compile(CompiledDenoiser(denoiser), mode='reduce-overhead')
-    lattice = Lattice(denoiser.spec, spec.scheduler.steps, scheduler.needs_noise, denoiser.device)
-    lattice.reset(torch.Generator().manual_seed(0))
+    cache = FeatureCache(
+        denoiser.spec, spec.scheduler.steps, scheduler.needs_noise, denoiser.device
+    )
+    cache.reset(torch.Generator().manual_seed(0))
     times = [torch.full((1,), t, device=denoiser.device) for t in spec.scheduler.timesteps()]
 
     def sample(features: Tensor) -> Tensor:
-        x = lattice.initial_noise
+        x = cache.initial_noise
         for step, t in enumerate(times):
-            noise = lattice.step_noise[step] if len(lattice.step_noise) else None
+            noise = cache.step_noise[step] if len(cache.step_noise) else None
             # A replayed graph writes its output anew at the next call.
             x = scheduler.step(step, x, network(x, t, features).clone(), noise)
         return x

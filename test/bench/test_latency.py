@@ -38,7 +38,7 @@ def test_upstream_computes_what_the_dense_engine_computes(tiny_model: object) ->
     features = tiny_model.observe()
     ours, _, _ = chunks.sample(features, 0.0, Stopwatch())
     upstream = UpstreamSampler(tiny_model.denoiser, spec.scheduler)
-    theirs = upstream.sample(features, chunks.lattice.initial_noise)
+    theirs = upstream.sample(features, chunks.cache.initial_noise)
     assert (ours - theirs).abs().max() < 1e-4
 
 

@@ -91,13 +91,13 @@ def test_a_low_dimensional_policy_gives_the_same_chunk(tmp_path: Path, sizes: Si
     assert torch.allclose(ours, theirs, atol=1e-5)
 
     policy = TestTimeSparsePolicy(bundle, 'ddpm20')
-    lattice = policy._sampler.lattice
+    cache = policy._sampler.cache
     chunk = policy.act({'joints': observed[0].numpy()}, 0.0)
     with torch.no_grad():
         expected = _ddpm(
             lambda x, t: model(x, t, features),
-            lattice.initial_noise.clone(),
-            lattice.step_noise.clone(),
+            cache.initial_noise.clone(),
+            cache.step_noise.clone(),
             layouts.noise_scheduler(**sizes.scheduler),
         )
     expected = ((expected - action.offset) / action.scale)[0]

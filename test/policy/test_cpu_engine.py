@@ -21,7 +21,7 @@ from tts_policy.policy.engines.cpu import CpuEngine
 from tts_policy.policy.engines.eager import EagerEngine, Engine
 from tts_policy.policy.engines.packed import pack_linear
 from tts_policy.policy.engines.registry import make_engine
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import Plan, dense_plan, make_plan
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
@@ -52,7 +52,7 @@ def random_denoiser(half: bool, spec: TransformerSpec = SPEC) -> TransformerDeno
 
 
 class Run:
-    """One engine with a lattice of its own."""
+    """One engine with a cache of its own."""
 
     def __init__(
         self,
@@ -63,30 +63,30 @@ class Run:
         causal: bool = True,
     ) -> None:
         noise_scheduler = NoiseScheduler(SCHEDULERS[scheduler])
-        self.lattice = Lattice(SPEC, STEPS, noise_scheduler.needs_noise, torch.device('cpu'))
+        self.cache = FeatureCache(SPEC, STEPS, noise_scheduler.needs_noise, torch.device('cpu'))
         self.engine: Engine = kind(
             random_denoiser(half, replace(SPEC, causal=causal)),
             noise_scheduler,
-            self.lattice,
+            self.cache,
             force,
         )
         self.force = force
         self.reset(0)
 
     def reset(self, seed: int) -> None:
-        self.lattice.reset(torch.Generator().manual_seed(seed))
+        self.cache.reset(torch.Generator().manual_seed(seed))
 
     def tick(self, features: Tensor, logits: np.ndarray, sparsity: float) -> Tensor:
         def plan() -> Plan:
-            if self.force and self.lattice.tick == 0:
+            if self.force and self.cache.tick == 0:
                 # A forced step 0 has run by the time the plan is asked for.
-                assert torch.isfinite(self.lattice.features[0]).all()
-            valid, kinds = self.lattice.rollout_valid(4), SPEC.stack.kinds
+                assert torch.isfinite(self.cache.features[0]).all()
+            valid, kinds = self.cache.rollout_valid(4), SPEC.stack.kinds
             return make_plan(logits, sparsity, valid, self.force, kinds)
 
         self.engine.observe(features)
         x, executed = self.engine.denoise(plan, Stopwatch())
-        self.lattice.commit(executed)
+        self.cache.commit(executed)
         return x
 
 
@@ -117,7 +117,7 @@ def test_equals_the_eager_engine_over_random_plans_and_a_reset(
             tokens = eager.engine.observation_tokens
             assert (fast.engine.observation_tokens - tokens).abs().max() < 1e-5
         # Later ticks reuse these.
-        assert (fast.lattice.features - eager.lattice.features).abs().max() < 1e-4
+        assert (fast.cache.features - eager.cache.features).abs().max() < 1e-4
     assert (fast.engine.time_tokens == eager.engine.time_tokens).all()
 
 
@@ -174,13 +174,13 @@ def test_the_cpu_gets_the_cpu_engine_and_unknown_blocks_the_eager_one() -> None:
     class Other(nn.Identity):
         pass
 
-    lattice = Lattice(SPEC, STEPS, False, torch.device('cpu'))
+    cache = FeatureCache(SPEC, STEPS, False, torch.device('cpu'))
     scheduler = NoiseScheduler(SCHEDULERS['ddim'])
     denoiser = random_denoiser(True)
     with torch.inference_mode():
-        assert isinstance(make_engine(denoiser, scheduler, lattice, True), CpuEngine)
+        assert isinstance(make_engine(denoiser, scheduler, cache, True), CpuEngine)
         denoiser.blocks[2] = Other()
-        assert isinstance(make_engine(denoiser, scheduler, lattice, True), EagerEngine)
+        assert isinstance(make_engine(denoiser, scheduler, cache, True), EagerEngine)
 
 
 def resident_bytes() -> int:

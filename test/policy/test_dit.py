@@ -22,7 +22,7 @@ from tts_policy.policy.denoisers.attention import rotary_angles, rotate
 from tts_policy.policy.denoisers.dit import DiTDenoiser, DiTSpec
 from tts_policy.policy.engines.eager import EagerEngine, denoise_dense, denoise_masked
 from tts_policy.policy.engines.registry import make_engine
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.network import DiTOptions, NetworkSpec
 from tts_policy.policy.plan import Plan, Reuse, dense_plan, make_plan
 from tts_policy.policy.policy import TestTimeSparsePolicy
@@ -65,8 +65,8 @@ class Rig:
     def __init__(self, scheduler: SchedulerSpec = FLOW) -> None:
         self.denoiser, self.scheduler = random_dit(), NoiseScheduler(scheduler)
         self.table = self.denoiser.conditioner(scheduler.timesteps())
-        self.lattice = Lattice(SPEC, STEPS, self.scheduler.needs_noise, torch.device('cpu'))
-        self.lattice.reset(torch.Generator().manual_seed(3))
+        self.cache = FeatureCache(SPEC, STEPS, self.scheduler.needs_noise, torch.device('cpu'))
+        self.cache.reset(torch.Generator().manual_seed(3))
         self.features = torch.empty(0)
 
     def observe(self, tick: int) -> None:
@@ -75,14 +75,14 @@ class Rig:
 
     def masked(self, plan: Plan) -> Tensor:
         x, executed = denoise_masked(
-            self.denoiser, self.scheduler, self.table, self.lattice, lambda: plan, False
+            self.denoiser, self.scheduler, self.table, self.cache, lambda: plan, False
         )
-        self.lattice.commit(executed)
+        self.cache.commit(executed)
         return x
 
     def plan(self, rng: np.random.Generator, sparsity: float) -> Plan:
         logits = rng.standard_normal((STEPS, SPEC.blocks, 4)).astype(np.float32)
-        valid = self.lattice.rollout_valid(100)
+        valid = self.cache.rollout_valid(100)
         return make_plan(logits, sparsity, valid, False, SPEC.stack.kinds)
 
 
@@ -90,7 +90,7 @@ def naive(rig: Rig, plan: Plan, earlier: dict[tuple[int, int], Tensor]) -> Tenso
     """Three caches, one cell at a time, the modulation of every cell formed anew."""
     by_kind: dict[int, Tensor] = {}
     by_block: dict[int, Tensor] = {}
-    x = rig.lattice.initial_noise
+    x = rig.cache.initial_noise
     for i in range(STEPS):
         tokens = rig.denoiser.embed(x)
         time = rig.denoiser.time_features(torch.tensor([i / STEPS]))
@@ -137,7 +137,7 @@ def test_sparsity_zero_is_bitwise_the_plain_dense_loop() -> None:
     rig = Rig()
     for tick in range(2):
         rig.observe(tick)
-        dense = denoise_dense(rig.denoiser, rig.scheduler, rig.table, rig.lattice)
+        dense = denoise_dense(rig.denoiser, rig.scheduler, rig.table, rig.cache)
         assert torch.equal(rig.masked(dense_plan(STEPS, SPEC.blocks)), dense)
 
 
@@ -190,7 +190,7 @@ def test_flops_are_those_of_the_plan_and_of_the_conditioner() -> None:
 
 def test_the_engine_is_the_eager_one() -> None:
     rig = Rig()
-    engine = make_engine(rig.denoiser, rig.scheduler, rig.lattice, False)
+    engine = make_engine(rig.denoiser, rig.scheduler, rig.cache, False)
     assert type(engine) is EagerEngine
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tts_policy.policy import flops
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
 from tts_policy.policy.engines.eager import denoise_dense, denoise_masked
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import Plan, Reuse, dense_plan, make_plan
 from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
 
@@ -40,27 +40,27 @@ class Rig:
             SchedulerSpec(kind, steps, STEPS if kind == 'ddpm' else 60)
         )
         self.memory = self.denoiser.conditioner(self.scheduler.spec.timesteps())
-        self.lattice = self.fresh_lattice()
+        self.cache = self.fresh_cache()
 
-    def fresh_lattice(self) -> Lattice:
-        lattice = Lattice(
+    def fresh_cache(self) -> FeatureCache:
+        cache = FeatureCache(
             SPEC, self.scheduler.spec.steps, self.scheduler.needs_noise, torch.device('cpu')
         )
-        lattice.reset(torch.Generator().manual_seed(3))
-        return lattice
+        cache.reset(torch.Generator().manual_seed(3))
+        return cache
 
     def observe(self, tick: int) -> None:
         generator = torch.Generator().manual_seed(tick)
         self.memory.encode(torch.randn(1, 2, 7, generator=generator))
 
     def dense(self) -> Tensor:
-        return denoise_dense(self.denoiser, self.scheduler, self.memory, self.lattice)
+        return denoise_dense(self.denoiser, self.scheduler, self.memory, self.cache)
 
     def masked(self, plan: Plan, force: bool = False) -> Tensor:
         x, executed = denoise_masked(
-            self.denoiser, self.scheduler, self.memory, self.lattice, lambda: plan, force
+            self.denoiser, self.scheduler, self.memory, self.cache, lambda: plan, force
         )
-        self.lattice.commit(executed)
+        self.cache.commit(executed)
         return x
 
 
@@ -72,10 +72,10 @@ class NaiveLoop:
         self.tau_r: dict[tuple[int, int], Tensor] = {}
 
     def run(self, plan: Plan) -> Tensor:
-        rig, lattice = self.rig, self.rig.lattice
+        rig, cache = self.rig, self.rig.cache
         tau_f: dict[int, Tensor] = {}
         tau_t: dict[int, Tensor] = {}
-        x = lattice.initial_noise
+        x = cache.initial_noise
         for i in range(rig.scheduler.spec.steps):
             tokens = rig.denoiser.embed(x)
             memory = rig.memory.rows()[:, i]
@@ -93,14 +93,16 @@ class NaiveLoop:
                     case Reuse.ROLLOUT:
                         y = self.tau_r[i, b]
                 tokens = tokens + y
-            noise = lattice.step_noise[i] if len(lattice.step_noise) else None
+            noise = cache.step_noise[i] if len(cache.step_noise) else None
             x = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), noise)
         return x
 
 
-def random_plan(rng: np.random.Generator, lattice: Lattice, sparsity: float, force: bool) -> Plan:
-    logits = rng.standard_normal((lattice.steps, lattice.blocks, 4)).astype(np.float32)
-    return make_plan(logits, sparsity, lattice.rollout_valid(100), force, SPEC.stack.kinds)
+def random_plan(
+    rng: np.random.Generator, cache: FeatureCache, sparsity: float, force: bool
+) -> Plan:
+    logits = rng.standard_normal((cache.steps, cache.blocks, 4)).astype(np.float32)
+    return make_plan(logits, sparsity, cache.rollout_valid(100), force, SPEC.stack.kinds)
 
 
 @pytest.mark.parametrize('kind', ['ddpm', 'ddim'])
@@ -110,7 +112,7 @@ def test_sparsity_zero_is_bitwise_the_plain_dense_loop(kind: str, force: bool) -
     rig = Rig(kind)
     for tick in range(3):
         rig.observe(tick)
-        plan = random_plan(np.random.default_rng(tick), rig.lattice, 0.0, force)
+        plan = random_plan(np.random.default_rng(tick), rig.cache, 0.0, force)
         assert torch.equal(rig.masked(plan, force), rig.dense())
 
 
@@ -130,7 +132,7 @@ def test_masked_loop_equals_the_naive_loop_over_any_plans(
     rng = np.random.default_rng(seed)
     for tick, sparsity in enumerate([0.0, *sparsities]):
         rig.observe(tick)
-        plan = random_plan(rng, rig.lattice, sparsity, force)
+        plan = random_plan(rng, rig.cache, sparsity, force)
         assert (rig.masked(plan, force) - naive.run(plan)).abs().max() < 1e-5
 
 
@@ -139,7 +141,7 @@ def test_plans_of_the_property_test_use_every_class() -> None:
     rig = Rig()
     rig.observe(0)
     rig.masked(dense_plan(STEPS, SPEC.blocks))
-    plan = random_plan(np.random.default_rng(0), rig.lattice, 0.7, True)
+    plan = random_plan(np.random.default_rng(0), rig.cache, 0.7, True)
     assert set(np.unique(plan)) == {0, 1, 2, 3}
 
 
@@ -153,7 +155,7 @@ def test_dense_loop_equals_torch_transformer_decoder_with_per_step_encoding(
     rig = Rig()
     rig.observe(0)
     decoder = decoder_of(rig.denoiser)
-    x = rig.lattice.initial_noise
+    x = rig.cache.initial_noise
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 2, 7, generator=generator)
     encoder = rig.denoiser.encoder
@@ -163,7 +165,7 @@ def test_dense_loop_equals_torch_transformer_decoder_with_per_step_encoding(
         time = encoder.time_tokens(torch.tensor([t]))[:, None]
         memory = torch.cat([time, encoder.observation_tokens(features)], dim=1)
         tokens = decoder(rig.denoiser.embed(x), memory, tgt_mask=causal, memory_mask=visible)
-        x = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), rig.lattice.step_noise[i])
+        x = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), rig.cache.step_noise[i])
     assert (x - rig.dense()).abs().max() < 1e-5
 
 
@@ -188,7 +190,7 @@ def test_skipped_blocks_do_not_execute_and_flops_are_those_of_the_plan() -> None
     rig.observe(0)
     rig.masked(dense_plan(STEPS, SPEC.blocks))
     rig.observe(1)
-    plan = random_plan(np.random.default_rng(0), rig.lattice, 0.7, True)
+    plan = random_plan(np.random.default_rng(0), rig.cache, 0.7, True)
     calls = _Calls(rig.denoiser)
     with FlopCounterMode(display=False) as counter:
         rig.masked(plan, True)

@@ -21,7 +21,7 @@ from tts_policy.policy.engines.capture import Capture, Capturer
 from tts_policy.policy.engines.eager import EagerEngine, Engine
 from tts_policy.policy.engines.graph_engine import GraphEngine
 from tts_policy.policy.engines.registry import ENGINES, engine_maker
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan, make_plan
 from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
@@ -70,7 +70,7 @@ def random_denoiser(kind: str) -> Denoiser:
 
 
 class Run:
-    """An engine with a lattice of its own; capture: None for the eager one."""
+    """An engine with a cache of its own; capture: None for the eager one."""
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class Run:
         self.denoiser, self.force = random_denoiser(kind).to(device), force
         self.scheduler = NoiseScheduler(SCHEDULERS[scheduler])
         noisy = self.scheduler.needs_noise
-        self.lattice = Lattice(self.denoiser.spec, STEPS, noisy, torch.device(device))
-        arguments = (self.denoiser, self.scheduler, self.lattice, force)
+        self.cache = FeatureCache(self.denoiser.spec, STEPS, noisy, torch.device(device))
+        arguments = (self.denoiser, self.scheduler, self.cache, force)
         self.engine: Engine = EagerEngine(*arguments)
         if capture is not None:
             conditioner = None
@@ -96,7 +96,7 @@ class Run:
         self.reset(0)
 
     def reset(self, seed: int) -> None:
-        self.lattice.reset(torch.Generator().manual_seed(seed))
+        self.cache.reset(torch.Generator().manual_seed(seed))
 
     def tick(
         self,
@@ -106,21 +106,21 @@ class Run:
         known: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         def plan() -> Plan:
-            if self.force and self.lattice.tick == 0:
+            if self.force and self.cache.tick == 0:
                 # A forced step 0 has run by the time the plan is asked for.
-                assert torch.isfinite(self.lattice.features[0]).all()
-            valid, kinds = self.lattice.rollout_valid(4), self.denoiser.spec.stack.kinds
+                assert torch.isfinite(self.cache.features[0]).all()
+            valid, kinds = self.cache.rollout_valid(4), self.denoiser.spec.stack.kinds
             return make_plan(logits, sparsity, valid, self.force, kinds)
 
         inpainting = None
-        device = self.lattice.store.device
+        device = self.cache.store.device
         if known is not None:
             levels = torch.tensor(self.scheduler.noise_levels(), device=device)
             given = (part.to(device) for part in known)
-            inpainting = Inpainting(levels, self.lattice.initial_noise, *given)
+            inpainting = Inpainting(levels, self.cache.initial_noise, *given)
         self.engine.observe(features.to(device))
         x, executed = self.engine.denoise(plan, Stopwatch(), inpainting)
-        self.lattice.commit(executed)
+        self.cache.commit(executed)
         return x.cpu().clone()
 
 
@@ -133,7 +133,7 @@ def assert_equal_over_ticks(runs: tuple[Run, Run], tolerance: float = 1e-4) -> N
             run.reset(episode)
         for tick, sparsity in enumerate((0.0, 0.5, 0.8, 0.0, 0.7)):
             features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
-            shape = (STEPS, runs[0].lattice.blocks, 4)
+            shape = (STEPS, runs[0].cache.blocks, 4)
             logits = rng.standard_normal(shape, np.float32)
             held = known if tick == 2 else None
             expected, x = (run.tick(features, logits, sparsity, held) for run in runs)
@@ -141,7 +141,7 @@ def assert_equal_over_ticks(runs: tuple[Run, Run], tolerance: float = 1e-4) -> N
             assert (x - expected).abs().max() < limit
             tokens = [run.engine.observation_tokens.cpu() for run in runs]
             assert (tokens[0] - tokens[1]).abs().max() < 1e-5
-        features = [run.lattice.features.cpu() for run in runs]
+        features = [run.cache.features.cpu() for run in runs]
         assert (features[1] - features[0]).abs().max() < tolerance
 
 
@@ -174,7 +174,7 @@ def test_units_replay_as_they_were_recorded(kind: str, table: bool, force: bool)
     capture = RecordedCapture()
     replayed = Run(kind, 'ddpm', force, capture, table)
     # Encoder, blocks, run; with and without held actions: begin, step 0, end and reused step.
-    assert capture.units == 2 + replayed.lattice.blocks + 2 * (3 + force)
+    assert capture.units == 2 + replayed.cache.blocks + 2 * (3 + force)
     assert_equal_over_ticks((Run(kind, 'ddpm', force), replayed))
 
 
@@ -195,7 +195,7 @@ def test_a_recording_freezes_what_python_decides() -> None:
 @torch.inference_mode()
 def test_engines_are_selected_by_name(name: str) -> None:
     run = Run('transformer', 'ddim', True)
-    engine = engine_maker(name)(run.denoiser, run.scheduler, run.lattice, True)
+    engine = engine_maker(name)(run.denoiser, run.scheduler, run.cache, True)
     names = {'eager': 'EagerEngine', 'packed': 'CpuEngine', 'graphs': 'GraphEngine'}
     assert type(engine).__name__ == names[name]
 
@@ -206,4 +206,4 @@ def test_unknown_and_unfit_engines_are_refused_with_the_reason() -> None:
         engine_maker('fast')
     run = Run('dit', 'ddim', True)
     with pytest.raises(ValueError, match=r"'packed' needs a transformer .* got DiTDenoiser"):
-        ENGINES['packed'](run.denoiser, run.scheduler, run.lattice, True)
+        ENGINES['packed'](run.denoiser, run.scheduler, run.cache, True)

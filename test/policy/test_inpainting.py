@@ -17,7 +17,7 @@ from tts_policy.policy.contract import CommittedActions, hold_weights
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
 from tts_policy.policy.engines.cpu import CpuEngine
 from tts_policy.policy.engines.eager import EagerEngine, Engine
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import make_plan
 from tts_policy.policy.policy import TestTimeSparsePolicy
@@ -35,8 +35,8 @@ SCHEDULERS = {
 }
 
 
-def engines(scheduler: NoiseScheduler, force: bool) -> list[tuple[Engine, Lattice]]:
-    """Return every engine there is here, each with a lattice of its own, the reference first."""
+def engines(scheduler: NoiseScheduler, force: bool) -> list[tuple[Engine, FeatureCache]]:
+    """Return every engine there is here, each with a cache of its own, the reference first."""
     torch.manual_seed(0)
     denoiser = TransformerDenoiser(SPEC).eval().requires_grad_(False)
     for parameter in denoiser.parameters():
@@ -49,9 +49,9 @@ def engines(scheduler: NoiseScheduler, force: bool) -> list[tuple[Engine, Lattic
         kinds.append(TritonEngine)
     made = []
     for kind in kinds:
-        lattice = Lattice(SPEC, STEPS, scheduler.needs_noise, torch.device('cpu'))
-        lattice.reset(torch.Generator().manual_seed(0))
-        made.append((kind(denoiser, scheduler, lattice, force), lattice))  # type: ignore[call-arg]
+        cache = FeatureCache(SPEC, STEPS, scheduler.needs_noise, torch.device('cpu'))
+        cache.reset(torch.Generator().manual_seed(0))
+        made.append((kind(denoiser, scheduler, cache, force), cache))  # type: ignore[call-arg]
     return made
 
 
@@ -69,15 +69,15 @@ def test_every_engine_holds_committed_actions_and_agrees_on_the_rest(
     logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
     levels = torch.tensor(scheduler.noise_levels())
     results: list[list[Tensor]] = []
-    for engine, lattice in engines(scheduler, force):
+    for engine, cache in engines(scheduler, force):
         results.append([])
         for tick, held in enumerate((False, True, False)):
-            valid = lattice.rollout_valid(4)
+            valid = cache.rollout_valid(4)
             plan = make_plan(logits, 0.6 if tick else 0.0, valid, force, SPEC.stack.kinds)
-            given = Inpainting(levels, lattice.initial_noise, actions, weights)
+            given = Inpainting(levels, cache.initial_noise, actions, weights)
             engine.observe(features)
             x, _ = engine.denoise(lambda plan=plan: plan, Stopwatch(), given if held else None)
-            lattice.commit(plan)
+            cache.commit(plan)
             results[-1].append(x[0].clone())
         assert torch.equal(results[-1][1][1:3], actions[1:3])
         assert not torch.allclose(results[-1][2][1:3], actions[1:3])

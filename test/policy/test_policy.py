@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tts_policy.policy.bundle import Bundle, BundleError, load_bundle
 from tts_policy.policy.denoisers.transformer import TransformerSpec
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import Reuse
 from tts_policy.policy.policy import TestTimeSparsePolicy, WindowError
 
@@ -50,7 +50,7 @@ def test_after_reset_nothing_of_the_old_episode_is_read(
         used.act(window, 0.6)
     used.reset(seed=7)
     # The store is NaN after a reset: a cached feature that were read would show in the action.
-    assert torch.isnan(used._sampler.lattice.features).all()
+    assert torch.isnan(used._sampler.cache.features).all()
     fresh = TestTimeSparsePolicy.from_bundle(bundle, sampler)
     fresh.reset(seed=7)
     for window in windows[:3]:
@@ -87,11 +87,11 @@ def test_at_temperature_0_a_chunk_depends_on_its_observation_alone(
 def test_temperature_scales_initial_and_step_noise() -> None:
     spec = TransformerSpec(3, 8, 2, 7, width=32, layers=1, heads=2)
     whole, half = (
-        Lattice(spec, 5, True, torch.device('cpu'), temperature=temperature)
+        FeatureCache(spec, 5, True, torch.device('cpu'), temperature=temperature)
         for temperature in (1.0, 0.5)
     )
-    for lattice in (whole, half):
-        lattice.reset(torch.Generator().manual_seed(0))
+    for cache in (whole, half):
+        cache.reset(torch.Generator().manual_seed(0))
     assert torch.equal(half.initial_noise, 0.5 * whole.initial_noise)
     assert torch.equal(half.step_noise, 0.5 * whole.step_noise)
     assert whole.step_noise.std() > 0.5

@@ -17,7 +17,7 @@ from torch import Tensor
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
 from tts_policy.policy.engines.eager import EagerEngine, Engine
 from tts_policy.policy.engines.registry import engine_maker
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import Plan, make_plan
 from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
 from tts_policy.policy.stopwatch import Stopwatch
@@ -45,30 +45,30 @@ def random_denoiser(spec: TransformerSpec = SPEC) -> TransformerDenoiser:
 
 
 class Run:
-    """An engine with a lattice of its own."""
+    """An engine with a cache of its own."""
 
     def __init__(self, scheduler: str, force: bool, dtype: torch.dtype | None = None) -> None:
         from tts_policy.policy.engines.triton_engine import TritonEngine
 
         noise = NoiseScheduler(SCHEDULERS[scheduler])
-        self.lattice = Lattice(SPEC, STEPS, noise.needs_noise, torch.device('cpu'))
+        self.cache = FeatureCache(SPEC, STEPS, noise.needs_noise, torch.device('cpu'))
         self.force = force
-        arguments = (random_denoiser(), noise, self.lattice, force)
+        arguments = (random_denoiser(), noise, self.cache, force)
         self.engine: Engine = (
             EagerEngine(*arguments) if dtype is None else TritonEngine(*arguments, dtype=dtype)
         )
 
     def tick(self, features: Tensor, logits: np.ndarray, sparsity: float) -> Tensor:
         def plan() -> Plan:
-            if self.force and self.lattice.tick == 0:
+            if self.force and self.cache.tick == 0:
                 # A forced step 0 has run by the time the plan is asked for, which may be late.
-                assert torch.isfinite(self.lattice.features[0]).all()
-            valid, kinds = self.lattice.rollout_valid(4), SPEC.stack.kinds
+                assert torch.isfinite(self.cache.features[0]).all()
+            valid, kinds = self.cache.rollout_valid(4), SPEC.stack.kinds
             return make_plan(logits, sparsity, valid, self.force, kinds)
 
         self.engine.observe(features)
         x, executed = self.engine.denoise(plan, Stopwatch())
-        self.lattice.commit(executed)
+        self.cache.commit(executed)
         return x
 
 
@@ -82,7 +82,7 @@ def test_equals_the_eager_engine_over_random_plans_and_a_reset(
     rng = np.random.default_rng(0)
     for episode, sparsities in enumerate([(0.0, 0.7, 0.4), (0.0, 0.75)]):
         for run in runs:
-            run.lattice.reset(torch.Generator().manual_seed(episode))
+            run.cache.reset(torch.Generator().manual_seed(episode))
         for sparsity in sparsities:
             features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
             logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
@@ -96,7 +96,7 @@ def test_half_precision_weights_stay_within_two_hundredths(scheduler: str) -> No
     runs = Run(scheduler, True), Run(scheduler, True, torch.float16)
     rng = np.random.default_rng(0)
     for run in runs:
-        run.lattice.reset(torch.Generator().manual_seed(0))
+        run.cache.reset(torch.Generator().manual_seed(0))
     for sparsity in (0.0, 0.7):
         features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
         logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
@@ -108,10 +108,10 @@ def test_a_cpu_without_the_interpreter_is_refused_at_setup(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     noise = NoiseScheduler(SCHEDULERS['ddim'])
-    lattice = Lattice(SPEC, STEPS, False, torch.device('cpu'))
+    cache = FeatureCache(SPEC, STEPS, False, torch.device('cpu'))
     monkeypatch.delenv('TRITON_INTERPRET')
     with pytest.raises(ValueError, match=r"engine 'triton' needs a GPU, .* got cpu without"):
-        engine_maker('triton')(random_denoiser(), noise, lattice, True)
+        engine_maker('triton')(random_denoiser(), noise, cache, True)
 
 
 def test_sizes_that_the_kernel_cannot_take_are_refused() -> None:
@@ -119,9 +119,9 @@ def test_sizes_that_the_kernel_cannot_take_are_refused() -> None:
 
     spec = TransformerSpec(3, 8, 2, 7, width=96, layers=1, heads=2)
     noise = NoiseScheduler(SCHEDULERS['ddim'])
-    lattice = Lattice(spec, STEPS, False, torch.device('cpu'))
+    cache = FeatureCache(spec, STEPS, False, torch.device('cpu'))
     with pytest.raises(ValueError, match=r'power of two.*got width 96 and heads of 48'):
-        TritonEngine(random_denoiser(spec), noise, lattice, True)
+        TritonEngine(random_denoiser(spec), noise, cache, True)
 
 
 COMPILE = """

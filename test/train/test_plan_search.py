@@ -118,7 +118,7 @@ def test_the_shared_plan_loop_is_the_engine_for_every_episode(
     store = batch.first_tick.clone()
     together = [loop.tick(batch, n + 1, plan, store) for n, plan in enumerate(plans)]
     for row, lesson in enumerate(lessons):
-        lattice = teacher.first_tick(lesson.sequence)
+        cache = teacher.first_tick(lesson.sequence)
         for tick, plan in enumerate(plans):
             teacher.conditioner.encode(lesson.sequence.features[tick + 1 : tick + 2])
             with torch.no_grad():
@@ -126,11 +126,11 @@ def test_the_shared_plan_loop_is_the_engine_for_every_episode(
                     teacher.denoiser,
                     teacher.scheduler,
                     teacher.conditioner,
-                    lattice,
+                    cache,
                     lambda plan=plan: plan,
                     False,
                 )
-            lattice.commit(plan)
+            cache.commit(plan)
             assert (together[tick][row] - alone[0]).abs().max() < 1e-4
 
 

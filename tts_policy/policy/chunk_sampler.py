@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling of action chunks from observation features, over the ticks of an episode.
 
-Pruner, plan and denoising of one tick; owns the lattice, which survives it.
+Pruner, plan and denoising of one tick; owns the cache, which survives it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tts_policy.policy.denoisers.denoiser import Denoiser, DenoiserSpec
 from tts_policy.policy.engines.capture import Capture
 from tts_policy.policy.engines.eager import EagerEngine
 from tts_policy.policy.engines.registry import EngineMaker, make_engine
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan, dense_plan, make_plan
 from tts_policy.policy.pruner import PlanPruner
@@ -49,14 +49,14 @@ class ChunkSampler:
         with torch.inference_mode():
             scheduler = NoiseScheduler(spec.scheduler)
             self._noise_levels = torch.tensor(scheduler.noise_levels(), device=device)
-            self.lattice = Lattice(
+            self.cache = FeatureCache(
                 denoiser.spec,
                 steps,
                 scheduler.needs_noise,
                 device,
                 temperature=spec.temperature,
             )
-            self._engine = engine(denoiser, scheduler, self.lattice, spec.force_first_step)
+            self._engine = engine(denoiser, scheduler, self.cache, spec.force_first_step)
             self._pruner = (
                 None if pruner is None else self._runner(pruner, denoiser.spec, overlap_pruner)
             )
@@ -81,7 +81,7 @@ class ChunkSampler:
         if seed is not None:
             self._generator.manual_seed(seed)
         with torch.inference_mode():
-            self.lattice.reset(self._generator)
+            self.cache.reset(self._generator)
 
     @torch.inference_mode()
     def sample(
@@ -99,15 +99,15 @@ class ChunkSampler:
         """
         self._engine.observe(features)
         watch.lap('conditional_encoder')
-        if not self.spec.hold_noise and self.lattice.tick > 0:
-            self.lattice.draw_noise(self._generator)
+        if not self.spec.hold_noise and self.cache.tick > 0:
+            self.cache.draw_noise(self._generator)
         request = self._request_plan(sparsity)
         watch.lap('pruner')
         inpainting = None
         if known is not None:
-            inpainting = Inpainting(self._noise_levels, self.lattice.initial_noise, *known)
+            inpainting = Inpainting(self._noise_levels, self.cache.initial_noise, *known)
         x, plan = self._engine.denoise(request, watch, inpainting)
-        return x, plan, self.lattice.commit(plan)
+        return x, plan, self.cache.commit(plan)
 
     @torch.inference_mode()
     def plan(self, features: Tensor, sparsity: float) -> Plan:
@@ -118,9 +118,9 @@ class ChunkSampler:
     def _request_plan(self, sparsity: float) -> Callable[[], Plan]:
         """Start the pruner; the returned function waits for its plan."""
         pruner = self._pruner
-        if sparsity == 0.0 or pruner is None or self.lattice.tick == 0:
+        if sparsity == 0.0 or pruner is None or self.cache.tick == 0:
             return lambda: self.dense
-        valid = self.lattice.rollout_valid(self.spec.max_rollout_age)
+        valid = self.cache.rollout_valid(self.spec.max_rollout_age)
         pruner.start(self._engine.observation_tokens, sparsity)
         forced = self.spec.force_first_step
         return lambda: make_plan(pruner.logits(), sparsity, valid, forced, self._kinds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 3-D lattice of cached features: block x step x rollout, in one preallocated store.
+"""Cached features of every block at every step, kept across ticks, in one preallocated store.
 
 `features[i, b]` is the feature that cell (i, b) computed last, in this tick or an earlier one.
 The paper's three caches are views of it (see `plan.resolve_sources`): what FORWARD and TIMESTEP
@@ -20,7 +20,7 @@ from tts_policy.policy.plan import Plan, Reuse
 NEVER = -1
 
 
-class Lattice:
+class FeatureCache:
     """Features [K, N, T, D], the tick each was computed in [K, N], and the held noise.
 
     store: [K * N + 1, T, D]; features is its view by step and block, and the last row is the

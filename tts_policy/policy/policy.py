@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The test-time sparse diffusion policy: an observation window in, an action chunk out.
 
-One policy object owns the model state that survives a control tick (the lattice, with the held
+One policy object owns the model state that survives a control tick (the cache, with the held
 noise) and is used from one thread. The first tick after `reset` is dense.
 """
 

@@ -97,8 +97,8 @@ class ActionError:
 class SharedPlanLoop:
     """Masked denoising of a batch of lessons that all follow one plan.
 
-    The engine runs one episode against one lattice; here B episodes share the plan, and a store of
-    features [K, N, B, T, D] stands for their lattices.
+    The engine runs one episode against one cache; here B episodes share the plan, and a store of
+    features [K, N, B, T, D] stands for their caches.
     """
 
     def __init__(self, teacher: DenseTeacher) -> None:

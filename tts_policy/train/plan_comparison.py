@@ -18,14 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tts_policy.policy.engines.eager import denoise_masked
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import Plan, make_plan, realised_sparsity, static_plan
 from tts_policy.policy.pruner import Pruner
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
 
-# Plan of tick r, given the lattice and the observation tokens [1, To, D] of that tick.
-PlanMaker = Callable[[Lattice, Tensor, int], Plan]
+# Plan of tick r, given the cache and the observation tokens [1, To, D] of that tick.
+PlanMaker = Callable[[FeatureCache, Tensor, int], Plan]
 
 
 def _given(plan: Plan) -> Plan:
@@ -34,9 +34,9 @@ def _given(plan: Plan) -> Plan:
 
 @torch.no_grad()
 def sparse_actions(
-    teacher: DenseTeacher, sequence: TickSequence, lattice: Lattice, make: PlanMaker
+    teacher: DenseTeacher, sequence: TickSequence, cache: FeatureCache, make: PlanMaker
 ) -> tuple[Tensor, float]:
-    """Run the ticks after the first on a lattice as the dense first tick left it.
+    """Run the ticks after the first on a cache as the dense first tick left it.
 
     Returns normalised actions [R - 1, T, A] and the mean realised sparsity.
     """
@@ -45,10 +45,10 @@ def sparse_actions(
     actions, sparsity = [], []
     for tick, features in enumerate(sequence.features[1:], start=1):
         conditioner.encode(features[None])
-        plan = make(lattice, conditioner.observation_tokens, tick)
+        plan = make(cache, conditioner.observation_tokens, tick)
         given = partial(_given, plan)
-        x, _ = denoise_masked(denoiser, scheduler, conditioner, lattice, given, False)
-        lattice.commit(plan)
+        x, _ = denoise_masked(denoiser, scheduler, conditioner, cache, given, False)
+        cache.commit(plan)
         actions.append(x)
         sparsity.append(realised_sparsity(plan))
     return torch.cat(actions), float(np.mean(sparsity))
@@ -78,8 +78,8 @@ class PlanMakers:
     def _logits(self, tokens: Tensor) -> NDArray[np.float32]:
         return self._pruner(self._gates, tokens, self._sparsity)[0].cpu().numpy()
 
-    def _plan(self, logits: NDArray[np.float32], lattice: Lattice) -> Plan:
-        valid = lattice.rollout_valid(self._sampler.max_rollout_age)
+    def _plan(self, logits: NDArray[np.float32], cache: FeatureCache) -> Plan:
+        valid = cache.rollout_valid(self._sampler.max_rollout_age)
         return make_plan(
             logits,
             self._sparsity,
@@ -88,30 +88,30 @@ class PlanMakers:
             self._teacher.denoiser.spec.stack.kinds,
         )
 
-    def learned(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
+    def learned(self, cache: FeatureCache, tokens: Tensor, tick: int) -> Plan:
         """The pruner on this tick's memory."""
-        return self._plan(self._logits(tokens), lattice)
+        return self._plan(self._logits(tokens), cache)
 
-    def constant(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
+    def constant(self, cache: FeatureCache, tokens: Tensor, tick: int) -> Plan:
         """The pruner's mean logits over its training ticks."""
-        return self._plan(self.mean_logits, lattice)
+        return self._plan(self.mean_logits, cache)
 
-    def other_tick(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
+    def other_tick(self, cache: FeatureCache, tokens: Tensor, tick: int) -> Plan:
         """The pruner on the memory of a training tick drawn at random."""
         n = int(self._random.integers(len(self._tokens)))
-        return self._plan(self._logits(self._tokens[n : n + 1]), lattice)
+        return self._plan(self._logits(self._tokens[n : n + 1]), cache)
 
-    def static(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
+    def static(self, cache: FeatureCache, tokens: Tensor, tick: int) -> Plan:
         """All blocks at quadratically spaced steps; a whole number of steps, rounded up."""
         steps, blocks = self._teacher.scheduler.spec.steps, self._teacher.denoiser.spec.blocks
         count = int(np.ceil((1 - self._sparsity) * steps - 1e-9))
         return static_plan(steps, blocks, count)
 
-    def random(self, lattice: Lattice, tokens: Tensor, tick: int) -> Plan:
+    def random(self, cache: FeatureCache, tokens: Tensor, tick: int) -> Plan:
         """Random cells and classes of the same budget."""
         steps, blocks = self._teacher.scheduler.spec.steps, self._teacher.denoiser.spec.blocks
         logits = self._random.standard_normal((steps, blocks, 4)).astype(np.float32)
-        return self._plan(logits, lattice)
+        return self._plan(logits, cache)
 
 
 def compare_plans(
@@ -139,8 +139,8 @@ def compare_plans(
     for sequence in tqdm(tests, desc='comparing plans', unit='episode', mininterval=5):
         target = teacher.actions(sequence)
         for name, make in arms.items():
-            lattice = teacher.first_tick(sequence)
-            actions, share = sparse_actions(teacher, sequence, lattice, make)
+            cache = teacher.first_tick(sequence)
+            actions, share = sparse_actions(teacher, sequence, cache, make)
             errors[name].append((actions - target[1:]).abs().mean().item())
             realised[name].append(share)
     for name in same:

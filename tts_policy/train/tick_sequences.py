@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tts_policy.data.windows import Windows
 from tts_policy.policy.engines.eager import denoise_dense, denoise_masked
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.network import PolicyNetwork
 from tts_policy.policy.plan import dense_plan
 from tts_policy.policy.sampler import SamplerSpec
@@ -117,34 +117,34 @@ class DenseTeacher:
         with torch.no_grad():
             self.conditioner = self.denoiser.conditioner(spec.scheduler.timesteps())
 
-    def lattice(self, seed: int) -> Lattice:
-        """Fresh lattice with the noise that `seed` gives."""
+    def cache(self, seed: int) -> FeatureCache:
+        """Fresh cache with the noise that `seed` gives."""
         spec, steps = self.denoiser.spec, self.scheduler.spec.steps
         noisy, device = self.scheduler.needs_noise, self.replicas.device
-        lattice = Lattice(spec, steps, noisy, device, temperature=self.temperature)
-        lattice.reset(torch.Generator().manual_seed(seed))
-        return lattice
+        cache = FeatureCache(spec, steps, noisy, device, temperature=self.temperature)
+        cache.reset(torch.Generator().manual_seed(seed))
+        return cache
 
     def noise(self, seed: int) -> tuple[Tensor, Tensor]:
         """Initial noise [1, T, A] and step noise [K, 1, T, A] that `seed` gives."""
-        lattice = self.lattice(seed)
-        return lattice.initial_noise, lattice.step_noise
+        cache = self.cache(seed)
+        return cache.initial_noise, cache.step_noise
 
     @torch.no_grad()
-    def first_tick(self, sequence: TickSequence) -> Lattice:
-        """Lattice after the dense first tick of a sequence."""
-        lattice = self.lattice(sequence.seed)
-        dense = dense_plan(lattice.steps, lattice.blocks)
+    def first_tick(self, sequence: TickSequence) -> FeatureCache:
+        """FeatureCache after the dense first tick of a sequence."""
+        cache = self.cache(sequence.seed)
+        dense = dense_plan(cache.steps, cache.blocks)
         self.conditioner.encode(sequence.features[:1])
         denoise_masked(
-            self.denoiser, self.scheduler, self.conditioner, lattice, lambda: dense, False
+            self.denoiser, self.scheduler, self.conditioner, cache, lambda: dense, False
         )
-        lattice.commit(dense)
-        return lattice
+        cache.commit(dense)
+        return cache
 
     @torch.no_grad()
     def actions(self, sequence: TickSequence) -> Tensor:
         """Normalised dense actions [R, T, A]; all ticks are one batch, as they share the noise."""
-        lattice = self.lattice(sequence.seed)
+        cache = self.cache(sequence.seed)
         self.conditioner.encode(sequence.features)
-        return denoise_dense(self.denoiser, self.scheduler, self.conditioner, lattice)
+        return denoise_dense(self.denoiser, self.scheduler, self.conditioner, cache)

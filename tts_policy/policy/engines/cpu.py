@@ -34,7 +34,7 @@ from tts_policy.policy.engines.packed import (
     fold_norm,
 )
 from tts_policy.policy.engines.program import CONSTANT, Op, compile_plan
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan, dense_plan
 from tts_policy.policy.scheduler import NoiseScheduler
@@ -51,7 +51,7 @@ class FoldedScheduler:
     """
 
     def __init__(
-        self, denoiser: TransformerDenoiser, scheduler: NoiseScheduler, lattice: Lattice
+        self, denoiser: TransformerDenoiser, scheduler: NoiseScheduler, cache: FeatureCache
     ) -> None:
         weight, bias = fold_norm(denoiser.norm, denoiser.head)
         self._norm, self._eps = (denoiser.spec.width,), denoiser.norm.eps
@@ -63,7 +63,7 @@ class FoldedScheduler:
         self._low, self._high = (
             list((side - shift).float().unbind(0)) for side in (-scheduler.clip, scheduler.clip)
         )
-        shape = lattice.initial_noise.shape[1:]
+        shape = cache.initial_noise.shape[1:]
         constant = (next_x0 + next_p)[:, None] * shift
         self._constant = constant.float()[:, None].expand(-1, *shape).contiguous()
         self._scalars = list(
@@ -77,13 +77,13 @@ class FoldedScheduler:
             )
         )
         self._noise_scale = next_noise.float()[:, None, None]
-        self._step_noise = lattice.step_noise
+        self._step_noise = cache.step_noise
         self._added = self._constant.clone()
         self._rows = list(self._added.unbind(0))
         self._p, self._x0 = torch.empty(shape), torch.empty(shape)
 
     def begin(self) -> None:
-        """Take the noise that the lattice holds for this tick."""
+        """Take the noise that the cache holds for this tick."""
         if len(self._step_noise):
             torch.addcmul(
                 self._constant, self._step_noise[:, 0], self._noise_scale, out=self._added
@@ -129,11 +129,11 @@ class CpuEngine(Engine):
         self,
         denoiser: TransformerDenoiser,
         scheduler: NoiseScheduler,
-        lattice: Lattice,
+        cache: FeatureCache,
         force_first_step: bool,
     ) -> None:
         spec, encoder = denoiser.spec, denoiser.encoder
-        self._lattice, self._force_first_step = lattice, force_first_step
+        self._cache, self._force_first_step = cache, force_first_step
         self._kinds = spec.stack.kinds
         # Layer of every block that reads the memory.
         self._layers = [b.layer if b.conditioned else None for b in spec.stack.blocks]
@@ -143,11 +143,11 @@ class CpuEngine(Engine):
         self._encoder = PackedEncoder(encoder, spec.obs_steps)
         self._memory = FoldedMemory(denoiser, self.time_tokens)
         self._blocks = self._pack(denoiser)
-        self._scheduler = FoldedScheduler(denoiser, scheduler, lattice)
+        self._scheduler = FoldedScheduler(denoiser, scheduler, cache)
         self._action = denoiser.action.weight.t().contiguous()
-        lattice.store[-1].copy_(denoiser.position + denoiser.action.bias)
-        self._rows = lattice.store.flatten(1)
-        self._cells = list(lattice.store.unbind(0))
+        cache.store[-1].copy_(denoiser.position + denoiser.action.bias)
+        self._rows = cache.store.flatten(1)
+        self._cells = list(cache.store.unbind(0))
         self._tokens = torch.empty(spec.horizon, spec.width)
         self._x = torch.empty(spec.horizon, spec.action_dim)
         self._sums: list[Tensor] = []
@@ -204,7 +204,7 @@ class CpuEngine(Engine):
         """Plain loop over every block of every step, which caches nothing: [1, T, A]."""
         self._begin()
         residual = torch.empty_like(self._tokens)
-        for step in range(self._lattice.steps):
+        for step in range(self._cache.steps):
             self._embed(CONSTANT)
             for layer, block in zip(self._layers, self._blocks, strict=True):
                 if layer is not None:
@@ -215,7 +215,7 @@ class CpuEngine(Engine):
         return self._x.clone()[None]
 
     def _begin(self, inpainting: Inpainting | None = None) -> None:
-        self._x.copy_(self._lattice.initial_noise[0])
+        self._x.copy_(self._cache.initial_noise[0])
         self._inpainting = inpainting
         if inpainting is not None:
             inpainting.impose(0, self._x)

@@ -18,39 +18,39 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.policy.denoisers.denoiser import Conditioner, Denoiser
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan, Reuse, resolve_sources
 from tts_policy.policy.scheduler import NoiseScheduler
 from tts_policy.policy.stopwatch import Stopwatch
 
 
-def _noise(lattice: Lattice, step: int) -> Tensor | None:
-    return lattice.step_noise[step] if len(lattice.step_noise) else None
+def _noise(cache: FeatureCache, step: int) -> Tensor | None:
+    return cache.step_noise[step] if len(cache.step_noise) else None
 
 
 def denoise_dense(
-    denoiser: Denoiser, scheduler: NoiseScheduler, conditioner: Conditioner, lattice: Lattice
+    denoiser: Denoiser, scheduler: NoiseScheduler, conditioner: Conditioner, cache: FeatureCache
 ) -> Tensor:
     """Plain loop over every block of every step; reads the held noise and caches nothing.
 
     Returns normalised actions [1, T, A].
     """
-    x = lattice.initial_noise
+    x = cache.initial_noise
     for step in range(scheduler.spec.steps):
         tokens = denoiser.embed(x)
         for number, block in enumerate(denoiser.blocks):
             tokens = tokens + block(tokens, conditioner.conditioning(step, number))
-        x = scheduler.step(step, x, denoiser.predict(tokens), _noise(lattice, step))
+        x = scheduler.step(step, x, denoiser.predict(tokens), _noise(cache, step))
     return x
 
 
 class MaskedStep:
-    """Runs the cells of single denoising steps of one tick against the lattice."""
+    """Runs the cells of single denoising steps of one tick against the cache."""
 
-    def __init__(self, denoiser: Denoiser, conditioner: Conditioner, lattice: Lattice) -> None:
-        self._denoiser, self._conditioner, self._lattice = denoiser, conditioner, lattice
-        self._cells = lattice.features.flatten(0, 1)
+    def __init__(self, denoiser: Denoiser, conditioner: Conditioner, cache: FeatureCache) -> None:
+        self._denoiser, self._conditioner, self._cache = denoiser, conditioner, cache
+        self._cells = cache.features.flatten(0, 1)
         self._sums: dict[bytes, Tensor] = {}
 
     def run(
@@ -69,7 +69,7 @@ class MaskedStep:
         return tokens
 
     def _compute(self, step: int, tokens: Tensor, blocks: list[int]) -> Tensor:
-        features = self._lattice.features[step]
+        features = self._cache.features[step]
         for block in blocks:
             cond = self._conditioner.conditioning(step, block)
             residual = self._denoiser.blocks[block](tokens, cond)
@@ -91,14 +91,14 @@ def denoise_masked(
     denoiser: Denoiser,
     scheduler: NoiseScheduler,
     conditioner: Conditioner,
-    lattice: Lattice,
+    cache: FeatureCache,
     plan: Callable[[], Plan],
     force_first_step: bool,
     inpainting: Inpainting | None = None,
 ) -> tuple[Tensor, Plan]:
     """Denoise by a plan; returns normalised actions [1, T, A] and the plan that was executed.
 
-    The caller closes the tick with `lattice.commit`.
+    The caller closes the tick with `cache.commit`.
 
     `plan()` is called once: with step 0 forced only after step 0 has been launched, so that the
     pruner runs beside it, otherwise before.
@@ -109,14 +109,14 @@ def denoise_masked(
         if the plan reuses what does not exist.
 
     """
-    runner = MaskedStep(denoiser, conditioner, lattice)
-    x = lattice.initial_noise
+    runner = MaskedStep(denoiser, conditioner, cache)
+    x = cache.initial_noise
     if inpainting is not None:
         x = x.clone()
         inpainting.impose(0, x)
 
     def finish(step: int, x: Tensor, tokens: Tensor) -> Tensor:
-        x = scheduler.step(step, x, denoiser.predict(tokens), _noise(lattice, step))
+        x = scheduler.step(step, x, denoiser.predict(tokens), _noise(cache, step))
         if inpainting is not None:
             inpainting.impose(step + 1, x)
         return x
@@ -136,7 +136,7 @@ def denoise_masked(
 
 
 class Engine(ABC):
-    """Conditional encoding and denoising of one sampler; what survives a tick is in the lattice.
+    """Conditional encoding and denoising of one sampler; what survives a tick is in the cache.
 
     time_tokens: [K, .], folded at load; observation_tokens: [1, To, .] after `observe`.
     """
@@ -156,7 +156,7 @@ class Engine(ABC):
 
         `plan()` is called once: with step 0 forced only after step 0 has been launched, otherwise
         before. The actions may be in a buffer that the next call overwrites. The caller closes the
-        tick with `lattice.commit`. `inpainting` holds the actions that are known already.
+        tick with `cache.commit`. `inpainting` holds the actions that are known already.
 
         Raises
         ------
@@ -173,11 +173,11 @@ class EagerEngine(Engine):
         self,
         denoiser: Denoiser,
         scheduler: NoiseScheduler,
-        lattice: Lattice,
+        cache: FeatureCache,
         force_first_step: bool,
         conditioner: Conditioner | None = None,
     ) -> None:
-        self._denoiser, self._scheduler, self._lattice = denoiser, scheduler, lattice
+        self._denoiser, self._scheduler, self._cache = denoiser, scheduler, cache
         self._force_first_step = force_first_step
         self._conditioner = conditioner or denoiser.conditioner(scheduler.spec.timesteps())
         self.time_tokens = self._conditioner.time_tokens
@@ -203,7 +203,7 @@ class EagerEngine(Engine):
             self._denoiser,
             self._scheduler,
             self._conditioner,
-            self._lattice,
+            self._cache,
             timed_plan,
             self._force_first_step,
             inpainting,

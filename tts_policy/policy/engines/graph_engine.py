@@ -23,7 +23,7 @@ from tts_policy.policy.denoisers.denoiser import Conditioner, Denoiser
 from tts_policy.policy.engines.capture import Capture, Capturer, Unit
 from tts_policy.policy.engines.eager import Engine
 from tts_policy.policy.engines.launch_schedule import launch_schedule
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan
 from tts_policy.policy.scheduler import NoiseScheduler
@@ -39,25 +39,25 @@ class DeviceScheduler:
     x: [1, T, A], the noisy actions, in and out.
     """
 
-    def __init__(self, scheduler: NoiseScheduler, lattice: Lattice) -> None:
-        device, shape = lattice.store.device, lattice.initial_noise.shape
-        self._lattice, self._clip = lattice, scheduler.clip
+    def __init__(self, scheduler: NoiseScheduler, cache: FeatureCache) -> None:
+        device, shape = cache.store.device, cache.initial_noise.shape
+        self._cache, self._clip = cache, scheduler.clip
         coefficients = torch.tensor(scheduler.coefficients, device=device)
         # Coefficients of a step, then the noise that it adds: one row, one look-up.
-        size = lattice.initial_noise.numel()
-        self._rows = torch.zeros(lattice.steps, _COEFFICIENTS + size, device=device)
+        size = cache.initial_noise.numel()
+        self._rows = torch.zeros(cache.steps, _COEFFICIENTS + size, device=device)
         self._rows[:, :_COEFFICIENTS] = coefficients
         self._noise_scale = coefficients[:, -1:]
         # Clean actions, noisy actions, prediction: what a step combines linearly.
         self._terms = torch.zeros(3, size, device=device)
         self.x = self._terms[1].view(shape)
-        self._levels = torch.zeros(lattice.steps + 1, *shape[1:], device=device)
+        self._levels = torch.zeros(cache.steps + 1, *shape[1:], device=device)
         self._weights = torch.zeros(shape[1], 1, device=device)
 
     def begin(self) -> None:
-        """Take the noise that the lattice holds for this tick."""
-        self.x.copy_(self._lattice.initial_noise)
-        noise = self._lattice.step_noise
+        """Take the noise that the cache holds for this tick."""
+        self.x.copy_(self._cache.initial_noise)
+        noise = self._cache.step_noise
         if len(noise):
             torch.mul(noise.flatten(1), self._noise_scale, out=self._rows[:, _COEFFICIENTS:])
 
@@ -95,7 +95,7 @@ class GraphEngine(Engine):
         self,
         denoiser: Denoiser,
         scheduler: NoiseScheduler,
-        lattice: Lattice,
+        cache: FeatureCache,
         force_first_step: bool,
         conditioner: Conditioner | None = None,
         capture: Capturer | None = None,
@@ -104,20 +104,20 @@ class GraphEngine(Engine):
 
         conditioner: the denoiser's own by default. capture: what makes units of functions.
         """
-        spec, device = denoiser.spec, lattice.store.device
-        self._denoiser, self._lattice = denoiser, lattice
+        spec, device = denoiser.spec, cache.store.device
+        self._denoiser, self._cache = denoiser, cache
         self._force_first_step, self._kinds = force_first_step, spec.stack.kinds
         self._conditioner = conditioner or denoiser.conditioner(scheduler.spec.timesteps())
         self.time_tokens = self._conditioner.time_tokens
-        self._scheduler = DeviceScheduler(scheduler, lattice)
+        self._scheduler = DeviceScheduler(scheduler, cache)
         self._features = torch.zeros(1, spec.obs_steps, spec.obs_features, device=device)
         self._tokens = torch.zeros(1, spec.horizon, spec.width, device=device)
         # Numbers of the step and of the run that come next.
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)
         self._step, self._run = self._counters[:1], self._counters[1:]
-        runs = (lattice.steps * ((spec.blocks + 1) // 2), spec.blocks)
+        runs = (cache.steps * ((spec.blocks + 1) // 2), spec.blocks)
         self._runs = Upload(runs, torch.int64, device)
-        lattice.store[-1].zero_()
+        cache.store[-1].zero_()
         self._capture_units(capture or Capture(device))
 
     def _capture_units(self, capture: Capturer) -> None:
@@ -126,7 +126,7 @@ class GraphEngine(Engine):
         self.observation_tokens = self._conditioner.observation_tokens
         start = self._rewind
         blocks = [
-            capture(partial(self._compute, block), start) for block in range(self._lattice.blocks)
+            capture(partial(self._compute, block), start) for block in range(self._cache.blocks)
         ]
         add_run = capture(self._add_run, start)
         self._units = {}
@@ -186,19 +186,19 @@ class GraphEngine(Engine):
         self._tokens.copy_(self._denoiser.embed(self._scheduler.x))
 
     def _run_first_step(self, held: bool) -> None:
-        for block in range(self._lattice.blocks):
+        for block in range(self._cache.blocks):
             self._compute(block)
         self._end_step(held)
 
     def _compute(self, block: int) -> None:
         conditioning = self._conditioner.conditioning(self._step, block)
         residual = self._denoiser.blocks[block](self._tokens, conditioning)
-        self._lattice.features[:, block].index_copy_(0, self._step, residual)
+        self._cache.features[:, block].index_copy_(0, self._step, residual)
         self._tokens.add_(residual)
 
     def _add_run(self) -> None:
         cells = self._runs.device.index_select(0, self._run)[0]
-        self._tokens.add_(self._lattice.store.index_select(0, cells).sum(0))
+        self._tokens.add_(self._cache.store.index_select(0, cells).sum(0))
         self._run.add_(1)
 
     def _end_step(self, held: bool) -> None:

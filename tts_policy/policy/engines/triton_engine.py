@@ -28,7 +28,7 @@ from tts_policy.policy.denoisers.transformer import (
 from tts_policy.policy.engines import triton_kernel
 from tts_policy.policy.engines.capture import Capture, Unit
 from tts_policy.policy.engines.eager import Engine
-from tts_policy.policy.feature_cache import Lattice
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan, Reuse, resolve_sources
 from tts_policy.policy.scheduler import NoiseScheduler
@@ -118,7 +118,7 @@ class TritonEngine(Engine):
         self,
         denoiser: Denoiser,
         scheduler: NoiseScheduler,
-        lattice: Lattice,
+        cache: FeatureCache,
         force_first_step: bool,
         dtype: torch.dtype = torch.float32,
         programs: int | None = None,
@@ -134,8 +134,8 @@ class TritonEngine(Engine):
         if refusal := self.refusal(denoiser):
             raise ValueError(refusal)
         assert isinstance(denoiser, TransformerDenoiser)
-        spec, device = denoiser.spec, lattice.store.device
-        self._lattice, self._force_first_step = lattice, force_first_step
+        spec, device = denoiser.spec, cache.store.device
+        self._cache, self._force_first_step = cache, force_first_step
         self._kinds = spec.stack.kinds
         self._memory = MemoryTable(denoiser, scheduler.spec.timesteps())
         self.time_tokens = self._memory.time_tokens
@@ -188,18 +188,18 @@ class TritonEngine(Engine):
         self._x = torch.zeros(rows, actions, device=device)
         self._chunk = self._x[: spec.horizon, : spec.action_dim]
         self._noise = torch.zeros(
-            len(self._lattice.step_noise), spec.horizon, actions, device=device
+            len(self._cache.step_noise), spec.horizon, actions, device=device
         )
         self._tokens, self._mixed = torch.zeros(2, rows, spec.width, device=device).unbind(0)
         self._wide = torch.zeros(rows, 4 * spec.width, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
-        self._sources = Upload((self._lattice.steps, spec.blocks), torch.int64, device)
+        self._sources = Upload((self._cache.steps, spec.blocks), torch.int64, device)
         # A forced step 0 is launched before the plan is there: its row never changes.
         self._sources.host.fill_(COMPUTED)
         self._sources.device.fill_(COMPUTED)
 
     def _capture_units(self, capture: Capture) -> None:
-        first, steps = int(self._force_first_step), self._lattice.steps
+        first, steps = int(self._force_first_step), self._cache.steps
         self._observe = capture(lambda: self._memory.encode(self._features))
         self._begin = capture(self._begin_tick)
         self._first_step = capture(lambda: self._launch(0, 1)) if first else None
@@ -250,9 +250,9 @@ class TritonEngine(Engine):
         actions = self._chunk.shape[1]
         # The kernel leaves its own values in the padding.
         self._x.zero_()
-        self._chunk.copy_(self._lattice.initial_noise[0])
+        self._chunk.copy_(self._cache.initial_noise[0])
         if len(self._noise):
-            self._noise[..., :actions].copy_(self._lattice.step_noise[:, 0])
+            self._noise[..., :actions].copy_(self._cache.step_noise[:, 0])
 
     def _launch(self, first: int, last: int) -> None:
         """Launch the steps first to last - 1."""
@@ -267,7 +267,7 @@ class TritonEngine(Engine):
             self._wide,
             self._mixed,
             self._arrived,
-            self._lattice.store,
+            self._cache.store,
             self._sources.device,
             self._noise,
             self._coefficients,

@@ -138,9 +138,9 @@ def inputs(kind: str, *shape: int) -> dict[str, Any]:
         ({'hidden_dim': 32}, 'must map'),
         ({'num_layers': 3}, r'weight noise_predictor.transformer_blocks.2'),
         ({'num_layers': 1}, 'weights of an unknown architecture'),
-        ({'num_layers': 1 << 40}, 'weight noise_predictor.transformer_blocks.2'),
+        ({'num_layers': 1 << 40}, 'network.layers: expected at most 16384'),
         ({'use_rope': True}, 'qkv_proj.weight expected'),
-        ({'n_action_steps': 8}, 'action.execute must be at most'),
+        ({'n_action_steps': 8}, 'action.execute: expected at most'),
         ({'noise_scheduler_type': 'PNDM'}, 'must be DDPMScheduler or DDIMScheduler'),
         ({'horizon': 'long'}, 'config.horizon must be int'),
     ],
@@ -167,7 +167,10 @@ def test_what_has_no_counterpart_is_refused_in_one_line(
         ({'image_resize_shape': [64]}, 'image_resize_shape must be height and width, got [64]'),
         ({'vision_encoder_name': 'laion/CLIP-ViT'}, 'vision_encoder_name must begin with openai'),
         ({'use_separate_rgb_encoder_per_camera': True}, 'vision_encoders.0.model.embeddings'),
-        (inputs('VISUAL', 3, 4000, 48), 'camera .top. must be 16 to 2048 pixels a side'),
+        (
+            inputs('VISUAL', 3, 4000, 48),
+            'images.top: camera.height: expected at most 2048, got 4000',
+        ),
     ],
 )
 def test_cameras_that_their_encoder_cannot_see_are_refused_in_one_line(
@@ -177,7 +180,7 @@ def test_cameras_that_their_encoder_cannot_see_are_refused_in_one_line(
     folder = policy.save(tmp_path / 'policy', **changes)
     assert main([str(folder), str(tmp_path / 'out'), *TOLD]) == 2
     error = capsys.readouterr().err
-    assert reason.replace('.top.', "'top'") in error and error.count('\n') == 1
+    assert reason in error and error.count('\n') == 1
     assert not (tmp_path / 'out').exists()
 
 

@@ -22,6 +22,7 @@ from tts_policy.evaluate.digest import ExpectedDigests
 from tts_policy.evaluate.variants import Arm
 from tts_policy.evaluate.worker import Job, Worker
 from tts_policy.policy.bundle import load_bundle, save_bundle, save_pruner, save_random_bundle
+from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.pruner import Pruner
@@ -30,7 +31,7 @@ from tts_policy.sim.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
 from tts_policy.sim.rollout import DeceivedRobot, run_episode
 from tts_policy.sim.tasks.lift import LiftWorld
 
-TINY = NetworkSpec(width=16, layers=1, heads=2, camera_channels=16)
+TINY = NetworkSpec(width=16, layers=1, heads=2, encoder=CnnSpec(16))
 
 
 @pytest.fixture(scope='module')

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 
 from tts_policy.evaluate.variants import ARM_SETS, PLANS, Arm, ArmError, parse_arms
 from tts_policy.policy.bundle import Bundle, BundleError, load_bundle, save_random_bundle
+from tts_policy.policy.denoisers.dit import DiTOptions
+from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.flops import pruner_flops
-from tts_policy.policy.network import DiTOptions, NetworkSpec
+from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.plan import Plan, Reuse, make_plan, static_plan
 from tts_policy.policy.pruner import Pruner
 from tts_policy.sim.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS
 
-TINY = NetworkSpec(width=16, layers=2, heads=2, camera_channels=16)
+TINY = NetworkSpec(width=16, layers=2, heads=2, encoder=CnnSpec(16))
 
 
 @pytest.fixture(scope='module')
@@ -220,7 +222,7 @@ def test_an_arm_beyond_the_limits_of_samplers_is_refused(text: str, bundle: Bund
 
 
 def test_a_flow_is_run_by_euler_steps_and_by_nothing_else(tmp_path: Path) -> None:
-    network = replace(TINY, dit=DiTOptions(time_features=16), objective='flow')
+    network = replace(TINY, denoiser=DiTOptions(time_features=16), objective='flow')
     save_random_bundle(tmp_path, PANDA_CONTRACT, FLOW_SAMPLERS, network)
     flow = load_bundle(tmp_path)
     arm = Arm.parse('flow5:static:0.6')

@@ -24,8 +24,10 @@ from tts_policy.policy.bundle import (
     save_bundle,
     save_pruner,
 )
+from tts_policy.policy.encoders.camera_encoder import CameraEncoderSpec
+from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.encoders.resnet import ResNetSpec
-from tts_policy.policy.encoders.vision_transformer import ViTSpec
+from tts_policy.policy.encoders.vit import ViTSpec
 from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
@@ -228,12 +230,17 @@ def _not_finite(network: PolicyNetwork) -> None:
 @pytest.mark.parametrize(
     ('samplers', 'pruners', 'change', 'reason'),
     [
-        ({'a': SamplerSpec(SchedulerSpec('ddim', 5, 100))}, {}, None, 'train_steps must be 20'),
+        (
+            {'a': SamplerSpec(SchedulerSpec('ddim', 5, 100))},
+            {},
+            None,
+            r'scheduler\.train_steps: expected 20, got 100',
+        ),
         (
             {'a': SamplerSpec(SchedulerSpec('flow', 5, prediction='velocity'))},
             {},
             None,
-            'kind must be ddpm or ddim',
+            r'scheduler\.kind: expected ddpm or ddim',
         ),
         ({}, {}, None, 'samplers must name at least one'),
         (SAMPLERS, {'ddim5': 4}, None, r"pruner of 'ddim5' must have .*got \(4, "),
@@ -277,11 +284,13 @@ def test_a_pruner_that_would_not_be_loaded_is_not_added(bundle: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     'encoder',
-    [{'resnet': ResNetSpec()}, {'vit': ViTSpec(64, 1, 64)}, {'camera_blocks': 1}],
+    [ResNetSpec(), ViTSpec(64, 1, 64), CnnSpec(blocks=1)],
     ids=['resnet', 'vit', 'blocks'],
 )
-def test_a_pruner_is_added_whatever_the_encoder(tmp_path: Path, encoder: dict[str, Any]) -> None:
-    spec = NetworkSpec(width=16, layers=1, heads=2, train_steps=20, **encoder)
+def test_a_pruner_is_added_whatever_the_encoder(
+    tmp_path: Path, encoder: CameraEncoderSpec
+) -> None:
+    spec = NetworkSpec(width=16, layers=1, heads=2, train_steps=20, encoder=encoder)
     network = PolicyNetwork(CONTRACT, spec)
     save_bundle(tmp_path, 'a', network, SAMPLERS)
     state = torch.get_rng_state()

@@ -19,11 +19,12 @@ from tts_policy.policy import flops
 from tts_policy.policy.bundle import BundleError, load_bundle, save_bundle, save_random_bundle
 from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 from tts_policy.policy.denoisers.attention import rotary_angles, rotate
-from tts_policy.policy.denoisers.dit import DiTDenoiser, DiTSpec
+from tts_policy.policy.denoisers.dit import DiTDenoiser, DiTOptions, DiTSpec
+from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.engines.eager import EagerEngine, denoise_dense, denoise_masked
 from tts_policy.policy.engines.registry import make_engine
 from tts_policy.policy.feature_cache import FeatureCache
-from tts_policy.policy.network import DiTOptions, NetworkSpec
+from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.plan import Plan, Reuse, dense_plan, make_plan
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.sampler import SamplerSpec
@@ -40,8 +41,8 @@ NETWORK = NetworkSpec(
     width=32,
     layers=2,
     heads=2,
-    camera_channels=16,
-    dit=DiTOptions(time_features=16, learned_position=True),
+    encoder=CnnSpec(16),
+    denoiser=DiTOptions(time_features=16, learned_position=True),
     objective='flow',
 )
 SAMPLERS = {
@@ -243,8 +244,8 @@ def test_a_bundle_runs_sparse_and_keeps_its_architecture(
 @pytest.mark.parametrize(
     ('scheduler', 'reason'),
     [
-        (SchedulerSpec('ddim', 5, 100), "must be flow for objective 'flow', got 'ddim'"),
-        (None, 'objective must be one of'),
+        (SchedulerSpec('ddim', 5, 100), "kind: expected flow for objective 'flow', got 'ddim'"),
+        (None, "objective: expected 'diffusion' or 'flow', got 'stream'"),
     ],
 )
 def test_a_sampler_of_another_objective_is_refused(
@@ -266,9 +267,9 @@ def test_a_sampler_of_another_objective_is_refused(
 @pytest.mark.parametrize(
     ('field', 'value', 'reason'),
     [
-        ('time_features', 15, 'time_features must be even'),
-        ('rotary', 1, 'rotary must be true or false'),
-        ('rotary_base', 0.5, r'rotary_base must be in \(1, 1e9\]'),
+        ('time_features', 15, 'time_features: expected a multiple of 2, got 15'),
+        ('rotary', 1, 'rotary: expected true or false, got 1'),
+        ('rotary_base', 0.5, 'rotary_base: expected more than 1.0, got 0.5'),
     ],
 )
 def test_impossible_sizes_are_refused(field: str, value: object, reason: str) -> None:
@@ -277,5 +278,5 @@ def test_impossible_sizes_are_refused(field: str, value: object, reason: str) ->
 
 
 def test_a_flow_predicts_velocity() -> None:
-    with pytest.raises(ValueError, match="prediction must be 'velocity', got 'epsilon'"):
+    with pytest.raises(ValueError, match="prediction: expected 'velocity', got 'epsilon'"):
         SchedulerSpec('flow', 5)

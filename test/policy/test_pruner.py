@@ -17,9 +17,20 @@ def _spec(*sparsities: float) -> PrunerSpec:
     return PrunerSpec(10, 6, 8, 2, sparsities)
 
 
-@pytest.mark.parametrize('sparsities', [(), (0.8, 0.5), (0.5, 0.5), (1.0,), (-0.1,)])
-def test_sparsities_without_order_are_refused(sparsities: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match='sparsities must rise within'):
+@pytest.mark.parametrize(
+    ('sparsities', 'expected'),
+    [
+        ((), 'at least 1 entries'),
+        ((0.8, 0.5), 'sparsities that rise'),
+        ((0.5, 0.5), 'sparsities that rise'),
+        ((1.0,), 'less than 1.0'),
+        ((-0.1,), 'at least 0.0'),
+    ],
+)
+def test_sparsities_without_order_are_refused(
+    sparsities: tuple[float, ...], expected: str
+) -> None:
+    with pytest.raises(ValueError, match=rf'pruner\.sparsities.*: expected {expected}, got'):
         _spec(*sparsities)
 
 

@@ -81,9 +81,9 @@ def test_an_exact_denoiser_recovers_the_clean_action(spec: SchedulerSpec) -> Non
 @pytest.mark.parametrize(
     ('kind', 'steps', 'reason'),
     [
-        ('euler', 10, "must be 'ddpm' or 'ddim' or 'flow', got 'euler'"),
-        ('ddim', 0, r'in \[1, 100\], got 0'),
-        ('ddim', 101, r'in \[1, 100\], got 101'),
+        ('euler', 10, "kind: expected 'ddpm' or 'ddim' or 'flow', got 'euler'"),
+        ('ddim', 0, 'steps: expected at least 1, got 0'),
+        ('ddim', 101, 'steps: expected at most train_steps = 100, got 101'),
     ],
 )
 def test_impossible_schedulers_are_refused(kind: str, steps: int, reason: str) -> None:

@@ -16,6 +16,10 @@ from small_training import SMALL
 from torch import Tensor
 
 from tts_policy.policy.bundle import load_bundle, save_random_bundle
+from tts_policy.policy.encoders.camera_encoder import CameraEncoderSpec
+from tts_policy.policy.encoders.cnn import CnnSpec
+from tts_policy.policy.encoders.resnet import ResNetSpec
+from tts_policy.policy.encoders.vit import ViTSpec
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.scheduler import SchedulerSpec
@@ -183,13 +187,50 @@ def test_residual_blocks_that_are_added_to_a_camera_encoder_change_nothing_at_fi
     command = [str(bags), '--out', str(tmp_path), '--initial', str(bundle), *still]
     assert train_policy.main([*command, '--camera-blocks', '2', '--threads', '1']) == 0
     larger, given = (load_bundle(path).network.eval() for path in (tmp_path / 'bundle', bundle))
-    assert larger.spec.camera_blocks == 2
+    assert larger.spec.encoder == CnnSpec(blocks=2)
     assert len(larger.state_dict()) > len(given.state_dict())
     image = torch.randint(256, (1, 2, 96, 96, 3), dtype=torch.uint8)
     joints = torch.zeros(1, 2, len(given.contract.observation.joints))
     with torch.no_grad():
         features = [network.features({'camera': image}, joints) for network in (larger, given)]
     torch.testing.assert_close(*features, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('encoder', 'made'),
+    [
+        (['cnn', 'channels=16'], CnnSpec(16)),
+        (['resnet', 'keypoints=8', 'crop=[80, 84]'], ResNetSpec(keypoints=8, crop=(80, 84))),
+        (['vit', 'width=64', 'layers=1', 'hidden=64'], ViTSpec(64, 1, 64)),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else '',
+)
+def test_every_camera_encoder_can_be_trained_and_its_bundle_loaded(
+    encoder: list[str], made: CameraEncoderSpec, bags: Path, tmp_path: Path
+) -> None:
+    steps = ['--steps', '2', '--encoder-steps', '1', '--encoder', *encoder]
+    assert train_policy.main([str(bags), '--out', str(tmp_path), *SMALL, *steps]) == 0
+    assert load_bundle(tmp_path / 'bundle').network.spec.encoder == made
+
+
+@pytest.mark.parametrize(
+    ('words', 'reason'),
+    [
+        (['--encoder', 'lstm'], '--encoder: expected one of cnn, resnet, vit, got lstm'),
+        (['--encoder', 'resnet', 'depth=50'], 'resnet.depth: expected no field of this name'),
+        (['--denoiser', 'dit', 'rotary=1'], 'dit.rotary: expected true or false, got 1'),
+    ],
+)
+def test_unknown_kinds_and_settings_are_refused_in_one_line(
+    words: list[str],
+    reason: str,
+    bags: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train_policy.main([str(bags), '--out', str(tmp_path), *SMALL, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'train_policy: {reason}') and error.count('\n') == 1
 
 
 def test_another_objective_than_that_of_the_initial_bundle_is_refused(
@@ -214,15 +255,15 @@ def test_samplers_have_the_training_schedule_of_the_initial_bundle(
         assert train_policy.main(command) == (0 if train_steps == 200 else 2)
     samplers = load_bundle(tmp_path / 'out_200' / 'bundle').samplers
     assert [spec.scheduler.train_steps for spec, _ in samplers.values()] == [200, 200]
-    assert 'scheduler steps must be in [1, 50], got 100' in capsys.readouterr().err
+    assert 'scheduler.steps: expected at most train_steps = 50, got 100' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ('option', 'value', 'reason'),
     [
         ('--threads', '0', 'threads must be at least 1, got 0'),
-        ('--camera-blocks', '9', 'network camera_blocks must be in [0, 5], got 9'),
-        ('--temperature', '2', 'temperature must be in [0, 1], got 2.0'),
+        ('--camera-blocks', '9', 'cnn.blocks: expected at most 5, got 9'),
+        ('--temperature', '2', 'sampler.temperature: expected at most 1.0, got 2.0'),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_in_one_line(
@@ -240,5 +281,5 @@ def test_a_width_that_cannot_be_is_refused_in_one_line(
         train_policy.main([str(bags), '--out', str(tmp_path / 'out'), *SMALL, '--width', '33'])
         == 2
     )
-    reason = 'denoiser width must be a multiple of 2 x heads = 8, got 33'
+    reason = 'denoiser.width: expected a multiple of 2 x heads = 8, got 33'
     assert capsys.readouterr().err.splitlines()[-1] == f'train_policy: {reason}'

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.convert.weights import WeightSource
 from tts_policy.policy.denoisers.attention import merge_heads, split_heads
-from tts_policy.policy.encoders.vision_transformer import HEAD_WIDTH, quick_gelu
+from tts_policy.policy.encoders.vit import HEAD_WIDTH, quick_gelu
 
 START_OF_TEXT, END_OF_TEXT = 49406, 49407
 MAX_LAYERS = 64

@@ -13,7 +13,7 @@ from torch import Tensor
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.convert.weights import WeightSource
 from tts_policy.policy.contract import CameraSpec
-from tts_policy.policy.encoders.vision_transformer import ViTSpec
+from tts_policy.policy.encoders.vit import ViTSpec
 
 Source = WeightSource[Any]
 Size = tuple[int, int] | tuple[()]

@@ -61,12 +61,11 @@ def summary(converted: ConvertedPolicy, pruners: Mapping[str, AnyPruner]) -> str
     contract, spec = converted.network.contract, converted.network.spec
     obs, act = contract.observation, contract.action
     cameras = ', '.join(f'{c.key} {c.height} x {c.width}' for c in obs.cameras) or 'none'
-    attention = 'causal' if spec.causal else 'not causal'
-    kind = f'{attention}, {spec.cond_layers} condition layers' if spec.dit is None else 'modulated'
+    options = ', '.join(f'{key} {value}' for key, value in spec.denoiser.to_dict().items())
     parameters = sum(p.numel() for p in converted.network.parameters())
     lines = [
         f'{converted.name}: {parameters / 1e6:.1f} M parameters',
-        f'  denoiser   {spec.layers} layers, width {spec.width}, {spec.heads} heads, {kind}',
+        f'  denoiser   {spec.layers} layers, width {spec.width}, {spec.heads} heads, {options}',
         f'  observes   {obs.steps} samples, {obs.period_s:g} s apart; cameras: {cameras}',
         f'             joints: {", ".join(obs.joints)}',
         f'  commands   {act.horizon} actions, {act.execute} executed: {", ".join(act.joints)}',

@@ -24,7 +24,8 @@ from tts_policy.convert.robomimic_encoder import resnet_spec, resnet_state
 from tts_policy.convert.transformer_weights import diffusion_transformer
 from tts_policy.convert.weights import WeightSource, load_state
 from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
-from tts_policy.policy.denoisers.transformer import TransformerSpec
+from tts_policy.policy.denoisers.transformer import TransformerOptions, TransformerSpec
+from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.encoders.resnet import ResNetSpec
 from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 
@@ -134,22 +135,15 @@ def _build(
         layers=model.integer('n_layer'),
         heads=model.integer('n_head'),
         train_steps=train_steps,
-        causal=model.flag('causal_attn', False),
-        cond_layers=model.integer('n_cond_layers', 0),
-        resnet=resnet,
+        denoiser=TransformerOptions(
+            causal=model.flag('causal_attn', False),
+            cond_layers=model.integer('n_cond_layers', 0),
+        ),
+        encoder=resnet or CnnSpec(),
     )
     # Built from the weights before any memory is taken for the sizes that the configuration names.
-    denoiser = TransformerSpec(
-        action_dim=len(contract.action.joints),
-        horizon=contract.action.horizon,
-        obs_steps=contract.observation.steps,
-        obs_features=len(columns),
-        width=spec.width,
-        layers=spec.layers,
-        heads=spec.heads,
-        causal=spec.causal,
-        cond_layers=spec.cond_layers,
-    )
+    denoiser = spec.denoiser_spec(contract, len(columns))
+    assert isinstance(denoiser, TransformerSpec)
     state = diffusion_transformer(source, 'model.', denoiser)
     embedding = state['encoder.observation.weight']
     if embedding.shape != (spec.width, len(columns)):

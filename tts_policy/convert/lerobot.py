@@ -28,8 +28,9 @@ from tts_policy.convert.noise_schedule import flow_samplers, read_samplers
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.convert.weights import WeightSource, load_state
 from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
-from tts_policy.policy.encoders.vision_transformer import VisionTransformer
-from tts_policy.policy.network import DiTOptions, NetworkSpec, PolicyNetwork
+from tts_policy.policy.denoisers.dit import DiTOptions
+from tts_policy.policy.encoders.vit import VisionTransformer
+from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.scheduler import FLOW
 
@@ -194,7 +195,7 @@ def _build(
         layers=config.integer('num_layers', 6),
         heads=config.integer('num_heads', 8),
         train_steps=train_steps,
-        dit=options,
+        denoiser=options,
         objective=FLOW if config.text('objective', 'diffusion') != 'diffusion' else 'diffusion',
     )
     # Read before any memory is taken for the sizes that the configuration names.
@@ -203,7 +204,7 @@ def _build(
     state = _denoiser(source, spec, options, contract, features, text)
     source.require_empty()
     if encoders:
-        spec = replace(spec, vit=next(iter(encoders.values()))[0])
+        spec = replace(spec, encoder=next(iter(encoders.values()))[0])
     network = PolicyNetwork(contract, spec)
     load_state(network.denoiser, state)
     for key, (_, weights) in encoders.items():

@@ -13,7 +13,7 @@ from tts_policy.convert.configuration import Configuration
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.convert.weights import WeightSource
 from tts_policy.policy.contract import CameraSpec
-from tts_policy.policy.encoders.vision_transformer import ViTSpec
+from tts_policy.policy.encoders.vit import ViTSpec
 
 # What their transformers compute with; others have another activation.
 CLIP = 'openai/clip-'
@@ -41,7 +41,11 @@ def read_cameras(config: Configuration) -> list[tuple[str, CameraSpec]]:
         shape = inputs.section(feature).integers('shape')
         if len(shape) != 3 or shape[0] != 3:
             raise CheckpointError(f'{feature}: 3 channels, height and width expected, got {shape}')
-        cameras.append((feature, CameraSpec(feature.rpartition('.')[2], shape[1], shape[2])))
+        try:
+            camera = CameraSpec(feature.rpartition('.')[2], shape[1], shape[2])
+        except ValueError as error:
+            raise CheckpointError(f'{feature}: {error}') from error
+        cameras.append((feature, camera))
     return cameras
 
 

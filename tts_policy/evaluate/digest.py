@@ -18,12 +18,29 @@ from torch import Tensor
 
 from tts_policy.evaluate.variants import LEARNED_PLANS, Arm, ArmError
 from tts_policy.policy.bundle import Bundle
+from tts_policy.policy.network import PolicyNetwork
 from tts_policy.policy.plan import PlanError, Reuse, make_plan
 from tts_policy.policy.pruner import Pruner
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.state_hash import take_in
 
 DIGITS = 16
+
+
+def _described(network: PolicyNetwork) -> str:
+    """Contract and sizes, in the words that digests were made of from the first result on."""
+    sizes = {
+        'camera_blocks': 0,
+        'resnet': None,
+        'vit': None,
+        'dit': None,
+        'objective': 'diffusion',
+    }
+    known = 'width layers heads camera_channels camera_blocks train_steps causal cond_layers'
+    given = sizes | network.spec.to_dict()
+    ordered = {name: given.pop(name) for name in known.split()} | given
+    fields = ', '.join(f'{name}={value!r}' for name, value in ordered.items())
+    return f'({network.contract!r}, NetworkSpec({fields}))'
 
 
 class ArmDigests:
@@ -33,7 +50,7 @@ class ArmDigests:
         """Take in the policy, which all arms share."""
         self._bundle = bundle
         network = bundle.network
-        self._policy = hashlib.sha256(repr((network.contract, network.spec)).encode())
+        self._policy = hashlib.sha256(_described(network).encode())
         take_in(self._policy, network.state_dict())
 
     def of(self, arm: Arm) -> str:

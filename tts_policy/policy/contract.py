@@ -1,46 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy sees and what it commands: the contract between a robot and a model bundle.
+"""The contract between a robot and a policy: what the policy observes and what it commands.
 
-Everything here is plain data. The ROS side reads joint names, image sizes and the period from it;
-the model side reads dimensions. Neither knows the other.
+Everything here is plain data and needs no torch. The robot side takes joint names, image sizes
+and the control period from it; the model side takes dimensions.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, Strict, StringConstraints, model_validator
+from typing_extensions import Self
+
+from tts_policy.policy.validation import WRITTEN_IF_SET, Flag, Integer, Mismatch, Spec, checked
 
 
-class ContractError(ValueError):
-    """A contract that cannot be met; the message names the field, what was expected and got."""
+def _distinct(names: Sequence[str]) -> Sequence[str]:
+    if len(set(names)) != len(names):
+        raise ValueError('names that differ')
+    return names
 
 
-@dataclass(frozen=True)
-class CameraSpec:
+_Count = Annotated[Integer, Field(ge=1, le=1024)]
+_Pixels = Annotated[Integer, Field(ge=16, le=2048)]
+_Name = Annotated[str, Strict(), StringConstraints(min_length=1)]
+_Joints = Annotated[tuple[_Name, ...], Field(min_length=1), AfterValidator(_distinct)]
+
+
+@checked('camera')
+class CameraSpec(Spec):
     """One camera: `key` names it in the window; images are uint8 RGB [height, width, 3]."""
 
-    key: str
-    height: int
-    width: int
+    key: _Name
+    height: _Pixels
+    width: _Pixels
 
 
-@dataclass(frozen=True)
-class ObservationSpec:
+@checked('observation')
+class ObservationSpec(Spec):
     """An observation window of `steps` samples, `period_s` seconds apart, newest last."""
 
     cameras: tuple[CameraSpec, ...]
-    joints: tuple[str, ...]
-    steps: int
-    period_s: float
+    joints: _Joints
+    steps: _Count
+    period_s: Annotated[float, Strict(), Field(ge=0.001, le=10.0)]
+
+    @model_validator(mode='after')
+    def _check_cameras(self) -> Self:
+        keys = [camera.key for camera in self.cameras]
+        if len(set(keys)) != len(keys):
+            raise Mismatch('cameras', 'keys that differ', str(keys))
+        if 'joints' in keys:
+            raise Mismatch('cameras', "another key than 'joints', which is taken", "'joints'")
+        return self
 
 
-@dataclass(frozen=True)
-class ActionSpec:
+@checked('action')
+class ActionSpec(Spec):
     """A chunk of absolute joint set-points.
 
     Index 0 of the horizon belongs to the oldest observation of the window or, with
@@ -48,73 +70,30 @@ class ActionSpec:
     observation time + (a + offset_steps) * period_s.
     """
 
-    joints: tuple[str, ...]
-    horizon: int
-    execute: int
-    offset_steps: int
-    starts_at_newest: bool = False
+    joints: _Joints
+    horizon: _Count
+    execute: _Count
+    offset_steps: Annotated[Integer, Field(ge=0, le=1)]
+    starts_at_newest: Annotated[Flag, WRITTEN_IF_SET] = False
 
 
-@dataclass(frozen=True)
-class PolicyContract:
+@checked()
+class PolicyContract(Spec):
     """Observation and action contract of one policy."""
 
     observation: ObservationSpec
     action: ActionSpec
 
-    def __post_init__(self) -> None:
-        """Refuse a contract no robot could meet.
-
-        Raises
-        ------
-        ContractError
-            naming the field.
-
-        """
-        obs, act = self.observation, self.action
-        for name, value in (
-            ('observation.steps', obs.steps),
-            ('action.horizon', act.horizon),
-            ('action.execute', act.execute),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024:
-                raise ContractError(f'{name} must be an integer in [1, 1024], got {value!r}')
-        if type(act.offset_steps) is not int or act.offset_steps not in (0, 1):
-            raise ContractError(f'action.offset_steps must be 0 or 1, got {act.offset_steps!r}')
-        if isinstance(obs.period_s, bool) or not 0.001 <= obs.period_s <= 10.0:
-            raise ContractError(
-                f'observation.period_s must be in [0.001, 10] s, got {obs.period_s!r}'
+    @model_validator(mode='after')
+    def _check_execute(self) -> Self:
+        if self.action.execute > self.usable_actions:
+            counted = 'horizon' if self.action.starts_at_newest else 'horizon - steps + 1'
+            raise Mismatch(
+                'action.execute',
+                f'at most {counted} = {self.usable_actions}',
+                str(self.action.execute),
             )
-        if not isinstance(act.starts_at_newest, bool):
-            raise ContractError(
-                f'action.starts_at_newest must be true or false, got {act.starts_at_newest!r}'
-            )
-        if act.execute > self.usable_actions:
-            counted = 'horizon' if act.starts_at_newest else 'horizon - steps + 1'
-            raise ContractError(
-                f'action.execute must be at most {counted} = {self.usable_actions}, '
-                f'got {act.execute}'
-            )
-        cameras = tuple(camera.key for camera in obs.cameras)
-        for name, joints in (
-            ('observation.joints', obs.joints),
-            ('action.joints', act.joints),
-            ('observation.cameras', cameras),
-        ):
-            given = all(isinstance(joint, str) and joint for joint in joints)
-            if not given or not (joints or joints is cameras):
-                raise ContractError(f'{name} must be a list of names, got {joints!r}')
-            if len(set(joints)) != len(joints):
-                raise ContractError(f'{name} must not repeat a name, got {list(joints)}')
-        if 'joints' in cameras:
-            raise ContractError("observation.cameras: the key 'joints' is taken, choose another")
-        for camera in obs.cameras:
-            sides = camera.height, camera.width
-            if not all(type(side) is int and 16 <= side <= 2048 for side in sides):
-                raise ContractError(
-                    f'camera {camera.key!r} must be 16 to 2048 pixels a side, '
-                    f'got {camera.height} x {camera.width}'
-                )
+        return self
 
     @property
     def newest_action(self) -> int:
@@ -126,35 +105,19 @@ class PolicyContract:
         """Set-points of a chunk from the newest observation on."""
         return self.action.horizon - self.newest_action
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, as they stand in model.yaml."""
-        data = asdict(self)
-        data['observation']['cameras'] = [asdict(camera) for camera in self.observation.cameras]
-        data['observation']['joints'] = list(self.observation.joints)
-        data['action']['joints'] = list(self.action.joints)
-        if not self.action.starts_at_newest:
-            del data['action']['starts_at_newest']
-        return data
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> PolicyContract:
-        """Inverse of `to_dict`.
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Contract from a mapping, of which other keys are left to others, as in model.yaml.
 
         Raises
         ------
-        ContractError
-            for a missing or unknown field, or a value out of range.
+        Mismatch
+            naming the field that is missing, unknown or out of range.
 
         """
-        try:
-            obs = dict(data['observation'])
-            obs['cameras'] = tuple(CameraSpec(**camera) for camera in obs['cameras'])
-            obs['joints'] = tuple(obs['joints'])
-            act = dict(data['action'])
-            act['joints'] = tuple(act['joints'])
-            return PolicyContract(ObservationSpec(**obs), ActionSpec(**act))
-        except (KeyError, TypeError) as error:
-            raise ContractError(f'observation/action contract is malformed: {error}') from error
+        if isinstance(data, dict):
+            data = {key: data[key] for key in ('observation', 'action') if key in data}
+        return super().from_dict(data)
 
 
 def read_contract(path: Path) -> PolicyContract:
@@ -162,14 +125,14 @@ def read_contract(path: Path) -> PolicyContract:
 
     Raises
     ------
-    ContractError
+    ValueError
         naming the file, if it cannot be read or holds no contract.
 
     """
     try:
         return PolicyContract.from_dict(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ContractError(f'{path}: {" ".join(str(error).split())}') from None
+        raise ValueError(f'{path}: {" ".join(str(error).split())}') from None
 
 
 @dataclass(frozen=True)

@@ -11,54 +11,42 @@ computing depends on how many may be.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from tts_policy.policy.denoisers.denoiser import DenoiserSpec
 from tts_policy.policy.plan import Reuse, static_steps
+from tts_policy.policy.validation import WRITTEN_IF_SET, Number, Size, Spec, checked
 
 
-@dataclass(frozen=True)
-class PrunerSpec:
+def _rising(sparsities: tuple[float, ...]) -> tuple[float, ...]:
+    if sparsities != tuple(sorted(set(sparsities))):
+        raise ValueError('sparsities that rise')
+    return sparsities
+
+
+_Sparsity = Annotated[Number, Field(ge=0.0, lt=1.0)]
+
+
+@checked('pruner')
+class PrunerSpec(Spec):
     """Sizes: K steps, N residual blocks, memory width D, To observation tokens, hidden width.
 
     sparsities: those that have a table of their own; others take the nearest one's.
     time_width: of the time tokens, None where it is that of the observation tokens.
     """
 
-    steps: int
-    blocks: int
-    memory_width: int
-    obs_steps: int
-    sparsities: tuple[float, ...]
-    hidden: int = 96
-    time_width: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse tables without order and impossible sizes; raises ValueError naming the field."""
-        for name in ('steps', 'blocks', 'memory_width', 'obs_steps', 'hidden', 'time_width'):
-            value = getattr(self, name)
-            if name == 'time_width' and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 16384:
-                raise ValueError(f'pruner {name} must be an integer in [1, 16384], got {value!r}')
-        # model.yaml knows lists only.
-        object.__setattr__(self, 'sparsities', tuple(float(s) for s in self.sparsities))
-        ordered = tuple(sorted(set(self.sparsities)))
-        if not ordered or ordered != self.sparsities or not 0 <= ordered[0] <= ordered[-1] < 1:
-            raise ValueError(
-                f'pruner sparsities must rise within [0, 1), got {list(self.sparsities)}'
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, as they stand in model.yaml."""
-        data = {**asdict(self), 'sparsities': list(self.sparsities)}
-        if self.time_width is None:
-            del data['time_width']
-        return data
+    steps: Size
+    blocks: Size
+    memory_width: Size
+    obs_steps: Size
+    sparsities: Annotated[tuple[_Sparsity, ...], Field(min_length=1), AfterValidator(_rising)]
+    hidden: Size = 96
+    time_width: Annotated[Size | None, WRITTEN_IF_SET] = None
 
     @staticmethod
     def of(

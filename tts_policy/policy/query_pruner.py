@@ -9,45 +9,39 @@ weights were trained that way. Source: arXiv 2605.13316.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from tts_policy.policy.denoisers.attention import merge_heads, sinusoidal_embedding, split_heads
 from tts_policy.policy.denoisers.transformer import CrossAttention, SelfAttention
 from tts_policy.policy.plan import Reuse
 from tts_policy.policy.pruner import PlanPruner
+from tts_policy.policy.validation import Mismatch, Size, Spec, checked
 
 
-@dataclass(frozen=True)
-class QueryPrunerSpec:
+@checked('pruner')
+class QueryPrunerSpec(Spec):
     """Sizes: K steps, N residual blocks, memory width D, To observation tokens, own width."""
 
-    steps: int
-    blocks: int
-    memory_width: int
-    obs_steps: int
-    width: int = 512
-    heads: int = 8
-    feed_forward: int = 1024
+    steps: Size
+    blocks: Size
+    memory_width: Size
+    obs_steps: Size
+    width: Annotated[Size, Field(ge=4)] = 512
+    heads: Size = 8
+    feed_forward: Size = 1024
 
-    def __post_init__(self) -> None:
-        """Refuse impossible sizes; raises ValueError naming the field."""
-        for name, value in vars(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 16384:
-                raise ValueError(f'pruner {name} must be an integer in [1, 16384], got {value!r}')
-        if self.width < 4 or self.width % (2 * self.heads):
-            raise ValueError(
-                f'pruner width must be a multiple of 2 x heads = {2 * self.heads}, '
-                f'got {self.width}'
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, as they stand in model.yaml."""
-        return asdict(self)
+    @model_validator(mode='after')
+    def _check_heads(self) -> Self:
+        if self.width % (2 * self.heads):
+            multiple = f'a multiple of 2 x heads = {2 * self.heads}'
+            raise Mismatch('width', multiple, str(self.width))
+        return self
 
 
 class QueryPruner(PlanPruner):

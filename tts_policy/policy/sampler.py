@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated
 
-from tts_policy.policy.field_types import check_field_types
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
 from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.validation import Flag, Integer, Mismatch, Number, Spec, checked
 
 
-@dataclass(frozen=True)
-class SamplerSpec:
+@checked('sampler')
+class SamplerSpec(Spec):
     """How chunks are sampled.
 
     force_first_step: every block of step 0 is computed, so that the pruner can overlap with it.
@@ -23,24 +25,18 @@ class SamplerSpec:
     """
 
     scheduler: SchedulerSpec
-    force_first_step: bool = True
-    hold_noise: bool = True
-    temperature: float = 1.0
-    max_rollout_age: int = 16
-    recommended_sparsity: float = 0.0
+    force_first_step: Flag = True
+    hold_noise: Flag = True
+    temperature: Annotated[Number, Field(ge=0.0, le=1.0)] = 1.0
+    max_rollout_age: Annotated[Integer, Field(ge=1, le=10_000)] = 16
+    recommended_sparsity: Annotated[Number, Field(ge=0.0)] = 0.0
 
-    def __post_init__(self) -> None:
-        """Refuse impossible settings; raises ValueError naming the field."""
-        check_field_types('sampler', self)
-        if not 1 <= self.max_rollout_age <= 10_000:
-            raise ValueError(f'max_rollout_age must be in [1, 10000], got {self.max_rollout_age}')
-        if not 0.0 <= self.temperature <= 1.0:
-            raise ValueError(f'temperature must be in [0, 1], got {self.temperature}')
-        if not 0.0 <= self.recommended_sparsity <= self.max_sparsity:
-            raise ValueError(
-                f'recommended_sparsity must be in [0, {self.max_sparsity:.4g}], '
-                f'got {self.recommended_sparsity}'
-            )
+    @model_validator(mode='after')
+    def _check_sparsity(self) -> Self:
+        if self.recommended_sparsity > self.max_sparsity:
+            most = f'at most {self.max_sparsity:.4g}'
+            raise Mismatch('recommended_sparsity', most, str(self.recommended_sparsity))
+        return self
 
     @property
     def max_sparsity(self) -> float:
@@ -50,13 +46,3 @@ class SamplerSpec:
         nothing would not depend on the observation.
         """
         return 1.0 - 1.0 / self.scheduler.steps
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, as they stand in model.yaml."""
-        return {**asdict(self), 'scheduler': self.scheduler.to_dict()}
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> SamplerSpec:
-        """Inverse of `to_dict`; raises ValueError or TypeError for malformed data."""
-        data = dict(data)
-        return SamplerSpec(SchedulerSpec(**data.pop('scheduler')), **data)

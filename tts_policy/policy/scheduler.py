@@ -16,13 +16,24 @@ diffusers, which Diffusion Policy uses.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from tts_policy.policy.field_types import check_field_types
+from tts_policy.policy.validation import (
+    Flag,
+    Integer,
+    Mismatch,
+    Number,
+    Spec,
+    Text,
+    checked,
+    one_of,
+)
 
 
 def squared_cosine_alphas_cumprod(train_steps: int) -> Tensor:
@@ -39,11 +50,10 @@ def squared_cosine_alphas_cumprod(train_steps: int) -> Tensor:
 
 
 FLOW = 'flow'
-BETA_SCHEDULES = ('squaredcos_cap_v2', 'linear', 'scaled_linear', 'sigmoid')
 
 
-@dataclass(frozen=True)
-class SchedulerSpec:
+@checked('scheduler')
+class SchedulerSpec(Spec):
     """`kind` is 'ddpm', 'ddim' or 'flow'; `steps` denoising steps are taken of `train_steps`.
 
     beta_schedule: 'squaredcos_cap_v2', or 'linear', 'scaled_linear', 'sigmoid' between beta_start
@@ -55,54 +65,39 @@ class SchedulerSpec:
     sample.
     """
 
-    kind: str
-    steps: int
-    train_steps: int = 100
-    beta_schedule: str = 'squaredcos_cap_v2'
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    prediction: str = 'epsilon'
-    variance: str = 'fixed_small'
-    clip: float = 1.0
-    steps_offset: int = 0
-    set_alpha_to_one: bool = True
+    kind: Annotated[Text, one_of('ddpm', 'ddim', 'flow')]
+    steps: Annotated[Integer, Field(ge=1, le=10_000)]
+    train_steps: Annotated[Integer, Field(ge=1, le=10_000)] = 100
+    beta_schedule: Annotated[
+        Text, one_of('squaredcos_cap_v2', 'linear', 'scaled_linear', 'sigmoid')
+    ] = 'squaredcos_cap_v2'
+    beta_start: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.0001
+    beta_end: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.02
+    prediction: Annotated[Text, one_of('epsilon', 'sample', 'velocity')] = 'epsilon'
+    variance: Annotated[Text, one_of('fixed_small', 'fixed_small_log', 'fixed_large')] = (
+        'fixed_small'
+    )
+    clip: Annotated[Number, Field(ge=0.0, le=1e6)] = 1.0
+    steps_offset: Annotated[Integer, Field(ge=0)] = 0
+    set_alpha_to_one: Flag = True
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be sampled; raises ValueError naming the field."""
-        check_field_types('scheduler', self)
-        for name, value, allowed in (
-            ('kind', self.kind, ('ddpm', 'ddim', FLOW)),
-            ('beta_schedule', self.beta_schedule, BETA_SCHEDULES),
-            (
-                'prediction',
-                self.prediction,
-                ('velocity',) if self.is_flow else ('epsilon', 'sample'),
-            ),
-            ('variance', self.variance, ('fixed_small', 'fixed_small_log', 'fixed_large')),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f'scheduler {name} must be {" or ".join(map(repr, allowed))}, got {value!r}'
-                )
-        if not 1 <= self.train_steps <= 10_000:
-            raise ValueError(f'train_steps must be in [1, 10000], got {self.train_steps}')
-        most = 10_000 if self.is_flow else self.train_steps
-        if not 1 <= self.steps <= most:
-            raise ValueError(f'scheduler steps must be in [1, {most}], got {self.steps}')
-        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
-            raise ValueError(
-                f'0 < beta_start <= beta_end < 1 expected, got {self.beta_start}, {self.beta_end}'
+    @model_validator(mode='after')
+    def _check(self) -> Self:
+        if self.is_flow != (self.prediction == 'velocity'):
+            allowed = "'velocity'" if self.is_flow else "'epsilon' or 'sample'"
+            raise Mismatch('prediction', allowed, repr(self.prediction))
+        if self.beta_start > self.beta_end:
+            raise Mismatch(
+                'beta_start', f'at most beta_end = {self.beta_end}', str(self.beta_start)
             )
-        if not 0.0 <= self.clip <= 1e6:
-            raise ValueError(f'scheduler clip must be in [0, 1e6], got {self.clip}')
         if self.is_flow:
-            return
-        last = (self.steps - 1) * (self.train_steps // self.steps) + self.steps_offset
-        if self.steps_offset < 0 or last >= self.train_steps:
-            raise ValueError(
-                f'scheduler steps_offset must leave timesteps in [0, {self.train_steps}), '
-                f'got {self.steps_offset}'
-            )
+            return self
+        if self.steps > self.train_steps:
+            raise Mismatch('steps', f'at most train_steps = {self.train_steps}', str(self.steps))
+        if self.timesteps()[0] >= self.train_steps:
+            within = f'timesteps below train_steps = {self.train_steps}'
+            raise Mismatch('steps_offset', within, str(self.steps_offset))
+        return self
 
     @property
     def is_flow(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tts_policy.policy.contract import ContractError, PolicyContract
+from tts_policy.policy.contract import PolicyContract
 from tts_policy.sim.demo_process import DemoError
 
 DENSE_SAMPLER = 'ddpm100'
@@ -83,7 +83,6 @@ def read_bundle(path: Path) -> DemoBundle:
         return DemoBundle(path, PolicyContract.from_dict(data), samplers)
     except (
         yaml.YAMLError,
-        ContractError,
         ValueError,
         TypeError,
         KeyError,

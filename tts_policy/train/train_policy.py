@@ -14,9 +14,12 @@ import argparse
 import csv
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
+import yaml
 from tqdm import tqdm
 
 from tts_policy.data.data_check import DataCheck, write_check
@@ -28,13 +31,19 @@ from tts_policy.data.demonstrations import (
 from tts_policy.data.windows import Windows
 from tts_policy.policy.bundle import BundleError, load_bundle, save_bundle
 from tts_policy.policy.contract import PolicyContract, read_contract
-from tts_policy.policy.network import OBJECTIVES, DiTOptions, NetworkSpec, PolicyNetwork
+from tts_policy.policy.denoisers.denoiser import DENOISERS
+from tts_policy.policy.encoders.camera_encoder import ENCODERS
+from tts_policy.policy.encoders.cnn import CnnSpec
+from tts_policy.policy.network import OBJECTIVES, NetworkSpec, PolicyNetwork
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.scheduler import FLOW
 from tts_policy.policy.threads import set_threads
+from tts_policy.policy.validation import Mismatch, Spec
 from tts_policy.sim.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS
 from tts_policy.train.policy_trainer import PolicyTrainer, TrainingSpec
 from tts_policy.train.stop_request import StopRequest
+
+Kind = TypeVar('Kind', bound=Spec)
 
 
 def _train(trainer: PolicyTrainer, held_out: Windows, out: Path, save_every_s: float) -> None:
@@ -78,6 +87,20 @@ def initial_network(bundle: Path, contract: PolicyContract) -> PolicyNetwork:
     return network
 
 
+def chosen(
+    option: str, kinds: Mapping[str, type[Kind]], words: Sequence[str], **defaults: dict[str, Any]
+) -> Kind:
+    """Settings of the kind that an option names, such as `vit width=64 layers=2`.
+
+    defaults: settings by the name of a kind. Raises Mismatch for an unknown kind or setting.
+    """
+    name, *settings = words
+    if name not in kinds:
+        raise Mismatch(option, f'one of {", ".join(kinds)}', name)
+    given = {key: yaml.safe_load(value) for key, _, value in (s.partition('=') for s in settings)}
+    return kinds[name].from_dict({**defaults.get(name, {}), **given})
+
+
 def network_spec(args: argparse.Namespace, initial: PolicyNetwork | None) -> NetworkSpec:
     """Sizes asked for; those of the initial network, but for residual blocks that are added.
 
@@ -89,13 +112,16 @@ def network_spec(args: argparse.Namespace, initial: PolicyNetwork | None) -> Net
                 f'--objective: {initial.spec.objective}, that of --initial, expected, '
                 f'got {args.objective}'
             )
-        blocks = max(args.camera_blocks, initial.spec.camera_blocks)
-        return replace(initial.spec, camera_blocks=blocks)
+        encoder = initial.spec.encoder
+        if not isinstance(encoder, CnnSpec):
+            return initial.spec
+        blocks = max(args.camera_blocks, encoder.blocks)
+        return replace(initial.spec, encoder=replace(encoder, blocks=blocks))
     return NetworkSpec(
         width=args.width,
         layers=args.layers,
-        camera_blocks=args.camera_blocks,
-        dit=DiTOptions() if args.denoiser == 'dit' else None,
+        encoder=chosen('--encoder', ENCODERS, args.encoder, cnn={'blocks': args.camera_blocks}),
+        denoiser=chosen('--denoiser', DENOISERS, args.denoiser),
         objective=args.objective or OBJECTIVES[0],
     )
 
@@ -142,10 +168,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help='residual blocks of the camera encoder; with --initial, those it lacks are added',
     )
     parser.add_argument(
+        '--encoder',
+        nargs='+',
+        default=['cnn'],
+        metavar=('NAME', 'SETTING=VALUE'),
+        help=f'camera encoder: {", ".join(ENCODERS)}; settings as in model.yaml, such as '
+        'vit width=192 layers=4 hidden=768 (default: cnn)',
+    )
+    parser.add_argument(
         '--denoiser',
-        choices=('transformer', 'dit'),
-        default='transformer',
-        help="Diffusion Policy's transformer, or a DiT with modulated blocks",
+        nargs='+',
+        default=['transformer'],
+        metavar=('NAME', 'SETTING=VALUE'),
+        help=f'architecture: {", ".join(DENOISERS)}; settings as in model.yaml (default: '
+        'transformer)',
     )
     parser.add_argument(
         '--objective',

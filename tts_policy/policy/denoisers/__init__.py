@@ -1,2 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Denoising networks: one file per architecture."""
+"""Denoisers, one file per architecture: `denoiser.py` says how to add one."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+# Every architecture registers itself.
+for _module in iter_modules(__path__):
+    import_module(f'{__name__}.{_module.name}')

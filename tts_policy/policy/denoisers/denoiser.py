@@ -1,57 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every denoiser is to the sparse engine: a declared list of residual blocks.
+"""What a denoiser is to everything else, and all architectures by name.
 
-Block b is a function y = f_b(x, conditioning) of its inputs, and the caller adds y to x. That is
-what lets the engine skip a block or reuse an older y without touching the block; nothing else in
-the engine, the plans or the caches depends on the architecture. Implementations:
-`transformer.TransformerDenoiser` (self-attention, cross-attention, feed-forward) and
-`dit.DiTDenoiser` (modulated self-attention and feed-forward).
+A denoiser is a list of residual blocks. Block b is a function y = f_b(x, conditioning), and the
+caller adds y to x: the sparse engines can skip a block, or reuse an older y, without touching it.
+Plans, caches and engines depend on nothing else of an architecture.
+
+To add one, put a file beside this one that holds its module, a `Denoiser`, the options that a
+bundle stores, and its sizes:
+
+    @register_denoiser
+    @checked('mine')
+    class MineOptions(DenoiserOptions):
+        gated: Flag = True
+
+        def sized(self, **sizes: Any) -> MineSpec:
+            return MineSpec(**sizes, **asdict(self))
+
+    @checked('denoiser')
+    class MineSpec(MineOptions, DenoiserSpec):
+        def make(self) -> MineDenoiser:
+            return MineDenoiser(self)
+
+        ...  # the abstract properties of DenoiserSpec
+
+Then `train_policy --denoiser mine gated=false` trains it, and model.yaml holds its options as
+`network.mine`. `dit.py` is a short example.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from tts_policy.policy.denoisers.blocks import BlockStack
-from tts_policy.policy.field_types import check_field_types
+from tts_policy.policy.validation import Mismatch, Size, Spec, checked
+
+_Options = TypeVar('_Options', bound='type[DenoiserOptions]')
 
 
-@dataclass(frozen=True)
-class DenoiserSpec(ABC):
-    """Sizes: width D, layers L, heads, action dim A, horizon T, obs steps To, features Do."""
+class DenoiserOptions(Spec, ABC):
+    """What an architecture has beside its sizes; NAME is what bundles and commands call it."""
 
-    action_dim: int
-    horizon: int
-    obs_steps: int
-    obs_features: int
-    width: int = 256
-    layers: int = 8
-    heads: int = 4
+    @abstractmethod
+    def sized(self, **sizes: Any) -> DenoiserSpec:
+        """Sizes with these options; raises Mismatch for sizes the architecture cannot have."""
 
-    def __post_init__(self) -> None:
-        """Refuse impossible sizes; raises ValueError naming the field."""
-        for name in DenoiserSpec.__dataclass_fields__:
-            self.check_size(name, low=1)
-        check_field_types('denoiser', self)
+
+@checked('denoiser')
+class DenoiserSpec(Spec, ABC):
+    """Sizes: action dim A, horizon T, obs steps To, features Do, width D, layers L, heads."""
+
+    action_dim: Size
+    horizon: Size
+    obs_steps: Size
+    obs_features: Size
+    width: Size = 256
+    layers: Size = 8
+    heads: Size = 4
+
+    @model_validator(mode='after')
+    def _check_heads(self) -> Self:
         if self.width % (2 * self.heads):
-            raise ValueError(
-                f'denoiser width must be a multiple of 2 x heads = {2 * self.heads}, '
-                f'got {self.width}'
-            )
+            multiple = f'a multiple of 2 x heads = {2 * self.heads}'
+            raise Mismatch('width', multiple, str(self.width))
+        return self
 
-    def check_size(self, name: str, low: int) -> None:
-        """Raise ValueError unless the field is an integer in [low, 16384]."""
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= 16384:
-            raise ValueError(
-                f'denoiser {name} must be an integer in [{low}, 16384], got {value!r}'
-            )
+    @abstractmethod
+    def make(self) -> Denoiser:
+        """Make the module."""
 
     @property
     @abstractmethod
@@ -81,6 +103,15 @@ class DenoiserSpec(ABC):
     @abstractmethod
     def conditioner_flops(self, steps: int) -> int:
         """FLOPs of encoding the observation of one tick for so many denoising steps."""
+
+
+DENOISERS: dict[str, type[DenoiserOptions]] = {}
+
+
+def register_denoiser(options: _Options) -> _Options:
+    """Make an architecture known by the NAME of its options."""
+    DENOISERS[options.NAME] = options
+    return options
 
 
 def row_of(table: Tensor, step: int | Tensor, dim: int = 0) -> Tensor:

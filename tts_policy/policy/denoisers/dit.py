@@ -16,40 +16,55 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tts_policy.policy.denoisers.attention import merge_heads, rotary_angles, rotate, split_heads
 from tts_policy.policy.denoisers.attention import sinusoidal_embedding as embedding
 from tts_policy.policy.denoisers.blocks import FEED_FORWARD, SELF_ATTENTION, BlockSpec, BlockStack
-from tts_policy.policy.denoisers.denoiser import Conditioner, Denoiser, DenoiserSpec, row_of
+from tts_policy.policy.denoisers.denoiser import (
+    Conditioner,
+    Denoiser,
+    DenoiserOptions,
+    DenoiserSpec,
+    register_denoiser,
+    row_of,
+)
+from tts_policy.policy.validation import Flag, Integer, Number, checked
 
 
-@dataclass(frozen=True)
-class DiTSpec(DenoiserSpec):
-    """Sizes; time_features: width of the time's features.
+@register_denoiser
+@checked('dit')
+class DiTOptions(DenoiserOptions):
+    """Options; time_features: width of the time's features.
 
     rotary: queries and keys are turned by position, at base rotary_base; learned_position: a
     learned vector per position is added to the action tokens.
     """
 
-    time_features: int = 256
-    rotary: bool = True
-    rotary_base: float = 10_000.0
-    learned_position: bool = False
+    time_features: Annotated[Integer, Field(ge=4, le=16384, multiple_of=2)] = 256
+    rotary: Flag = True
+    rotary_base: Annotated[Number, Field(gt=1.0, le=1e9)] = 10_000.0
+    learned_position: Flag = False
 
-    def __post_init__(self) -> None:
-        """Refuse impossible sizes; raises ValueError naming the field."""
-        self.check_size('time_features', low=4)
-        if self.time_features % 2:
-            raise ValueError(f'denoiser time_features must be even, got {self.time_features}')
-        if not 1.0 < self.rotary_base <= 1e9:
-            raise ValueError(f'denoiser rotary_base must be in (1, 1e9], got {self.rotary_base}')
-        super().__post_init__()
+    def sized(self, **sizes: Any) -> DiTSpec:
+        """Sizes with these options."""
+        return DiTSpec(**sizes, **asdict(self))
+
+
+@checked('denoiser')
+class DiTSpec(DiTOptions, DenoiserSpec):
+    """Sizes and options of a diffusion transformer."""
+
+    def make(self) -> DiTDenoiser:
+        """Make the module."""
+        return DiTDenoiser(self)
 
     @property
     def stack(self) -> BlockStack:

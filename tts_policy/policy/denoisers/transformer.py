@@ -14,10 +14,12 @@ only, and action token t sees observation tokens up to t; otherwise nothing is m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import lru_cache
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,23 +31,39 @@ from tts_policy.policy.denoisers.blocks import (
     BlockSpec,
     BlockStack,
 )
-from tts_policy.policy.denoisers.denoiser import Denoiser, DenoiserSpec
+from tts_policy.policy.denoisers.denoiser import (
+    Denoiser,
+    DenoiserOptions,
+    DenoiserSpec,
+    register_denoiser,
+)
 from tts_policy.policy.denoisers.memory import ConditionalMemory, Conditioning
+from tts_policy.policy.validation import Flag, Integer, Size, checked
 
 
-@dataclass(frozen=True)
-class TransformerSpec(DenoiserSpec):
-    """Sizes, and what is masked and mixed: see the module docstring for causal and cond_layers."""
+@register_denoiser
+@checked('transformer')
+class TransformerOptions(DenoiserOptions):
+    """What is masked and mixed: see the module docstring for causal and cond_layers."""
 
-    causal: bool = True
-    cond_layers: int = 0
+    causal: Flag = True
+    cond_layers: Annotated[Integer, Field(ge=0, le=16384)] = 0
 
-    def __post_init__(self) -> None:
-        """Refuse impossible sizes; raises ValueError naming the field."""
-        # The embedding of time has a wavelength for every pair of components, at least two.
-        self.check_size('width', low=4)
-        self.check_size('cond_layers', low=0)
-        super().__post_init__()
+    def sized(self, **sizes: Any) -> TransformerSpec:
+        """Sizes with these options."""
+        return TransformerSpec(**sizes, **asdict(self))
+
+
+@checked('denoiser')
+class TransformerSpec(TransformerOptions, DenoiserSpec):
+    """Sizes and options of a denoising transformer."""
+
+    # The embedding of time has a wavelength for every pair of components, at least two.
+    width: Annotated[Size, Field(ge=4)] = 256
+
+    def make(self) -> TransformerDenoiser:
+        """Make the module."""
+        return TransformerDenoiser(self)
 
     @property
     def stack(self) -> BlockStack:

@@ -8,21 +8,30 @@ Chi et al., "Diffusion Policy" (RSS 2023) for GroupNorm in the place of BatchNor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from tts_policy.policy.encoders.crop import centre_crop, is_side
+from tts_policy.policy.encoders.camera_encoder import (
+    CameraEncoderSpec,
+    CameraModule,
+    ImageSize,
+    centre_crop,
+    register_encoder,
+)
 from tts_policy.policy.encoders.spatial_softmax import SpatialSoftmax
-from tts_policy.policy.field_types import check_field_types
 from tts_policy.policy.normalizer import LinearNormalizer
+from tts_policy.policy.validation import Integer, Text, checked, one_of
 
 WIDTHS = (64, 128, 256, 512)
+_Width = Annotated[Integer, Field(ge=1, le=4096)]
 
 
-@dataclass(frozen=True)
-class ResNetSpec:
+@register_encoder
+@checked('resnet')
+class ResNetSpec(CameraEncoderSpec):
     """Layout of a ResNet encoder.
 
     norm: 'group' (16 channels a group) or 'batch' (with the statistics of training); crop: height
@@ -30,22 +39,14 @@ class ResNetSpec:
     and of the output.
     """
 
-    norm: str = 'group'
-    crop: tuple[int, int] | tuple[()] = ()
-    keypoints: int = 32
-    features: int = 64
+    norm: Annotated[Text, one_of('group', 'batch')] = 'group'
+    crop: ImageSize = ()
+    keypoints: _Width = 32
+    features: _Width = 64
 
-    def __post_init__(self) -> None:
-        """Refuse impossible settings; raises ValueError naming the field."""
-        check_field_types('resnet', self)
-        if self.norm not in ('group', 'batch'):
-            raise ValueError(f"resnet norm must be 'group' or 'batch', got {self.norm!r}")
-        if len(self.crop) not in (0, 2) or not all(map(is_side, self.crop)):
-            raise ValueError(f'resnet crop must be height and width, got {list(self.crop)}')
-        for name in ('keypoints', 'features'):
-            value = getattr(self, name)
-            if not 1 <= value <= 4096:
-                raise ValueError(f'resnet {name} must be an integer in [1, 4096], got {value!r}')
+    def make(self, height: int, width: int) -> ResNetEncoder:
+        """Make the encoder of one camera."""
+        return ResNetEncoder(height, width, self)
 
 
 def _norm(kind: str, channels: int) -> nn.Module:
@@ -73,7 +74,7 @@ class ResidualBlock(nn.Module):
         return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-class ResNetEncoder(nn.Module):
+class ResNetEncoder(CameraModule):
     """Centre crop, pixel normaliser, ResNet-18, keypoints, linear layer and ReLU.
 
     The normaliser maps pixel values in [0, 1], per channel.

@@ -7,16 +7,23 @@ Transferable Visual Models From Natural Language Supervision" (2021).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tts_policy.policy.denoisers.attention import merge_heads, split_heads
-from tts_policy.policy.encoders.crop import centre_crop, is_side
-from tts_policy.policy.field_types import check_field_types
+from tts_policy.policy.encoders.camera_encoder import (
+    CameraEncoderSpec,
+    CameraModule,
+    ImageSize,
+    centre_crop,
+    register_encoder,
+)
 from tts_policy.policy.normalizer import LinearNormalizer
+from tts_policy.policy.validation import Integer, Size, checked
 
 HEAD_WIDTH = 64
 
@@ -26,34 +33,25 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-@dataclass(frozen=True)
-class ViTSpec:
+@register_encoder
+@checked('vit')
+class ViTSpec(CameraEncoderSpec):
     """Sizes of a vision transformer.
 
     patch: side of a patch; hidden: width inside a feed-forward block; resize and crop: height and
     width that an image is scaled to, and then cut to around its centre; none if empty.
     """
 
-    width: int = 768
-    layers: int = 12
-    hidden: int = 3072
-    patch: int = 16
-    resize: tuple[int, int] | tuple[()] = ()
-    crop: tuple[int, int] | tuple[()] = ()
+    width: Annotated[Integer, Field(ge=1, le=4096, multiple_of=HEAD_WIDTH)] = 768
+    layers: Annotated[Integer, Field(ge=1, le=64)] = 12
+    hidden: Size = 3072
+    patch: Annotated[Integer, Field(ge=1, le=64)] = 16
+    resize: ImageSize = ()
+    crop: ImageSize = ()
 
-    def __post_init__(self) -> None:
-        """Refuse impossible sizes; raises ValueError naming the field."""
-        check_field_types('vit', self)
-        for name, high in (('width', 4096), ('layers', 64), ('hidden', 16384), ('patch', 64)):
-            value = getattr(self, name)
-            if not 1 <= value <= high:
-                raise ValueError(f'vit {name} must be an integer in [1, {high}], got {value!r}')
-        if self.width % HEAD_WIDTH:
-            raise ValueError(f'vit width must be a multiple of {HEAD_WIDTH}, got {self.width}')
-        for name in ('resize', 'crop'):
-            size = getattr(self, name)
-            if len(size) not in (0, 2) or not all(map(is_side, size)):
-                raise ValueError(f'vit {name} must be height and width, got {list(size)}')
+    def make(self, height: int, width: int) -> VisionTransformer:
+        """Make the encoder of one camera."""
+        return VisionTransformer(height, width, self)
 
 
 class VisionBlock(nn.Module):
@@ -75,7 +73,7 @@ class VisionBlock(nn.Module):
         return tokens + mapped
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(CameraModule):
     """Pixel normaliser, resize, centre crop, patches and blocks.
 
     The normaliser maps pixel values in [0, 1], per channel.

@@ -320,7 +320,7 @@ def test_damage_is_one_line_and_what_could_be_read_is_reported(
     [
         (('--sparsity', '0.95'), 'sparsity must be in [0, 0.9]'),
         (('--sparsity', '-0.1', '0.5'), 'sparsity must be in [0, 0.9]'),
-        (('--sampler', 'euler'), 'sampler must be one of'),
+        (('--sampler', 'euler'), 'sampler: expected one of'),
         (('--topic', 'camera'), 'STREAM:=TOPIC expected'),
         (('--topic', 'wrist:=/x'), "got ['wrist']"),
         (('--processes', '0'), 'processes from 1 on'),

@@ -274,7 +274,10 @@ def test_plans_of_another_bundle_are_starts(bags: Path, bundle: Path, tmp_path: 
     [
         (['--sampler', 'euler'], "one of ['ddim10', 'ddpm100'], got 'euler'"),
         (['--sampler', 'ddim10', '--prior-sampler', 'ddim10'], '--prior expected with it'),
-        (['--sampler', 'ddim10', '--bundle', 'absent'], 'bundle file expected at absent'),
+        (
+            ['--sampler', 'ddim10', '--bundle', 'absent'],
+            'absent/model.yaml: expected a bundle file',
+        ),
         (['--sampler', 'ddim10', '--sparsities', '0.95'], 'must be in (0, 0.9], got 0.95'),
         (['--sampler', 'ddim10', '--held-out', '2'], '2 or more episodes of more than 8 windows'),
     ],

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model bundles: a folder with model.yaml and safetensors files, loadable without pickle.
 
-model.yaml holds everything needed to rebuild the network and its contract, the samplers, and the
-SHA-256 of every weight file. Weights are stored in half precision and used in single precision.
-What is saved replaces the bundle before it in one step; see bundle_files.
+model.yaml holds the contract, the sizes of the network, the samplers, and the SHA-256 of every
+weight file. Weights are stored in half precision and used in single precision. Saving replaces
+the earlier bundle in one step; see bundle_files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
@@ -20,6 +20,7 @@ import yaml
 from tts_policy.policy.bundle_files import (
     MODEL_FILE,
     BundleError,
+    StoredWeights,
     locked,
     malformed,
     read_model_text,
@@ -27,14 +28,14 @@ from tts_policy.policy.bundle_files import (
     remove_unnamed,
     replace_file,
     serialised,
-    weights_name,
-    weights_path,
+    stored_weights,
 )
 from tts_policy.policy.contract import PolicyContract
 from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.query_pruner import QueryPruner, QueryPrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.validation import WRITTEN_IF_SET, Mismatch, Text, checked, one_of, quoted
 
 __all__ = [
     'MODEL_FILE',
@@ -51,9 +52,19 @@ __all__ = [
 
 FORMAT = 1
 WEIGHTS_FILE = 'policy.safetensors'
-QUERY_PRUNER = 'query'
-AnyPruner = Pruner | QueryPruner
 _POLICY = WEIGHTS_FILE.partition('.')[0]
+_SECTIONS = ('name', 'observation', 'action', 'network', 'weights', 'samplers')
+_QUERY = 'query'
+AnyPruner = Pruner | QueryPruner
+_Samplers = Mapping[str, tuple[SamplerSpec, AnyPruner | None]]
+
+
+@checked('pruner')
+class _StoredPruner(StoredWeights):
+    """Entry of model.yaml for a pruner; without a kind it is a `Pruner`."""
+
+    spec: dict[str, Any]
+    kind: Annotated[Text, one_of(_QUERY), WRITTEN_IF_SET] = ''
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Bundle:
 
     name: str
     network: PolicyNetwork
-    samplers: Mapping[str, tuple[SamplerSpec, AnyPruner | None]]
+    samplers: _Samplers
 
     @property
     def default_sampler(self) -> str:
@@ -72,8 +83,110 @@ class Bundle:
     def sampler(self, name: str) -> tuple[SamplerSpec, AnyPruner | None]:
         """Settings and pruner of one sampler; raises BundleError naming those there are."""
         if name not in self.samplers:
-            raise BundleError(f'sampler must be one of {list(self.samplers)}, got {name!r}')
+            raise BundleError(f'sampler: expected one of {", ".join(self.samplers)}, got {name!r}')
         return self.samplers[name]
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Load and validate a bundle folder, even while another process saves it.
+
+    Raises
+    ------
+    BundleError
+        for a missing file, a malformed model.yaml, a path that leaves the bundle, weights that
+        do not match their hash or the network, or that are not finite.
+
+    """
+    text = read_model_text(folder)
+    while True:
+        try:
+            return _load(folder, text)
+        except BundleError:
+            # Weights named in the text are gone if the bundle was saved in the meantime.
+            before, text = text, read_model_text(folder)
+            if text == before:
+                raise
+
+
+def _load(folder: Path, text: str) -> Bundle:
+    data = _parsed(folder, text)
+    with malformed(folder / MODEL_FILE):
+        network = _network(data)
+        read_weights(folder, StoredWeights.from_dict(data['weights']), network)
+        samplers = {
+            str(name): _load_sampler(folder, network, str(name), entry)
+            for name, entry in data['samplers'].items()
+        }
+    return Bundle(str(data['name']), network, samplers)
+
+
+def _parsed(folder: Path, text: str) -> dict[str, Any]:
+    path = folder / MODEL_FILE
+    with malformed(f'{path}: not YAML'):
+        data = yaml.safe_load(text)
+    if not isinstance(data, dict) or data.get('format') != FORMAT:
+        found = data.get('format') if isinstance(data, dict) else data
+        raise BundleError(f'{path}: format: expected {FORMAT}, got {quoted(found)}')
+    missing = [section for section in _SECTIONS if section not in data]
+    if missing:
+        raise BundleError(f'{path}: expected {", ".join(missing)}, got {quoted(list(data))}')
+    if not isinstance(data['samplers'], dict) or not data['samplers']:
+        raise BundleError(
+            f'{path}: samplers: expected one or more, got {quoted(data["samplers"])}'
+        )
+    return data
+
+
+def _network(data: dict[str, Any]) -> PolicyNetwork:
+    return PolicyNetwork(PolicyContract.from_dict(data), NetworkSpec.from_dict(data['network']))
+
+
+def _load_sampler(
+    folder: Path, network: PolicyNetwork, name: str, data: Any
+) -> tuple[SamplerSpec, AnyPruner | None]:
+    spec, entry, sizes = _sampler_settings(network, name, data)
+    if entry is None or sizes is None:
+        return spec, None
+    pruner = QueryPruner(sizes) if isinstance(sizes, QueryPrunerSpec) else Pruner(sizes)
+    read_weights(folder, entry, pruner)
+    return spec, pruner
+
+
+def _sampler_settings(
+    network: PolicyNetwork, name: str, data: Any
+) -> tuple[SamplerSpec, _StoredPruner | None, PrunerSpec | QueryPrunerSpec | None]:
+    """Settings of a sampler, entry and sizes of its pruner; raises Mismatch unless they fit."""
+    data = dict(data)
+    stored = data.pop('pruner', None)
+    try:
+        spec = SamplerSpec.from_dict(data)
+        network.spec.check_scheduler(spec.scheduler)
+        if stored is None:
+            return spec, None, None
+        entry = _StoredPruner.from_dict(stored)
+        sizes = (QueryPrunerSpec if entry.kind else PrunerSpec).from_dict(entry.spec)
+        denoiser = network.denoiser.spec
+        for field, fitting, got in (
+            ('steps', spec.scheduler.steps, sizes.steps),
+            ('blocks', denoiser.blocks, sizes.blocks),
+            ('memory_width', denoiser.memory_width, sizes.memory_width),
+            ('obs_steps', denoiser.obs_steps, sizes.obs_steps),
+            (
+                'time_width',
+                denoiser.time_width,
+                getattr(sizes, 'time_width', None) or sizes.memory_width,
+            ),
+        ):
+            if got != fitting:
+                raise Mismatch(f'pruner.{field}', str(fitting), str(got))
+    except Mismatch as error:
+        raise Mismatch(f'samplers.{name}: {error.thing}', error.expected, error.got) from None
+    return spec, entry, sizes
+
+
+def bundle_digest(folder: Path) -> str:
+    """SHA-256 of model.yaml, which holds those of all weights: tells one model from another."""
+    return hashlib.sha256((folder / MODEL_FILE).read_bytes()).hexdigest()
 
 
 def save_bundle(
@@ -84,21 +197,21 @@ def save_bundle(
     pruners: Mapping[str, AnyPruner] | None = None,
     half: bool = True,
 ) -> tuple[str, ...]:
-    """Write a bundle; `folder` is created, a bundle that stands there is replaced.
+    """Write a bundle; `folder` is created, and a bundle already there is replaced.
 
     half: weights, but not normalisation statistics, are rounded to half precision. A sampler that
-    is given no pruner keeps that of the replaced bundle if neither the sampler's scheduler nor
-    the policy (contract, network, weights as stored) has changed.
+    is given no pruner keeps the replaced bundle's pruner if neither its scheduler nor the policy
+    (contract, network, weights as stored) has changed.
 
     Returns
     -------
     tuple of str
-        the samplers of the replaced bundle whose pruner is dropped: it was of another policy.
+        the samplers of the replaced bundle whose pruner is dropped because the policy changed.
 
     Raises
     ------
     BundleError
-        for what `load_bundle` would refuse; the folder's bundle is as before.
+        for what `load_bundle` would refuse; the bundle in the folder is left as it was.
 
     """
     given = pruners or {}
@@ -113,9 +226,12 @@ def save_bundle(
     }
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        old = _replaced(folder)
+        try:
+            old = _parsed(folder, read_model_text(folder))
+        except BundleError:
+            old = {}  # none, or none that can be read
         draft = _Draft(folder, data)
-        data['weights'] = draft.stage(_POLICY, weights)
+        data['weights'] = draft.stage(_POLICY, weights).to_dict()
         kept = _kept_pruners(folder, old, data['weights']['sha256'], network, samplers)
         for key, entry in kept.items():
             data['samplers'][key]['pruner'] = entry
@@ -129,55 +245,83 @@ def save_bundle(
     )
 
 
+def _kept_pruners(
+    folder: Path,
+    old: dict[str, Any],
+    sha256: str,
+    network: PolicyNetwork,
+    samplers: Mapping[str, SamplerSpec],
+) -> dict[str, Any]:
+    """Entries of the replaced bundle's pruners that serve these samplers of this network."""
+    kept: dict[str, Any] = {}
+    try:
+        with malformed(MODEL_FILE):
+            same = (
+                StoredWeights.from_dict(old['weights']).sha256 == sha256
+                and PolicyContract.from_dict(old) == network.contract
+                and NetworkSpec.from_dict(old['network']) == network.spec
+            )
+    except BundleError:
+        return kept
+    for name in samplers if same else ():
+        entry = old['samplers'].get(name)
+        try:
+            with malformed(MODEL_FILE):
+                spec, pruner = _load_sampler(folder, network, name, entry)
+        except BundleError:
+            continue
+        if pruner is not None and spec.scheduler == samplers[name].scheduler:
+            kept[name] = entry['pruner']
+    return kept
+
+
 def save_pruner(folder: Path, sampler: str, pruner: AnyPruner, half: bool = True) -> None:
     """Add a sampler's pruner to an existing bundle, or replace it.
 
-    Processes that save pruners of different samplers at the same time all succeed.
+    Several processes may save pruners of different samplers at the same time.
 
     Raises
     ------
     BundleError
-        for what `load_bundle` would refuse; the bundle is as before.
+        for what `load_bundle` would refuse; the bundle is left as it was.
 
     """
     read_model_text(folder)
     with locked(folder):
-        # Read under the lock: others may have saved theirs.
+        # It is read under the lock because another process may just have saved its pruner.
         data = _parsed(folder, read_model_text(folder))
+        # The network is needed for its sizes alone: on this device it takes no memory and draws
+        # no random numbers.
         with malformed(folder / MODEL_FILE), torch.device('meta'):
-            # For its sizes: it takes no memory, and draws no random numbers.
-            contract = PolicyContract.from_dict(data)
-            network = PolicyNetwork(contract, NetworkSpec.from_dict(data['network']))
+            network = _network(data)
         draft = _Draft(folder, data)
         draft.add_pruner(sampler, pruner, half)
         draft.write(network, replaced=data)
 
 
 class _Draft:
-    """Data of a model file, with the weights that are to be written for it."""
+    """A model file that is about to be written, and the weights that go with it."""
 
     def __init__(self, folder: Path, data: dict[str, Any]) -> None:
         self._folder, self._data = folder, data
         self._files: dict[str, bytes] = {}
 
-    def stage(self, stem: str, content: bytes) -> dict[str, str]:
-        """Have weights written; returns the entry of the model file that points to them."""
-        sha256 = hashlib.sha256(content).hexdigest()
-        file = weights_name(self._folder, stem, sha256)
-        self._files[file] = content
-        return {'file': file, 'sha256': sha256}
+    def stage(self, stem: str, content: bytes) -> StoredWeights:
+        """Have weights written; returns their entry in the model file."""
+        entry = stored_weights(self._folder, stem, content)
+        self._files[entry.file] = content
+        return entry
 
     def add_pruner(self, sampler: str, pruner: AnyPruner, half: bool) -> None:
         """Give a sampler a pruner; raises BundleError if there is no such sampler."""
         samplers = self._data['samplers']
         if sampler not in samplers:
             raise BundleError(
-                f'{self._folder}: a pruner must be of a sampler of {list(samplers)}, '
-                f'got {sampler!r}'
+                f'{self._folder}: sampler: expected one of {", ".join(samplers)}, got {sampler!r}'
             )
         content = serialised(f'pruner of {sampler!r}', pruner, half)
-        entry = self.stage(_pruner_stem(sampler), content)
-        kind = {} if isinstance(pruner, Pruner) else {'kind': QUERY_PRUNER}
+        entry = self.stage(_pruner_stem(sampler), content).to_dict()
+        kind = {} if isinstance(pruner, Pruner) else {'kind': _QUERY}
         samplers[sampler]['pruner'] = {**entry, **kind, 'spec': pruner.spec.to_dict()}
 
     def write(self, network: PolicyNetwork, replaced: dict[str, Any]) -> None:
@@ -191,10 +335,9 @@ class _Draft:
         """
         path = self._folder / MODEL_FILE
         with malformed(path):
-            text = yaml.safe_dump(
+            text = '# Model bundle; see CARD.md.\n' + yaml.safe_dump(
                 self._data, sort_keys=False, allow_unicode=True, default_flow_style=None
             )
-            text = '# Model bundle; see CARD.md.\n' + text
             named = self._named(network, _parsed(self._folder, text))
         for file, content in self._files.items():
             replace_file(self._folder / file, content)
@@ -204,163 +347,17 @@ class _Draft:
 
     def _named(self, network: PolicyNetwork, saved: dict[str, Any]) -> set[str]:
         """Weight files that the model file names; raises as `load_bundle` would."""
-        entries = [saved['weights']]
+        entries = [StoredWeights.from_dict(saved['weights'])]
         for name, data in saved['samplers'].items():
-            _, sizes = _sampler_settings(network, str(name), data)
-            if sizes is not None:
-                entries.append(data['pruner'])
+            _, pruner, _ = _sampler_settings(network, str(name), data)
+            entries += [] if pruner is None else [pruner]
         # A name may be a link to another file of the bundle.
-        targets = {weights_path(self._folder, entry).name for entry in entries}
-        return targets | {str(entry['file']) for entry in entries}
+        targets = {entry.path(self._folder).name for entry in entries}
+        return targets | {entry.file for entry in entries}
 
 
 def _pruner_stem(sampler: str) -> str:
     return f'pruner_{sampler}'
-
-
-def _replaced(folder: Path) -> dict[str, Any]:
-    """Data of the bundle that stands in a folder, {} where there is none that can be read."""
-    try:
-        return _parsed(folder, read_model_text(folder))
-    except BundleError:
-        return {}
-
-
-def _kept_pruners(
-    folder: Path,
-    old: dict[str, Any],
-    sha256: str,
-    network: PolicyNetwork,
-    samplers: Mapping[str, SamplerSpec],
-) -> dict[str, Any]:
-    """Entries of the replaced bundle's pruners that serve these samplers of this network."""
-    kept = {}
-    for name in samplers if _is_policy(old, sha256, network) else ():
-        entry = old['samplers'].get(name)
-        try:
-            with malformed(folder / MODEL_FILE):
-                spec, pruner = _load_sampler(folder, network, name, entry)
-        except BundleError:
-            continue
-        if pruner is not None and spec.scheduler == samplers[name].scheduler:
-            kept[name] = entry['pruner']
-    return kept
-
-
-def _is_policy(data: dict[str, Any], sha256: str, network: PolicyNetwork) -> bool:
-    """Whether a model file describes this network with weights of this hash."""
-    try:
-        with malformed(MODEL_FILE):
-            return (
-                data['weights']['sha256'] == sha256
-                and PolicyContract.from_dict(data) == network.contract
-                and NetworkSpec.from_dict(data['network']) == network.spec
-            )
-    except BundleError:
-        return False
-
-
-def _parsed(folder: Path, text: str) -> dict[str, Any]:
-    path = folder / MODEL_FILE
-    with malformed(f'{path}: not YAML'):
-        data = yaml.safe_load(text)
-    if not isinstance(data, dict) or data.get('format') != FORMAT:
-        found = data.get('format') if isinstance(data, dict) else data
-        raise BundleError(f'{path}: format {FORMAT} expected, got {str(found)[:80]!r}')
-    missing = {'name', 'network', 'weights', 'samplers', 'observation', 'action'} - set(data)
-    if missing:
-        raise BundleError(f'{path}: {sorted(missing)} expected, got {list(data)}')
-    if not isinstance(data['samplers'], dict) or not data['samplers']:
-        raise BundleError(f'{path}: samplers must name at least one, got {data["samplers"]!r}')
-    return data
-
-
-def _sampler_settings(
-    network: PolicyNetwork, name: str, data: Any
-) -> tuple[SamplerSpec, PrunerSpec | QueryPrunerSpec | None]:
-    """Settings of a sampler and sizes of its pruner; raises ValueError unless they fit."""
-    data = dict(data)
-    entry = data.pop('pruner', None)
-    spec = SamplerSpec.from_dict(data)
-    try:
-        network.spec.check_scheduler(spec.scheduler)
-    except ValueError as error:
-        raise ValueError(f'sampler {name!r} {error}') from error
-    if entry is None:
-        return spec, None
-    denoiser, sizes = network.denoiser.spec, _pruner_spec(entry)
-    expected = (spec.scheduler.steps, denoiser.blocks, denoiser.memory_width, denoiser.obs_steps)
-    got = (sizes.steps, sizes.blocks, sizes.memory_width, sizes.obs_steps)
-    if got != expected:
-        raise ValueError(
-            f'pruner of {name!r} must have (steps, blocks, memory_width, obs_steps) {expected}, '
-            f'got {got}'
-        )
-    time_width = getattr(sizes, 'time_width', None) or sizes.memory_width
-    if time_width != denoiser.time_width:
-        raise ValueError(
-            f'pruner of {name!r} must have time_width {denoiser.time_width}, got {time_width}'
-        )
-    return spec, sizes
-
-
-def _load_sampler(
-    folder: Path, network: PolicyNetwork, name: str, data: Any
-) -> tuple[SamplerSpec, AnyPruner | None]:
-    spec, sizes = _sampler_settings(network, name, data)
-    if sizes is None:
-        return spec, None
-    pruner = QueryPruner(sizes) if isinstance(sizes, QueryPrunerSpec) else Pruner(sizes)
-    read_weights(folder, data['pruner'], pruner)
-    return spec, pruner
-
-
-def _pruner_spec(entry: dict[str, Any]) -> PrunerSpec | QueryPrunerSpec:
-    kind = entry.get('kind')
-    if kind == QUERY_PRUNER:
-        return QueryPrunerSpec(**entry['spec'])
-    if kind is not None:
-        raise ValueError(f'pruner kind must be {QUERY_PRUNER!r} or missing, got {kind!r}')
-    return PrunerSpec(**entry['spec'])
-
-
-def bundle_digest(folder: Path) -> str:
-    """SHA-256 of model.yaml, which holds those of all weights: tells one model from another."""
-    return hashlib.sha256((folder / MODEL_FILE).read_bytes()).hexdigest()
-
-
-def load_bundle(folder: Path) -> Bundle:
-    """Load and validate a bundle folder, also while it is saved anew.
-
-    Raises
-    ------
-    BundleError
-        for a missing file, a malformed model.yaml, a path that leaves the bundle, weights that
-        do not match their hash or the network, or that are not finite.
-
-    """
-    text = read_model_text(folder)
-    while True:
-        try:
-            return _load(folder, text)
-        except BundleError:
-            # Weights that it named are gone if the bundle was saved in the meantime.
-            before, text = text, read_model_text(folder)
-            if text == before:
-                raise
-
-
-def _load(folder: Path, text: str) -> Bundle:
-    data = _parsed(folder, text)
-    with malformed(folder / MODEL_FILE):
-        contract = PolicyContract.from_dict(data)
-        network = PolicyNetwork(contract, NetworkSpec.from_dict(data['network']))
-        read_weights(folder, data['weights'], network)
-        samplers = {
-            str(name): _load_sampler(folder, network, str(name), entry)
-            for name, entry in data['samplers'].items()
-        }
-    return Bundle(str(data['name']), network, samplers)
 
 
 def save_random_bundle(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a bundle: read with distrust, written so that the folder always holds a whole bundle.
+"""Files of a bundle: nothing in them is trusted, and the folder always holds a whole bundle.
 
-A file that model.yaml names is never written to. Other contents get a name of their own,
-model.yaml is replaced in one step, and then what it no longer names is removed: a reader, or
-whoever looks after an interruption, finds the old bundle or the new one.
+A file that model.yaml names is never overwritten. New contents get a new name, model.yaml is
+replaced in one step, and then the files that it no longer names are removed. A reader finds the
+old bundle or the new one, also after an interruption.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -23,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+
+from tts_policy.policy.validation import Spec, Text, checked
 
 MODEL_FILE = 'model.yaml'
 MAX_FILE_BYTES = 2 << 30
@@ -33,7 +34,7 @@ _TEMPORARY = '.tmp'
 _WEIGHTS = re.compile(
     rf'(?P<stem>.+?)(-[0-9a-f]{{{_HASH_DIGITS}}})?\.safetensors({re.escape(_TEMPORARY)})?'
 )
-# What reading malformed data, and building a network from it, can end with.
+# Errors of reading malformed data and of building a network from it.
 _MALFORMED = (
     ValueError,
     TypeError,
@@ -54,15 +55,14 @@ class BundleError(ValueError):
 
 @contextmanager
 def malformed(what: str | Path) -> Iterator[None]:
-    """Turn what malformed data leads to into a BundleError of one line about `what`."""
+    """Turn the errors that malformed data causes into a BundleError of one line about `what`."""
     try:
         yield
     except BundleError:
         raise
     except _MALFORMED as error:
         reason = ' '.join(str(error).split())[:500] or type(error).__name__
-        missing = ' expected, got nothing' if isinstance(error, KeyError) else ''
-        raise BundleError(f'{what}: {reason}{missing}') from error
+        raise BundleError(f'{what}: {reason}') from error
 
 
 @contextmanager
@@ -78,12 +78,29 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def weights_name(folder: Path, stem: str, sha256: str) -> str:
-    """Name for weights: stem.safetensors if that is free or holds them, else with their hash."""
-    name = f'{stem}.safetensors'
-    if not (folder / name).exists() or _sha256(folder / name) == sha256:
-        return name
-    return f'{stem}-{sha256[:_HASH_DIGITS]}.safetensors'
+@checked('weights')
+class StoredWeights(Spec):
+    """Entry of model.yaml for a weight file; `file` is a name in the bundle's folder."""
+
+    file: Text
+    sha256: Text
+
+    def path(self, folder: Path) -> Path:
+        """Where the weights are; raises BundleError unless that is in the bundle."""
+        path = (folder / self.file).resolve()
+        if Path(self.file).name != self.file or path.parent != folder.resolve():
+            raise BundleError(
+                f'{folder / MODEL_FILE}: file: expected a file in the bundle, got {self.file!r}'
+            )
+        return path
+
+
+def stored_weights(folder: Path, stem: str, content: bytes) -> StoredWeights:
+    """Entry for weights: stem.safetensors if that is free or holds them, else with their hash."""
+    name, sha256 = f'{stem}.safetensors', hashlib.sha256(content).hexdigest()
+    if (folder / name).exists() and _sha256(folder / name) != sha256:
+        name = f'{stem}-{sha256[:_HASH_DIGITS]}.safetensors'
+    return StoredWeights(name, sha256)
 
 
 def _sha256(path: Path) -> str:
@@ -95,13 +112,13 @@ def _sha256(path: Path) -> str:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in one step: it has its old content, if any, or all of the new one."""
+    """Write a file in one step: at any time it holds the old content or the new one."""
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
         with temporary.open('wb') as stream:
             stream.write(content)
             stream.flush()
-            # Else a power cut could leave the new name with nothing behind it.
+            # Otherwise a power cut could leave an empty file of the new name.
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -115,7 +132,7 @@ def remove_unnamed(folder: Path, stems: Collection[str], named: Collection[str])
     for path in sorted(folder.iterdir()):
         match = _WEIGHTS.fullmatch(path.name)
         if match and match['stem'] in stems and path.name not in named:
-            # What stays does no harm, and goes with a later save.
+            # A file that stays does no harm; a later save removes it.
             with suppress(OSError):
                 path.unlink()
 
@@ -124,7 +141,7 @@ def read_model_text(folder: Path) -> str:
     """Text of a bundle's model.yaml; raises BundleError where there is none."""
     path = folder / MODEL_FILE
     if not path.is_file():
-        raise BundleError(f'bundle file expected at {path}, got nothing')
+        raise BundleError(f'{path}: expected a bundle file, got nothing')
     with malformed(f'{path}: not YAML'):
         return path.read_text(encoding='utf-8')
 
@@ -145,8 +162,7 @@ def serialised(what: str, module: nn.Module, half: bool) -> bytes:
     state = {k: (_half(k, v) if half else v).contiguous() for k, v in state.items()}
     _check_finite(what, state)
     content: bytes = save_tensors(state)
-    if len(content) > MAX_FILE_BYTES:
-        raise BundleError(f'{what}: at most {MAX_FILE_BYTES} bytes, got {len(content)}')
+    _check_size(what, len(content))
     return content
 
 
@@ -158,21 +174,10 @@ def _half(name: str, value: Tensor) -> Tensor:
 def _check_finite(what: str | Path, state: Mapping[str, Tensor]) -> None:
     bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if bad:
-        raise BundleError(f'{what}: finite weights expected, got NaN or infinity in {bad[:3]}')
+        raise BundleError(f'{what}: expected finite weights, got NaN or infinity in {bad[:3]}')
 
 
-def weights_path(folder: Path, entry: Any) -> Path:
-    """File that an entry of model.yaml points to; raises BundleError for one elsewhere."""
-    if not isinstance(entry, dict) or not {'file', 'sha256'} <= set(entry):
-        raise BundleError(f'{folder / MODEL_FILE}: weights need file and sha256, got {entry!r}')
-    name = str(entry['file'])
-    path = (folder / name).resolve()
-    if Path(name).name != name or path.parent != folder.resolve():
-        raise BundleError(f'{folder / MODEL_FILE}: file must lie in the bundle, got {name!r}')
-    return path
-
-
-def read_weights(folder: Path, entry: Any, module: nn.Module) -> None:
+def read_weights(folder: Path, entry: StoredWeights, module: nn.Module) -> None:
     """Load the weights that an entry of model.yaml points to into a module.
 
     Raises
@@ -182,19 +187,23 @@ def read_weights(folder: Path, entry: Any, module: nn.Module) -> None:
         for weights that are not finite.
 
     """
-    path = weights_path(folder, entry)
+    path = entry.path(folder)
     if not path.is_file():
-        raise BundleError(f'weight file expected at {folder / str(entry["file"])}, got nothing')
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise BundleError(f'{path}: at most {MAX_FILE_BYTES} bytes, got {path.stat().st_size}')
+        raise BundleError(f'{folder / entry.file}: expected a weight file, got nothing')
+    _check_size(path, path.stat().st_size)
     with malformed(path):
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        if digest != entry['sha256']:
-            raise BundleError(f'{path}: sha256 {entry["sha256"]} expected, got {digest}')
-        state = load_tensors(data)
+        if digest != entry.sha256:
+            raise BundleError(f'{path}: expected sha256 {entry.sha256}, got {digest}')
         own = module.state_dict()
+        state = load_tensors(data)
         module.load_state_dict(
             {k: v.to(own[k].dtype) if k in own else v for k, v in state.items()}
         )
     _check_finite(path, module.state_dict())
+
+
+def _check_size(what: str | Path, size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise BundleError(f'{what}: expected at most {MAX_FILE_BYTES} bytes, got {size}')

@@ -32,9 +32,6 @@ test: setup
 	.venv/bin/lint-imports
 	@$(RUN) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 ROS_PYTHON_CHECK_FIELDS=1 \
 		pytest $(PYTEST_ARGS)
-ifndef PYTEST_ARGS
-	@PIP_ARGS='$(PIP_ARGS)' scripts/test_triton.sh
-endif
 
 setup:
 	@PYTHON='$(PYTHON)' PIP_ARGS='$(PIP_ARGS)' scripts/setup.sh

@@ -10,12 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tts_policy.policy.denoisers.denoiser import Denoiser
+from tts_policy.policy.denoisers.denoiser import Conditioner, Denoiser
 from tts_policy.policy.denoisers.memory import ConditionalMemory, Conditioning
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser
 from tts_policy.policy.engines.eager import EagerEngine
-from tts_policy.policy.engines.registry import EngineMaker
-from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.scheduler import NoiseScheduler
 
 
@@ -34,9 +32,8 @@ class PerStepMemory(ConditionalMemory):
         self.observation_tokens = self._denoiser.encoder.observation_tokens(features)
         self._features, self._step = features, -1
 
-    def keys_values(self, step: int | Tensor, layer: int) -> Conditioning:
+    def keys_values(self, step: int, layer: int) -> Conditioning:
         """Keys and values of one layer at one step."""
-        assert isinstance(step, int)
         if step != self._step:
             encoder = self._denoiser.encoder
             time = encoder.time_tokens(self._timesteps[step : step + 1])[:, None]
@@ -65,9 +62,8 @@ class AllStepsMemory(ConditionalMemory):
             block.keys_values(memory) for block in self._denoiser.cross_attentions
         ]
 
-    def keys_values(self, step: int | Tensor, layer: int) -> Conditioning:
+    def keys_values(self, step: int, layer: int) -> Conditioning:
         """Keys and values of one layer at one step."""
-        assert isinstance(step, int)
         keys, values = self._keys_values[layer]
         denoiser = self._denoiser
         return Conditioning(
@@ -77,16 +73,12 @@ class AllStepsMemory(ConditionalMemory):
         )
 
 
-def eager_with(memory: type[ConditionalMemory]) -> EngineMaker:
-    """Maker of eager engines that encode through another memory."""
+def eager_with(memory: type[ConditionalMemory]) -> type[EagerEngine]:
+    """Eager engine that encodes through another memory."""
 
-    def make(
-        denoiser: Denoiser, scheduler: NoiseScheduler, cache: FeatureCache, force_first_step: bool
-    ) -> EagerEngine:
-        assert isinstance(denoiser, TransformerDenoiser)
-        timesteps = scheduler.spec.timesteps()
-        return EagerEngine(
-            denoiser, scheduler, cache, force_first_step, memory(denoiser, timesteps)
-        )
+    class Ablated(EagerEngine):
+        def make_conditioner(self, denoiser: Denoiser, scheduler: NoiseScheduler) -> Conditioner:
+            assert isinstance(denoiser, TransformerDenoiser)
+            return memory(denoiser, scheduler.spec.timesteps())
 
-    return make
+    return Ablated

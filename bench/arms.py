@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from tts_policy.policy.bundle import load_bundle
 from tts_policy.policy.chunk_sampler import ChunkSampler
 from tts_policy.policy.denoisers.denoiser import Denoiser, DenoiserSpec
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
-from tts_policy.policy.engines.capture import Capture
 from tts_policy.policy.engines.eager import EagerEngine
-from tts_policy.policy.engines.registry import EngineMaker, engine_maker, make_engine
+from tts_policy.policy.engines.engine import Engine
+from tts_policy.policy.engines.registry import AUTO
 from tts_policy.policy.frame_encoder import FrameEncoder
 from tts_policy.policy.network import PolicyNetwork
 from tts_policy.policy.pruner import PlanPruner, Pruner, PrunerSpec
@@ -132,9 +131,8 @@ def bundle_model(folder: Path, device: str) -> Model:
         if pruner is not None
     }
     windows = _random_windows(network, device)
-    on, encoder = torch.device(device), network.observation_encoder
-    capture = Capture(on) if on.type == 'cuda' else None
-    frames = FrameEncoder(encoder, network.contract.observation, on, capture)
+    encoder = network.observation_encoder
+    frames = FrameEncoder(encoder, network.contract.observation, torch.device(device))
 
     def observe() -> Tensor:
         images, joints = next(windows)
@@ -147,7 +145,12 @@ class SampledChunks:
     """Chunks of one of our samplers, as the ticks of one episode."""
 
     def __init__(
-        self, model: Model, sampler: str, sparsity: float, engine: EngineMaker, overlap: bool
+        self,
+        model: Model,
+        sampler: str,
+        sparsity: float,
+        engine: str | type[Engine],
+        overlap: bool,
     ) -> None:
         """Set up the sampler; overlap: on a GPU the pruner gets a stream of its own."""
         spec, pruner = model.samplers[sampler]
@@ -211,7 +214,7 @@ def _sampler_arm(
     name: str,
     sampler: str,
     sparsity: float,
-    engine: EngineMaker = make_engine,
+    engine: str | type[Engine] = AUTO,
     overlap_pruner: bool = True,
 ) -> Arm:
     return Arm(name, lambda: SampledChunks(model, sampler, sparsity, engine, overlap_pruner))
@@ -254,19 +257,16 @@ def _upstream_arm(model: Model, name: str, sampler: str) -> Arm:
 
 
 def _cuda_arms(model: Model, name: str, sparsity: float) -> list[Arm]:
-    """Arms that only a GPU has: what a user would do instead, our other engines, the pruner."""
+    """Arms that only a GPU has: what a user would do instead, our other engine, the pruner."""
     denoiser, (spec, _) = model.denoiser, model.samplers[name]
     arms = [
         _dense_arm(model, f'graph_dense_{name}', lambda: captured_dense(denoiser, spec)),
         _dense_arm(model, f'compiled_dense_{name}', lambda: compiled_dense(denoiser, spec)),
     ]
-    engines = ['graphs'] if find_spec('triton') is None else ['graphs', 'triton']
-    for engine in engines:
-        label, make = f'sparse_{engine}_{name}_{sparsity:.2f}', engine_maker(engine)
-        arms.append(_sampler_arm(model, label, name, sparsity, make))
-        arms.append(
-            _sampler_arm(model, f'ablation_inline_pruner_{label}', name, sparsity, make, False)
-        )
+    label = f'sparse_cuda_{name}_{sparsity:.2f}'
+    arms.append(_sampler_arm(model, label, name, sparsity, 'cuda'))
+    inline = f'ablation_inline_pruner_{label}'
+    arms.append(_sampler_arm(model, inline, name, sparsity, 'cuda', False))
     return arms
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tts_policy.policy.denoisers.denoiser import Denoiser
-from tts_policy.policy.engines.capture import Capture
+from tts_policy.policy.engines.cuda import GraphCapture
 from tts_policy.policy.engines.eager import denoise_dense
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.sampler import SamplerSpec
@@ -44,7 +44,8 @@ def captured_dense(denoiser: Denoiser, spec: SamplerSpec) -> Sample:
     def run() -> None:
         actions.copy_(dense.sample(features))
 
-    replay = Capture(denoiser.device)(run)
+    on_gpu = denoiser.device.type == 'cuda'
+    replay = GraphCapture(denoiser.device)(run) if on_gpu else run
 
     def sample(observed: Tensor) -> Tensor:
         features.copy_(observed)

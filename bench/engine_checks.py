@@ -19,7 +19,6 @@ from torch import Tensor
 from tts_policy.policy.bundle import save_random_bundle
 from tts_policy.policy.chunk_sampler import ChunkSampler
 from tts_policy.policy.contract import CommittedActions
-from tts_policy.policy.engines.registry import engine_maker
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.pruner import PlanPruner
@@ -31,13 +30,8 @@ SPARSITIES = (0.8, 0.5, 0.9, 0.8, 0.0, 0.8)
 EPISODES, TICKS = 3, 200
 # Three times as long as a feature may live: every plan that comes in steady state has come.
 WARM_UP = 3 * (SamplerSpec.max_rollout_age + 1)
-# Largest difference of a normalised action; with half precision as a share of the largest action.
-TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2
-HALF = ('triton',)
-# What an engine must not do in steady state. Those that replay captures have nothing left to
-# allocate; the eager one takes from what the allocator keeps, which may still ask for a segment.
-CAPTURED = ('segments', 'kept_bytes', 'allocations')
-LIMITS = {'eager': ('kept_bytes',), 'graphs': CAPTURED, 'triton': CAPTURED}
+# Largest difference of a normalised action.
+TOLERANCE = 1e-4
 # About 50 ms at the clock of a GPU.
 LATE_CYCLES = 100_000_000
 
@@ -72,7 +66,7 @@ def _sampled(
     """Chunks [T, A] of all ticks of all episodes."""
     spec, pruner = model.samplers[sampler]
     given: PlanPruner = LatePruner(pruner).eval() if late else pruner
-    chunks = ChunkSampler(model.denoiser, spec, given, engine=engine_maker(engine))
+    chunks = ChunkSampler(model.denoiser, spec, given, engine=engine)
     made = []
     for episode in range(EPISODES):
         chunks.reset(episode)
@@ -138,18 +132,14 @@ def _row(
 ) -> dict[str, Any]:
     # A value that is not a number stays one here, and compares as wrong.
     error = float(np.abs(np.array(made) - np.array(expected)).max())
-    tolerance = TOLERANCE
-    if engine in HALF:
-        tolerance = HALF_TOLERANCE * float(np.abs(np.array(expected)).max())
-    ok = error <= tolerance
-    return {'name': f'{engine} {name}', 'ok': ok, 'error': error, 'tolerance': tolerance}
+    ok = error <= TOLERANCE
+    return {'name': f'{engine} {name}', 'ok': ok, 'error': error, 'tolerance': TOLERANCE}
 
 
-def _with_allocations(
-    row: dict[str, Any], tick: Callable[[], Any], limits: tuple[str, ...]
-) -> dict[str, Any]:
+def _with_allocations(row: dict[str, Any], tick: Callable[[], Any]) -> dict[str, Any]:
+    # A plan that was not captured runs eagerly, which may allocate, but must keep nothing.
     counted = _allocations(tick)
-    return {**row, **counted, 'ok': row['ok'] and all(counted[name] <= 0 for name in limits)}
+    return {**row, **counted, 'ok': row['ok'] and counted['kept_bytes'] <= 0}
 
 
 def _sampler_rows(
@@ -159,11 +149,9 @@ def _sampler_rows(
     row = _row(sampler, engine, _sampled(model, sampler, engine, features), expected)
     if model.denoiser.device.type == 'cuda':
         spec, pruner = model.samplers[sampler]
-        chunks = ChunkSampler(model.denoiser, spec, pruner, engine=engine_maker(engine))
+        chunks = ChunkSampler(model.denoiser, spec, pruner, engine=engine)
         observed = cycle(features)
-        row = _with_allocations(
-            row, lambda: chunks.sample(next(observed), 0.8, Stopwatch()), LIMITS[engine]
-        )
+        row = _with_allocations(row, lambda: chunks.sample(next(observed), 0.8, Stopwatch()))
     yield row
     late = _sampled(model, sampler, engine, features, late=True)
     yield _row(f'{sampler} late plan', engine, late, expected)
@@ -176,8 +164,7 @@ def _policy_row(bundle: Path, sampler: str, engine: str, device: str) -> dict[st
     if device == 'cuda':
         policy = TestTimeSparsePolicy.from_bundle(bundle, sampler, device, engine=engine)
         windows = cycle(_windows())
-        limits = ('segments', 'kept_bytes')
-        row = _with_allocations(row, lambda: policy.act(next(windows), 0.8), limits)
+        row = _with_allocations(row, lambda: policy.act(next(windows), 0.8))
     return row
 
 

@@ -4,11 +4,10 @@
     .venv/bin/python bench/gpu_check.py --json out/gpu_check.json
 
 Chunks of random plans over several episodes, the sparsity changed between ticks, are compared with
-those of the eager engine in float32: once as they are, once with a pruner whose plan comes late,
-and once through the whole policy, from images and joints to actions with some of them held. Then,
-on a GPU, ticks in steady state must not make the allocator ask the device for memory nor keep any;
-where everything is captured they must not allocate at all. An engine runs in a process of its own,
-so that one that hangs or crashes is a line of the report like any other.
+those of the eager engine: once as they are, once with a pruner whose plan comes late, and once
+through the whole policy, from images and joints to actions with some of them held. On a GPU, ticks
+in steady state must not keep memory. An engine runs in a process of its own, so that one that
+hangs or crashes is a line of the report like any other.
 
 Ends with 0 if all is well, with 1 if an engine is wrong, with 2 if there is no such device.
 `bench/latency.py --device cuda` has the times.
@@ -18,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +43,9 @@ def parse_arguments() -> argparse.Namespace:
 def rows_of(engine: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of an engine from a process of its own; the last one says how that ended, if badly."""
     command = [sys.executable, __file__, '--engine', engine, '--device', args.device]
-    # The kernel itself is checked, whatever tests of its interpretation left in the environment.
-    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
     try:
         run = subprocess.run(
             [*command, *(['--tiny'] if args.tiny else [])],
-            env=environment,
             stdout=subprocess.PIPE,
             timeout=args.limit,
             text=True,
@@ -85,9 +79,7 @@ def main() -> int:
         for row in engine_rows(args.engine, args.device, args.tiny):
             print(json.dumps(row), flush=True)
         return 0
-    engines = ['eager', 'graphs']
-    if args.device == 'cuda' and find_spec('triton') is not None:
-        engines.append('triton')
+    engines = ['eager', 'cuda' if args.device == 'cuda' else 'packed']
     rows: list[dict[str, Any]] = []
     for engine in tqdm(engines, unit='engine'):
         rows += rows_of(engine, args)

@@ -47,11 +47,10 @@ def test_ablated_memories_give_the_eager_result(tiny_model: object) -> None:
     from ablation import AllStepsMemory, PerStepMemory, eager_with
 
     from tts_policy.policy.chunk_sampler import ChunkSampler
-    from tts_policy.policy.engines.eager import EagerEngine
     from tts_policy.policy.stopwatch import Stopwatch
 
     spec, pruner = tiny_model.samplers['ddpm100']
-    engines = (EagerEngine, eager_with(PerStepMemory), eager_with(AllStepsMemory))
+    engines = ('eager', eager_with(PerStepMemory), eager_with(AllStepsMemory))
     samplers = [ChunkSampler(tiny_model.denoiser, spec, pruner, engine=e) for e in engines]
     features = tiny_model.observe()
     expected, *ablated = [s.sample(features, 0.0, Stopwatch())[0] for s in samplers]
@@ -118,10 +117,10 @@ def test_every_engine_is_checked_against_the_eager_one(tmp_path: Path) -> None:
     run = subprocess.run([*command, '--device', 'cpu'], capture_output=True, timeout=300)
     rows = {row['name']: row for row in json.loads((tmp_path / 'check.json').read_text())['rows']}
     assert run.returncode == 0
-    assert {'eager ddim10', 'graphs ddim10', 'graphs ddpm100 late plan'} <= set(rows)
-    assert {'graphs policy ddim10', 'graphs policy ddpm100'} <= set(rows)
+    assert {'eager ddim10', 'packed ddim10', 'packed ddpm100 late plan'} <= set(rows)
+    assert {'packed policy ddim10', 'packed policy ddpm100'} <= set(rows)
     assert all(row['error'] <= row['tolerance'] for row in rows.values())
-    assert rows['graphs ddim10']['error'] > 0
+    assert rows['packed ddim10']['error'] > 0
 
 
 @pytest.mark.gpu
@@ -141,7 +140,7 @@ def test_an_engine_that_takes_too_long_is_a_line_of_the_report(tmp_path: Path) -
     assert run.returncode == 1
     assert [(row['name'], row['ok'], row['reason']) for row in rows] == [
         ('eager', False, 'it took longer than 0.1 s'),
-        ('graphs', False, 'it took longer than 0.1 s'),
+        ('packed', False, 'it took longer than 0.1 s'),
     ]
 
 
@@ -150,9 +149,9 @@ def test_chunks_that_are_no_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -
     from engine_checks import _row
 
     good, bad = np.zeros((2, 3)), np.full((2, 3), np.nan)
-    assert _row('ddim10', 'graphs', [good, good], [good, good])['ok']
-    assert not _row('ddim10', 'graphs', [good, bad], [good, good])['ok']
-    assert not _row('ddim10', 'triton', [bad, good], [good, good])['ok']
+    assert _row('ddim10', 'cuda', [good, good], [good, good])['ok']
+    assert not _row('ddim10', 'cuda', [good, bad], [good, good])['ok']
+    assert not _row('ddim10', 'cuda', [bad, good], [good, good])['ok']
 
 
 @torch.inference_mode()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a captured CUDA graph does, on a CPU: operations recorded once and run again as they were.
+"""What a captured CUDA graph does, on a CPU: operations are recorded once and run again.
 
-Every operation of a unit is recorded with the very tensors that it took. A replay runs them again
-and writes each result where it was when it was recorded, so whatever Python decided, counted or
-allocated meanwhile is frozen, as in a graph. Reading a value back to the host cannot be captured.
+Every operation of a function is recorded with the very tensors that it took. A replay runs them
+again and writes each result where it was when it was recorded, so whatever Python decided, counted
+or allocated meanwhile is frozen, as in a graph. Reading a value back to the host is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tts_policy.policy.engines.capture import Unit
+from tts_policy.policy.engines.cuda import Run
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -45,24 +45,16 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-class RecordedCapture:
-    """Makes units that replay what was recorded; counts them."""
+def record(function: Run) -> Run:
+    """Call a function once and return what replays its operations."""
+    recorder = _Recorder()
+    with recorder:
+        function()
 
-    def __init__(self) -> None:
-        self.units = 0
+    def replay() -> None:
+        for func, args, kwargs, made in recorder.calls:
+            result = _tensors(func(*args, **kwargs))
+            for target, value in zip(made, result, strict=bool(made)):
+                target.copy_(value)
 
-    def __call__(self, unit: Unit, prepare: Unit | None = None) -> Unit:
-        if prepare is not None:
-            prepare()
-        recorder = _Recorder()
-        with recorder:
-            unit()
-        self.units += 1
-
-        def replay() -> None:
-            for func, args, kwargs, made in recorder.calls:
-                result = _tensors(func(*args, **kwargs))
-                for target, value in zip(made, result, strict=bool(made)):
-                    target.copy_(value)
-
-        return replay
+    return replay

@@ -5,89 +5,36 @@ from __future__ import annotations
 
 import gc
 import resource
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from engine_rig import (
+    CPU,
+    SCHEDULERS,
+    STEPS,
+    Run,
+    random_denoiser,
+    random_features,
+    random_logits,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from tts_policy.policy.chunk_sampler import ChunkSampler
-from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
 from tts_policy.policy.engines.cpu import CpuEngine
-from tts_policy.policy.engines.eager import EagerEngine, Engine
+from tts_policy.policy.engines.eager import EagerEngine
 from tts_policy.policy.engines.packed import pack_linear
-from tts_policy.policy.engines.registry import make_engine
-from tts_policy.policy.feature_cache import FeatureCache
-from tts_policy.policy.plan import Plan, dense_plan, make_plan
+from tts_policy.policy.engines.registry import find_engine
+from tts_policy.policy.plan import dense_plan
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
+from tts_policy.policy.scheduler import SchedulerSpec
 from tts_policy.policy.stopwatch import Stopwatch
 
-SPEC = TransformerSpec(
-    action_dim=3, horizon=8, obs_steps=2, obs_features=7, width=32, layers=2, heads=2
-)
-STEPS = 6
-SCHEDULERS = {
-    'ddpm': SchedulerSpec('ddpm', STEPS, STEPS),
-    'ddim': SchedulerSpec('ddim', STEPS, 60),
-    'ddim_sample': SchedulerSpec('ddim', STEPS, 60, prediction='sample', clip=0.5, steps_offset=1),
-    'ddpm_sample': SchedulerSpec('ddpm', STEPS, STEPS, prediction='sample', clip=0.0),
-}
-
-
-def random_denoiser(half: bool, spec: TransformerSpec = SPEC) -> TransformerDenoiser:
-    """Denoiser with weights that half precision holds exactly, as a bundle's, or does not."""
-    torch.manual_seed(0)
-    denoiser = TransformerDenoiser(spec).eval().requires_grad_(False)
-    for parameter in denoiser.parameters():
-        parameter.add_(torch.randn(parameter.shape) * 0.1)
-        if half:
-            parameter.copy_(parameter.half())
-    return denoiser
-
-
-class Run:
-    """One engine with a cache of its own."""
-
-    def __init__(
-        self,
-        kind: type[EagerEngine] | type[CpuEngine],
-        scheduler: str,
-        force: bool,
-        half: bool,
-        causal: bool = True,
-    ) -> None:
-        noise_scheduler = NoiseScheduler(SCHEDULERS[scheduler])
-        self.cache = FeatureCache(SPEC, STEPS, noise_scheduler.needs_noise, torch.device('cpu'))
-        self.engine: Engine = kind(
-            random_denoiser(half, replace(SPEC, causal=causal)),
-            noise_scheduler,
-            self.cache,
-            force,
-        )
-        self.force = force
-        self.reset(0)
-
-    def reset(self, seed: int) -> None:
-        self.cache.reset(torch.Generator().manual_seed(seed))
-
-    def tick(self, features: Tensor, logits: np.ndarray, sparsity: float) -> Tensor:
-        def plan() -> Plan:
-            if self.force and self.cache.tick == 0:
-                # A forced step 0 has run by the time the plan is asked for.
-                assert torch.isfinite(self.cache.features[0]).all()
-            valid, kinds = self.cache.rollout_valid(4), SPEC.stack.kinds
-            return make_plan(logits, sparsity, valid, self.force, kinds)
-
-        self.engine.observe(features)
-        x, executed = self.engine.denoise(plan, Stopwatch())
-        self.cache.commit(executed)
-        return x
+DIFFUSION = sorted(set(SCHEDULERS) - {'flow'})
 
 
 @given(
@@ -96,21 +43,21 @@ class Run:
     force=st.booleans(),
     half=st.booleans(),
     causal=st.booleans(),
-    scheduler=st.sampled_from(sorted(SCHEDULERS)),
+    scheduler=st.sampled_from(DIFFUSION),
 )
 @settings(max_examples=40, deadline=None)
 @torch.inference_mode()
 def test_equals_the_eager_engine_over_random_plans_and_a_reset(
     seed: int, sparsities: list[float], force: bool, half: bool, causal: bool, scheduler: str
 ) -> None:
-    eager, fast = (Run(kind, scheduler, force, half, causal) for kind in (EagerEngine, CpuEngine))
+    denoiser = random_denoiser(half=half, causal=causal)
+    eager, fast = (Run(kind, scheduler, force, denoiser) for kind in (EagerEngine, CpuEngine))
     rng = np.random.default_rng(seed)
     for episode in range(2):
         for run in (eager, fast):
             run.reset(episode)
         for sparsity in [0.0, *sparsities]:
-            features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
-            logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
+            features, logits = random_features(rng), random_logits(rng, eager.cache)
             expected = eager.tick(features, logits, sparsity)
             difference = (fast.tick(features, logits, sparsity) - expected).abs().max()
             assert difference < 1e-4 * max(1.0, float(expected.abs().max()))
@@ -121,16 +68,15 @@ def test_equals_the_eager_engine_over_random_plans_and_a_reset(
     assert (fast.engine.time_tokens == eager.engine.time_tokens).all()
 
 
-@pytest.mark.parametrize('scheduler', sorted(SCHEDULERS))
+@pytest.mark.parametrize('scheduler', DIFFUSION)
 @pytest.mark.parametrize('force', [True, False])
 @torch.inference_mode()
 def test_sparsity_zero_is_bitwise_the_plain_dense_loop(scheduler: str, force: bool) -> None:
-    run = Run(CpuEngine, scheduler, force, half=True)
+    run = Run(CpuEngine, scheduler, force)
     assert isinstance(run.engine, CpuEngine)
     rng = np.random.default_rng(0)
     for sparsity in (0.0, 0.6, 0.0):
-        features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
-        logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
+        features, logits = random_features(rng), random_logits(rng, run.cache)
         x = run.tick(features, logits, sparsity)
         if sparsity == 0.0:
             assert torch.equal(x, run.engine.denoise_dense())
@@ -139,19 +85,19 @@ def test_sparsity_zero_is_bitwise_the_plain_dense_loop(scheduler: str, force: bo
 
 @torch.inference_mode()
 def test_an_unchanged_plan_reads_the_features_of_this_tick() -> None:
-    eager, fast = (Run(kind, 'ddim', True, True) for kind in (EagerEngine, CpuEngine))
+    eager, fast = Run(EagerEngine), Run(CpuEngine)
     rng = np.random.default_rng(1)
-    logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
+    logits = random_logits(rng, fast.cache)
     for tick in range(5):
-        features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
+        features = random_features(rng)
         x = [run.tick(features, logits, 0.7 if tick else 0.0) for run in (eager, fast)]
         assert (x[0] - x[1]).abs().max() < 1e-4
 
 
 @torch.inference_mode()
 def test_the_result_of_a_tick_survives_the_next() -> None:
-    run = Run(CpuEngine, 'ddpm', True, True)
-    logits = np.zeros((STEPS, SPEC.blocks, 4), np.float32)
+    run = Run(CpuEngine, 'ddpm')
+    logits = np.zeros((STEPS, run.cache.blocks, 4), np.float32)
     first = run.tick(torch.ones(1, 2, 7), logits, 0.0)
     kept = first.clone()
     run.tick(-torch.ones(1, 2, 7), logits, 0.0)
@@ -170,17 +116,30 @@ def test_packed_linear_layers_multiply_in_single_precision(half: bool) -> None:
     assert (y - exact).abs().max() < 1e-5
 
 
-def test_the_cpu_gets_the_cpu_engine_and_unknown_blocks_the_eager_one() -> None:
+def test_engines_are_found_by_name_and_the_cpu_gets_the_packed_one_where_it_can() -> None:
     class Other(nn.Identity):
         pass
 
-    cache = FeatureCache(SPEC, STEPS, False, torch.device('cpu'))
-    scheduler = NoiseScheduler(SCHEDULERS['ddim'])
-    denoiser = random_denoiser(True)
-    with torch.inference_mode():
-        assert isinstance(make_engine(denoiser, scheduler, cache, True), CpuEngine)
-        denoiser.blocks[2] = Other()
-        assert isinstance(make_engine(denoiser, scheduler, cache, True), EagerEngine)
+    denoiser = random_denoiser()
+    assert find_engine('auto', denoiser, CPU) is find_engine('packed', denoiser, CPU) is CpuEngine
+    assert find_engine('auto', denoiser, torch.device('cuda')) is EagerEngine
+    denoiser.blocks[2] = Other()
+    assert find_engine('auto', denoiser, CPU) is find_engine('eager', denoiser, CPU) is EagerEngine
+
+
+@pytest.mark.parametrize(
+    ('engine', 'device', 'reason'),
+    [
+        ('fast', 'cpu', "engine: expected one of auto, eager, packed, cuda, got 'fast'"),
+        ('packed', 'cuda', "engine 'packed': expected a CPU, got cuda"),
+        ('packed', 'cpu', "engine 'packed': expected a float32 transformer .* got DiTDenoiser"),
+    ],
+)
+def test_unknown_and_unfit_engines_are_refused_with_the_reason(
+    engine: str, device: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        find_engine(engine, random_denoiser('dit'), torch.device(device))
 
 
 def resident_bytes() -> int:
@@ -190,9 +149,9 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 def test_resident_memory_does_not_grow_over_ten_thousand_ticks() -> None:
-    spec = TransformerSpec(
-        action_dim=2, horizon=4, obs_steps=1, obs_features=3, width=16, layers=1, heads=2
-    )
+    sizes = {'action_dim': 2, 'horizon': 4, 'obs_steps': 1, 'obs_features': 3}
+    denoiser = random_denoiser(**sizes, width=16, layers=1)
+    spec = denoiser.spec
     sampler_spec = SamplerSpec(SchedulerSpec('ddim', 3, 30), force_first_step=False)
     torch.manual_seed(0)
     pruner = Pruner(PrunerSpec(3, spec.blocks, spec.width, 1, (0.6,), hidden=8)).requires_grad_(
@@ -201,7 +160,7 @@ def test_resident_memory_does_not_grow_over_ten_thousand_ticks() -> None:
     with torch.no_grad():
         pruner.tables.normal_()
         pruner.cell.normal_()
-    sampler = ChunkSampler(random_denoiser(True, spec), sampler_spec, pruner)
+    sampler = ChunkSampler(denoiser, sampler_spec, pruner)
     features = torch.randn(64, 1, 1, 3)
     plans = set()
 

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engine_rig import CPU, SIZES, STEPS, random_denoiser, random_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from small_policy import CONTRACT
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tts_policy.policy import flops
 from tts_policy.policy.bundle import BundleError, load_bundle, save_bundle, save_random_bundle
-from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 from tts_policy.policy.denoisers.attention import rotary_angles, rotate
 from tts_policy.policy.denoisers.dit import DiTDenoiser, DiTOptions, DiTSpec
 from tts_policy.policy.encoders.cnn import CnnSpec
-from tts_policy.policy.engines.eager import EagerEngine, denoise_dense, denoise_masked
-from tts_policy.policy.engines.registry import make_engine
+from tts_policy.policy.engines.eager import MaskedLoop, denoise_dense
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.plan import Plan, Reuse, dense_plan, make_plan
@@ -30,12 +30,7 @@ from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec, flow_lesson
 
-CONTRACT = PolicyContract(
-    ObservationSpec((CameraSpec('camera', 32, 48),), ('a', 'b', 'c'), steps=2, period_s=0.05),
-    ActionSpec(('a', 'b', 'c'), horizon=8, execute=4, offset_steps=1),
-)
-STEPS = 6
-SPEC = DiTSpec(3, 8, 2, 7, width=32, layers=2, heads=2, time_features=16)
+SPEC = DiTSpec(**SIZES, time_features=16)
 FLOW = SchedulerSpec('flow', STEPS, prediction='velocity', clip=0.0)
 NETWORK = NetworkSpec(
     width=32,
@@ -52,21 +47,15 @@ SAMPLERS = {
 }
 
 
-def random_dit(spec: DiTSpec = SPEC) -> DiTDenoiser:
-    torch.manual_seed(0)
-    denoiser = DiTDenoiser(spec).eval().requires_grad_(False)
-    for parameter in denoiser.parameters():
-        parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return denoiser
-
-
 class Rig:
     """A random denoiser with what sampling it needs."""
 
-    def __init__(self, scheduler: SchedulerSpec = FLOW) -> None:
-        self.denoiser, self.scheduler = random_dit(), NoiseScheduler(scheduler)
-        self.table = self.denoiser.conditioner(scheduler.timesteps())
-        self.cache = FeatureCache(SPEC, STEPS, self.scheduler.needs_noise, torch.device('cpu'))
+    def __init__(self) -> None:
+        denoiser = random_denoiser('dit')
+        assert isinstance(denoiser, DiTDenoiser)
+        self.denoiser, self.scheduler = denoiser, NoiseScheduler(FLOW)
+        self.table = denoiser.conditioner(FLOW.timesteps())
+        self.cache = FeatureCache(SPEC, STEPS, self.scheduler.needs_noise, CPU)
         self.cache.reset(torch.Generator().manual_seed(3))
         self.features = torch.empty(0)
 
@@ -75,16 +64,13 @@ class Rig:
         self.table.encode(self.features)
 
     def masked(self, plan: Plan) -> Tensor:
-        x, executed = denoise_masked(
-            self.denoiser, self.scheduler, self.table, self.cache, lambda: plan, False
-        )
-        self.cache.commit(executed)
+        x = MaskedLoop(self.denoiser, self.scheduler, self.table, self.cache).run(plan)
+        self.cache.commit(plan)
         return x
 
     def plan(self, rng: np.random.Generator, sparsity: float) -> Plan:
-        logits = rng.standard_normal((STEPS, SPEC.blocks, 4)).astype(np.float32)
         valid = self.cache.rollout_valid(100)
-        return make_plan(logits, sparsity, valid, False, SPEC.stack.kinds)
+        return make_plan(random_logits(rng, self.cache), sparsity, valid, False, SPEC.stack.kinds)
 
 
 def naive(rig: Rig, plan: Plan, earlier: dict[tuple[int, int], Tensor]) -> Tensor:
@@ -187,12 +173,6 @@ def test_flops_are_those_of_the_plan_and_of_the_conditioner() -> None:
         rig.masked(plan)
     attention = 4 * 8 * 8 * 32 * int((plan[:, 0::2] == Reuse.COMPUTE).sum())
     assert counter.get_total_flops() == flops.decoder_flops(SPEC, plan) - attention
-
-
-def test_the_engine_is_the_eager_one() -> None:
-    rig = Rig()
-    engine = make_engine(rig.denoiser, rig.scheduler, rig.cache, False)
-    assert type(engine) is EagerEngine
 
 
 def test_euler_steps_of_the_true_velocity_end_at_the_data() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_rig import CPU, SCHEDULERS, SIZES, STEPS, random_denoiser, random_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -17,51 +18,44 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tts_policy.policy import flops
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
-from tts_policy.policy.engines.eager import denoise_dense, denoise_masked
+from tts_policy.policy.engines.eager import MaskedLoop, denoise_dense
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import Plan, Reuse, dense_plan, make_plan
-from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
+from tts_policy.policy.scheduler import NoiseScheduler
 
-SPEC = TransformerSpec(
-    action_dim=3, horizon=8, obs_steps=2, obs_features=7, width=32, layers=2, heads=2
-)
-STEPS = 6
+SPEC = TransformerSpec(**SIZES)
 
 
 class Rig:
-    """A random denoiser with what sampling it needs."""
+    """A random denoiser with what sampling a batch of sequences needs."""
 
-    def __init__(self, kind: str = 'ddpm', steps: int = STEPS) -> None:
-        torch.manual_seed(0)
-        self.denoiser = TransformerDenoiser(SPEC).eval().requires_grad_(False)
-        for parameter in self.denoiser.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-        self.scheduler = NoiseScheduler(
-            SchedulerSpec(kind, steps, STEPS if kind == 'ddpm' else 60)
-        )
-        self.memory = self.denoiser.conditioner(self.scheduler.spec.timesteps())
-        self.cache = self.fresh_cache()
-
-    def fresh_cache(self) -> FeatureCache:
-        cache = FeatureCache(
-            SPEC, self.scheduler.spec.steps, self.scheduler.needs_noise, torch.device('cpu')
-        )
-        cache.reset(torch.Generator().manual_seed(3))
-        return cache
+    def __init__(self, kind: str = 'ddpm', batch: int = 1) -> None:
+        denoiser = random_denoiser()
+        assert isinstance(denoiser, TransformerDenoiser)
+        self.denoiser, self.batch = denoiser, batch
+        self.scheduler = NoiseScheduler(SCHEDULERS[kind])
+        self.memory = denoiser.conditioner(self.scheduler.spec.timesteps())
+        self.cache = FeatureCache(SPEC, STEPS, self.scheduler.needs_noise, CPU, batch=batch)
+        self.cache.reset(torch.Generator().manual_seed(3))
 
     def observe(self, tick: int) -> None:
         generator = torch.Generator().manual_seed(tick)
-        self.memory.encode(torch.randn(1, 2, 7, generator=generator))
+        self.memory.encode(torch.randn(self.batch, 2, 7, generator=generator))
+
+    def loop(self) -> MaskedLoop:
+        return MaskedLoop(self.denoiser, self.scheduler, self.memory, self.cache)
 
     def dense(self) -> Tensor:
         return denoise_dense(self.denoiser, self.scheduler, self.memory, self.cache)
 
-    def masked(self, plan: Plan, force: bool = False) -> Tensor:
-        x, executed = denoise_masked(
-            self.denoiser, self.scheduler, self.memory, self.cache, lambda: plan, force
-        )
-        self.cache.commit(executed)
+    def masked(self, plan: Plan) -> Tensor:
+        x = self.loop().run(plan)
+        self.cache.commit(plan)
         return x
+
+    def plan(self, rng: np.random.Generator, sparsity: float, force: bool = False) -> Plan:
+        logits, valid = random_logits(rng, self.cache), self.cache.rollout_valid(100)
+        return make_plan(logits, sparsity, valid, force, SPEC.stack.kinds)
 
 
 class NaiveLoop:
@@ -93,27 +87,18 @@ class NaiveLoop:
                     case Reuse.ROLLOUT:
                         y = self.tau_r[i, b]
                 tokens = tokens + y
-            noise = cache.step_noise[i] if len(cache.step_noise) else None
-            x = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), noise)
+            x = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), cache.noise_of(i))
         return x
 
 
-def random_plan(
-    rng: np.random.Generator, cache: FeatureCache, sparsity: float, force: bool
-) -> Plan:
-    logits = rng.standard_normal((cache.steps, cache.blocks, 4)).astype(np.float32)
-    return make_plan(logits, sparsity, cache.rollout_valid(100), force, SPEC.stack.kinds)
-
-
-@pytest.mark.parametrize('kind', ['ddpm', 'ddim'])
-@pytest.mark.parametrize('force', [True, False])
+@pytest.mark.parametrize('kind', ['ddpm', 'ddim', 'flow'])
 @torch.no_grad()
-def test_sparsity_zero_is_bitwise_the_plain_dense_loop(kind: str, force: bool) -> None:
+def test_sparsity_zero_is_bitwise_the_plain_dense_loop(kind: str) -> None:
     rig = Rig(kind)
     for tick in range(3):
         rig.observe(tick)
-        plan = random_plan(np.random.default_rng(tick), rig.cache, 0.0, force)
-        assert torch.equal(rig.masked(plan, force), rig.dense())
+        plan = rig.plan(np.random.default_rng(tick), 0.0)
+        assert torch.equal(rig.masked(plan), rig.dense())
 
 
 @given(
@@ -121,19 +106,59 @@ def test_sparsity_zero_is_bitwise_the_plain_dense_loop(kind: str, force: bool) -
     sparsities=st.lists(st.floats(0.1, 1 - 1 / STEPS), min_size=2, max_size=4),
     force=st.booleans(),
     kind=st.sampled_from(['ddpm', 'ddim']),
+    batch=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)
 @torch.no_grad()
 def test_masked_loop_equals_the_naive_loop_over_any_plans(
-    seed: int, sparsities: list[float], force: bool, kind: str
+    seed: int, sparsities: list[float], force: bool, kind: str, batch: int
 ) -> None:
-    rig = Rig(kind)
+    rig = Rig(kind, batch)
     naive = NaiveLoop(rig)
     rng = np.random.default_rng(seed)
     for tick, sparsity in enumerate([0.0, *sparsities]):
         rig.observe(tick)
-        plan = random_plan(rng, rig.cache, sparsity, force)
-        assert (rig.masked(plan, force) - naive.run(plan)).abs().max() < 1e-5
+        plan = rig.plan(rng, sparsity, force)
+        assert (rig.masked(plan) - naive.run(plan)).abs().max() < 1e-5
+
+
+@given(seed=st.integers(0, 2**32 - 1), sparsity=st.floats(0.1, 0.8))
+@settings(max_examples=10, deadline=None)
+def test_gradients_are_those_of_the_naive_loop(seed: int, sparsity: float) -> None:
+    rig, rng = Rig('ddim', batch=2), np.random.default_rng(seed)
+    naive = NaiveLoop(rig)
+    weights = rig.denoiser.blocks[0].out.weight.requires_grad_()
+    gradients: list[Tensor] = []
+    for run in (rig.masked, naive.run):
+        rig.observe(0)
+        with torch.no_grad():
+            run(dense_plan(STEPS, SPEC.blocks))
+    rig.observe(1)
+    plan = rig.plan(rng, sparsity, force=True)
+    for run in (naive.run, rig.masked):
+        gradients += torch.autograd.grad(run(plan).sum(), weights)
+    expected, gradient = gradients
+    assert (gradient - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
+    assert not rig.cache.store.requires_grad
+
+
+@torch.no_grad()
+def test_a_batch_is_its_sequences_one_by_one() -> None:
+    together, alone = Rig(batch=3), Rig()
+    rng = np.random.default_rng(0)
+    together.observe(0)
+    together.masked(dense_plan(STEPS, SPEC.blocks))
+    kept = together.cache.features.clone()
+    features = torch.randn(3, 2, 7)
+    together.memory.encode(features)
+    plan = together.plan(rng, 0.6)
+    expected = together.masked(plan)
+    for n in range(3):
+        alone.cache.features.copy_(kept[:, :, n : n + 1])
+        alone.cache.initial_noise.copy_(together.cache.initial_noise[n : n + 1])
+        alone.cache.step_noise.copy_(together.cache.step_noise[:, n : n + 1])
+        alone.memory.encode(features[n : n + 1])
+        assert (alone.masked(plan)[0] - expected[n]).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -141,7 +166,7 @@ def test_plans_of_the_property_test_use_every_class() -> None:
     rig = Rig()
     rig.observe(0)
     rig.masked(dense_plan(STEPS, SPEC.blocks))
-    plan = random_plan(np.random.default_rng(0), rig.cache, 0.7, True)
+    plan = rig.plan(np.random.default_rng(0), 0.7, True)
     assert set(np.unique(plan)) == {0, 1, 2, 3}
 
 
@@ -190,10 +215,10 @@ def test_skipped_blocks_do_not_execute_and_flops_are_those_of_the_plan() -> None
     rig.observe(0)
     rig.masked(dense_plan(STEPS, SPEC.blocks))
     rig.observe(1)
-    plan = random_plan(np.random.default_rng(0), rig.cache, 0.7, True)
+    plan = rig.plan(np.random.default_rng(0), 0.7, True)
     calls = _Calls(rig.denoiser)
     with FlopCounterMode(display=False) as counter:
-        rig.masked(plan, True)
+        rig.masked(plan)
     assert calls.count.tolist() == (plan == Reuse.COMPUTE).sum(axis=0).tolist()
     counted = flops.decoder_flops(SPEC, plan)
     # torch's counter sees the matrix products; CPU attention counts as zero there.

@@ -3,93 +3,53 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from engine_rig import SCHEDULERS, STEPS, Run, random_features, random_logits
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.policy.contract import CommittedActions, hold_weights
-from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
 from tts_policy.policy.engines.cpu import CpuEngine
-from tts_policy.policy.engines.eager import EagerEngine, Engine
-from tts_policy.policy.feature_cache import FeatureCache
+from tts_policy.policy.engines.eager import EagerEngine
 from tts_policy.policy.inpainting import Inpainting
-from tts_policy.policy.plan import make_plan
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
-from tts_policy.policy.stopwatch import Stopwatch
 
 Windows = list[dict[str, NDArray]]
-STEPS = 4
-SPEC = TransformerSpec(
-    action_dim=3, horizon=8, obs_steps=2, obs_features=7, width=32, layers=2, heads=2
-)
-SCHEDULERS = {
-    'ddpm': SchedulerSpec('ddpm', STEPS, STEPS),
-    'ddim': SchedulerSpec('ddim', STEPS, 40, clip=0.5),
-}
 
 
-def engines(scheduler: NoiseScheduler, force: bool) -> list[tuple[Engine, FeatureCache]]:
-    """Return every engine there is here, each with a cache of its own, the reference first."""
-    torch.manual_seed(0)
-    denoiser = TransformerDenoiser(SPEC).eval().requires_grad_(False)
-    for parameter in denoiser.parameters():
-        parameter.add_(torch.randn(parameter.shape) * 0.1)
-    kinds: list[type[Engine]] = [EagerEngine, CpuEngine]
-    # Read when Triton is imported, which other tests do where torch brings one.
-    if find_spec('triton') is not None and os.environ.get('TRITON_INTERPRET') == '1':
-        from tts_policy.policy.engines.triton_engine import TritonEngine
-
-        kinds.append(TritonEngine)
-    made = []
-    for kind in kinds:
-        cache = FeatureCache(SPEC, STEPS, scheduler.needs_noise, torch.device('cpu'))
-        cache.reset(torch.Generator().manual_seed(0))
-        made.append((kind(denoiser, scheduler, cache, force), cache))  # type: ignore[call-arg]
-    return made
-
-
-@pytest.mark.parametrize('kind', sorted(SCHEDULERS))
+@pytest.mark.parametrize('kind', ['ddpm', 'ddim', 'ddim_sample'])
 @pytest.mark.parametrize('force', [True, False])
 @torch.inference_mode()
 def test_every_engine_holds_committed_actions_and_agrees_on_the_rest(
     kind: str, force: bool
 ) -> None:
-    scheduler = NoiseScheduler(SCHEDULERS[kind])
     rng = np.random.default_rng(0)
     actions = torch.from_numpy(rng.standard_normal((8, 3), np.float32))
     weights = torch.tensor([0.0, 1.0, 1.0, 0.5, 0.1, 0.0, 0.0, 0.0])
-    features = torch.from_numpy(rng.standard_normal((1, 2, 7), np.float32))
-    logits = rng.standard_normal((STEPS, SPEC.blocks, 4), np.float32)
-    levels = torch.tensor(scheduler.noise_levels())
+    runs = [Run(make, kind, force) for make in (EagerEngine, CpuEngine)]
+    features, logits = random_features(rng), random_logits(rng, runs[0].cache)
     results: list[list[Tensor]] = []
-    for engine, cache in engines(scheduler, force):
-        results.append([])
-        for tick, held in enumerate((False, True, False)):
-            valid = cache.rollout_valid(4)
-            plan = make_plan(logits, 0.6 if tick else 0.0, valid, force, SPEC.stack.kinds)
-            given = Inpainting(levels, cache.initial_noise, actions, weights)
-            engine.observe(features)
-            x, _ = engine.denoise(lambda plan=plan: plan, Stopwatch(), given if held else None)
-            cache.commit(plan)
-            results[-1].append(x[0].clone())
-        assert torch.equal(results[-1][1][1:3], actions[1:3])
-        assert not torch.allclose(results[-1][2][1:3], actions[1:3])
-    for others in results[1:]:
-        for expected, x in zip(results[0], others, strict=True):
-            assert (x - expected).abs().max() < 1e-4
+    for run in runs:
+        x = [
+            run.tick(features, logits, sparsity, (actions, weights) if held else None)[0].clone()
+            for sparsity, held in ((0.0, False), (0.6, True), (0.6, False))
+        ]
+        assert torch.equal(x[1][1:3], actions[1:3])
+        assert not torch.allclose(x[2][1:3], actions[1:3])
+        results.append(x)
+    for expected, x in zip(*results, strict=True):
+        assert (x - expected).abs().max() < 1e-4
 
 
 def test_a_level_is_the_known_action_noised_as_its_step_asks() -> None:
     scheduler = NoiseScheduler(SCHEDULERS['ddim'])
     noise, actions = torch.randn(1, 8, 3), torch.randn(8, 3)
-    given = Inpainting(torch.tensor(scheduler.noise_levels()), noise, actions, torch.ones(8))
+    given = Inpainting.of(torch.tensor(scheduler.noise_levels()), noise, actions, torch.ones(8))
     alphas = scheduler.spec.alphas_cumprod()
     for level, t in enumerate(scheduler.spec.timesteps()):
         x = torch.zeros(1, 8, 3)
@@ -101,7 +61,7 @@ def test_a_level_is_the_known_action_noised_as_its_step_asks() -> None:
 def test_a_level_of_a_flow_lies_between_noise_and_the_known_action() -> None:
     scheduler = NoiseScheduler(SchedulerSpec('flow', STEPS, 1, prediction='velocity', clip=0.0))
     noise, actions = torch.randn(1, 8, 3), torch.randn(8, 3)
-    given = Inpainting(torch.tensor(scheduler.noise_levels()), noise, actions, torch.ones(8))
+    given = Inpainting.of(torch.tensor(scheduler.noise_levels()), noise, actions, torch.ones(8))
     x = noise.clone()
     for level in range(STEPS):
         given.impose(level, x)

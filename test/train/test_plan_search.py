@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
-from tts_policy.policy.engines.eager import denoise_masked
+from tts_policy.policy.engines.eager import MaskedLoop
 from tts_policy.policy.plan import (
     Reuse,
     make_plan,
@@ -122,14 +122,9 @@ def test_the_shared_plan_loop_is_the_engine_for_every_episode(
         for tick, plan in enumerate(plans):
             teacher.conditioner.encode(lesson.sequence.features[tick + 1 : tick + 2])
             with torch.no_grad():
-                alone, _ = denoise_masked(
-                    teacher.denoiser,
-                    teacher.scheduler,
-                    teacher.conditioner,
-                    cache,
-                    lambda plan=plan: plan,
-                    False,
-                )
+                alone = MaskedLoop(
+                    teacher.denoiser, teacher.scheduler, teacher.conditioner, cache
+                ).run(plan)
             cache.commit(plan)
             assert (together[tick][row] - alone[0]).abs().max() < 1e-4
 

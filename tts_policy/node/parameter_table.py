@@ -96,7 +96,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     _fixed('sampler', Type.STRING, 'ddim10', '', 'Sampler of the bundle to run'),
     _fixed('device', Type.STRING, 'cpu', '', 'Torch device'),
     _fixed('engine', Type.STRING, 'auto', '',
-           'What runs the denoiser: auto, eager, packed (CPU), graphs or triton (CUDA)'),
+           'What runs the denoiser: auto, eager, packed (CPU) or cuda (graphs, unmeasured)'),
     _fixed('threads', Type.INTEGER, 1, '',
            'Torch threads; more than one hurts beside a busy core', 1, 256),
     _fixed('seed', Type.INTEGER, 0, '',

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tts_policy.policy.denoisers.denoiser import DenoiserSpec
 from tts_policy.policy.plan import Plan, Reuse
@@ -21,12 +22,13 @@ NEVER = -1
 
 
 class FeatureCache:
-    """Features [K, N, T, D], the tick each was computed in [K, N], and the held noise.
+    """Features [K, N, B, T, D], the tick in which each was computed [K, N], and the held noise.
 
-    store: [K * N + 1, T, D]; features is its view by step and block, and the last row is the
-    engine's, for a constant that it adds up together with features.
-    initial_noise: [1, T, A]; step_noise: [K, 1, T, A], empty for a scheduler that adds none; both
-    are normally distributed with `temperature` as their deviation.
+    A batch of B sequences shares one plan a tick; a robot has B = 1.
+    store: [K * N + 1, B, T, D]; `features` is its view by step and block. The last row belongs to
+    the engine, for a constant that it adds to sums of features.
+    initial_noise: [B, T, A]; step_noise: [K, B, T, A], empty for a scheduler that adds none. Both
+    are normally distributed with standard deviation `temperature`.
     """
 
     def __init__(
@@ -35,32 +37,34 @@ class FeatureCache:
         steps: int,
         needs_noise: bool,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
         temperature: float = 1.0,
+        batch: int = 1,
     ) -> None:
         self.temperature = temperature
         self.steps, self.blocks = steps, spec.blocks
-        cells, shape = steps * spec.blocks, (spec.horizon, spec.width)
-        self.store = torch.zeros(cells + 1, *shape, device=device, dtype=dtype)
+        cells, shape = steps * spec.blocks, (batch, spec.horizon, spec.width)
+        self.store = torch.zeros(cells + 1, *shape, device=device)
         self.features = self.store[:-1].view(steps, spec.blocks, *shape)
         self.computed_in = np.full((steps, spec.blocks), NEVER, np.int64)
         self.tick = 0
-        noise = (1, spec.horizon, spec.action_dim)
-        self.initial_noise = torch.zeros(noise, device=device, dtype=dtype)
-        self.step_noise = torch.zeros(
-            (steps if needs_noise else 0, *noise), device=device, dtype=dtype
-        )
+        noise = (batch, spec.horizon, spec.action_dim)
+        self.initial_noise = torch.zeros(noise, device=device)
+        self.step_noise = torch.zeros(steps if needs_noise else 0, *noise, device=device)
+
+    def noise_of(self, step: int) -> Tensor | None:
+        """Noise [B, T, A] that the scheduler adds at a step; None if it adds none."""
+        return self.step_noise[step] if len(self.step_noise) else None
 
     def reset(self, generator: torch.Generator) -> None:
-        """Forget every feature and draw the noise of a new episode."""
+        """Start an episode: forget every feature and draw new noise."""
         self.computed_in.fill(NEVER)
         self.tick = 0
-        # Nothing may read a forgotten feature; NaN would show it in the action if something did.
+        # Nothing may read a forgotten feature. If something did, NaN would show it in the action.
         self.features.fill_(float('nan'))
         self.draw_noise(generator)
 
     def draw_noise(self, generator: torch.Generator) -> None:
-        """Draw initial and per-step noise (on the CPU, so that every device gets the same)."""
+        """Draw initial and per-step noise, on the CPU so that every device gets the same."""
         pinned = self.store.is_cuda
         for noise in (self.initial_noise, self.step_noise):
             drawn = torch.randn(noise.shape, generator=generator, pin_memory=pinned)
@@ -72,9 +76,9 @@ class FeatureCache:
         return (self.computed_in != NEVER) & (self.tick - self.computed_in <= max_age)
 
     def commit(self, plan: Plan) -> int:
-        """Close the tick that executed `plan`: its computed cells are fresh now.
+        """End the tick that executed `plan`: the features of its computed cells are fresh.
 
-        Returns the age in ticks of the oldest feature that its ROLLOUT cells read, 0 if none.
+        Returns the age in ticks of the oldest feature that a ROLLOUT cell read, 0 if none did.
         """
         read = self.computed_in[plan == Reuse.ROLLOUT]
         oldest = int(self.tick - read.min()) if read.size else 0

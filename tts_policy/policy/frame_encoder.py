@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Camera features of an observation window, every frame encoded once.
 
-Consecutive windows share frames when ticks come faster than a window is long. A frame is known by
-its pixels, which costs a comparison of bytes and cannot mistake one frame for another; stamps, or
-the identity of a buffer that its owner writes anew, could. Bytes go to the device as they are:
-conversion and crop happen there.
+Consecutive windows share frames if ticks come faster than a window is long. Frames are compared by
+their pixels, which costs a comparison of bytes and never takes one frame for another; a stamp can
+repeat, and the owner of a buffer can overwrite it. Bytes go to the device as they are: conversion
+and crop happen there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from tts_policy.policy.contract import CameraSpec, ObservationSpec
 from tts_policy.policy.encoders.observation_encoder import ObservationEncoder
-from tts_policy.policy.engines.capture import Capturer
 from tts_policy.policy.transfer import Upload
 
 
@@ -28,44 +26,22 @@ class _Slot:
     """Carries one frame of a window to the device and encodes it there."""
 
     def __init__(
-        self,
-        encoder: ObservationEncoder,
-        camera: CameraSpec,
-        device: torch.device,
-        capture: Capturer | None,
+        self, encoder: ObservationEncoder, camera: CameraSpec, device: torch.device
     ) -> None:
         self._upload = Upload((1, camera.height, camera.width, 3), torch.uint8, device)
-        forward = partial(encoder.camera_features, camera.key, self._upload.device)
-        self._forward = forward if capture is None else self._captured(forward, capture)
-
-    def _captured(self, forward: Callable[[], Tensor], capture: Capturer) -> Callable[[], Tensor]:
-        with torch.inference_mode():
-            features = torch.zeros_like(forward())
-
-            def run() -> None:
-                features.copy_(forward())
-
-            unit = capture(run)
-
-        def replay() -> Tensor:
-            unit()
-            # The window holds on to features for longer than the buffer does.
-            return features.clone()
-
-        return replay
+        self._encoder, self._key = encoder, camera.key
 
     def encode(self, frame: NDArray[np.uint8]) -> Tensor:
         """Features [1, F] of a frame [H, W, 3]."""
-        self._upload.send(frame[None])
-        return self._forward()
+        return self._encoder.camera_features(self._key, self._upload.send(frame[None]))
 
 
 class FrameEncoder:
     """Encodes the frames of windows one by one and keeps those of the last window.
 
-    A frame's features do not depend on what was encoded with it, so the same window gives the
-    same bits whether or not its frames were seen before. The caller waits for the end of a tick
-    before it begins the next: a frame of a window has a buffer of its own, written once a tick.
+    A frame's features do not depend on what was encoded with it, so a window gives the same bits
+    whether or not its frames were seen before. The caller must wait for the end of a tick before
+    it begins the next: each frame of a window has one buffer, written at most once a tick.
     """
 
     def __init__(
@@ -73,12 +49,11 @@ class FrameEncoder:
         encoder: ObservationEncoder,
         observation: ObservationSpec,
         device: torch.device,
-        capture: Capturer | None = None,
     ) -> None:
-        """Allocate what carries the frames of a window to the device; with `capture`, capture."""
+        """Allocate the buffers that carry the frames of a window to the device."""
         self._seen: dict[str, list[tuple[NDArray[np.uint8], Tensor]]] = {}
         self._slots = {
-            camera.key: [_Slot(encoder, camera, device, capture) for _ in range(observation.steps)]
+            camera.key: [_Slot(encoder, camera, device) for _ in range(observation.steps)]
             for camera in observation.cameras
         }
         self.encoded = 0

@@ -9,18 +9,23 @@ instead.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class Inpainting:
     """Known actions of one tick at every noise level of its sampler, and where they count.
 
     levels: [K + 1, T, A]; weights: [T, 1].
     """
 
-    def __init__(
-        self, noise_levels: Tensor, noise: Tensor, actions: Tensor, weights: Tensor
-    ) -> None:
+    levels: Tensor
+    weights: Tensor
+
+    @staticmethod
+    def of(noise_levels: Tensor, noise: Tensor, actions: Tensor, weights: Tensor) -> Inpainting:
         """Noise the known actions.
 
         noise_levels: [K + 1, 2], see `NoiseScheduler.noise_levels`; noise: [1, T, A], of the
@@ -28,8 +33,7 @@ class Inpainting:
         weights: [T].
         """
         signal_factor, noise_factor = noise_levels.T[:, :, None, None]
-        self.levels = signal_factor * actions + noise_factor * noise
-        self.weights = weights[:, None]
+        return Inpainting(signal_factor * actions + noise_factor * noise, weights[:, None])
 
     def impose(self, level: int, x: Tensor) -> None:
         """Set the known actions into x [..., T, A] as it is before step `level`, K: after all."""

@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -204,6 +206,43 @@ def resolve_sources(plan: Plan, kinds: NDArray[np.int64]) -> NDArray[np.int64]:
         name = Reuse(int(plan[i, b])).name
         raise PlanError(f'{name} reuse at step {i}, block {b} has nothing computed to reuse')
     return sources
+
+
+class Segment(NamedTuple):
+    """Consecutive residual blocks of one step that are all computed, or all reused.
+
+    Residuals add up, so a segment of reused blocks is one addition: of the sum of the features of
+    `sources`, the flat cell indices that `resolve_sources` gives; empty for computed blocks.
+    Within a tick a cell is written at most once, before anything in the tick reads it. Segments
+    with equal sources therefore have the same sum, whichever step they belong to.
+    """
+
+    blocks: range
+    sources: tuple[int, ...]
+
+
+def segments(plan: Plan, kinds: NDArray[np.int64]) -> list[list[Segment]]:
+    """Segments of every step of a plan [K, N], in the order of execution.
+
+    Raises
+    ------
+    PlanError
+        if the plan reuses what does not exist.
+
+    """
+    sources, computed = resolve_sources(plan, kinds).ravel().tolist(), plan == Reuse.COMPUTE
+    begins = np.ones_like(computed)
+    begins[:, 1:] = computed[:, 1:] != computed[:, :-1]
+    firsts = np.flatnonzero(begins)
+    is_computed = computed.ravel()[firsts].tolist()
+    by_step: list[list[Segment]] = [[] for _ in plan]
+    for (first, end), called in zip(
+        pairwise([*firsts.tolist(), plan.size]), is_computed, strict=True
+    ):
+        step, block = divmod(first, plan.shape[1])
+        blocks = range(block, block + end - first)
+        by_step[step].append(Segment(blocks, () if called else tuple(sources[first:end])))
+    return by_step
 
 
 def realised_sparsity(plan: Plan) -> float:

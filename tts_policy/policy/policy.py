@@ -22,8 +22,6 @@ from tts_policy.policy.bundle import Bundle, load_bundle
 from tts_policy.policy.chunk_sampler import ChunkSampler
 from tts_policy.policy.contract import CommittedActions, PolicyContract
 from tts_policy.policy.denoisers.blocks import BlockStack
-from tts_policy.policy.engines.capture import Capture
-from tts_policy.policy.engines.registry import CAPTURING, engine_maker
 from tts_policy.policy.frame_encoder import FrameEncoder
 from tts_policy.policy.plan import Plan, realised_sparsity, reuse_mix
 from tts_policy.policy.stopwatch import Stopwatch
@@ -113,17 +111,14 @@ class TestTimeSparsePolicy:
             pruner.to(self.device).eval().requires_grad_(False)
         self._denoiser = self._network.denoiser
         observation, action = self.contract.observation, self.contract.action
-        capture = Capture(self.device) if engine in CAPTURING else None
-        self._frames = FrameEncoder(
-            self._network.observation_encoder, observation, self.device, capture
-        )
+        self._frames = FrameEncoder(self._network.observation_encoder, observation, self.device)
         joints = (1, observation.steps, len(observation.joints))
         self._joints = Upload(joints, torch.float32, self.device)
         chunk = (action.horizon, len(action.joints))
         self._committed = Upload(chunk, torch.float32, self.device)
         self._shares = Upload((action.horizon,), torch.float32, self.device)
         self._actions = Download(chunk, torch.float32, self.device)
-        self._sampler = ChunkSampler(self._denoiser, self.spec, pruner, seed, engine_maker(engine))
+        self._sampler = ChunkSampler(self._denoiser, self.spec, pruner, seed, engine)
         encoder = self._denoiser.spec.conditioner_flops(self.spec.scheduler.steps)
         self._fixed_flops = encoder
         self._dense_flops = encoder + flops.decoder_flops(self._denoiser.spec, self._sampler.dense)

@@ -24,8 +24,8 @@ from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
 class Lesson:
     """A sequence with its exact targets, and the features of its dense first tick.
 
-    target: normalised dense actions [R, T, A]; first_tick: [K, N, T, D]. Both depend on the frozen
-    policy and the held noise alone, so they are made once.
+    target: normalised dense actions [R, T, A]; first_tick: [K, N, 1, T, D]. Both depend on the
+    frozen policy and the held noise alone, so they are made once.
     """
 
     sequence: TickSequence
@@ -63,7 +63,7 @@ class LessonBatch:
         observations = [lesson.sequence.features[: self.ticks] for lesson in held]
         self.observations = torch.stack(observations, dim=1)
         self.targets = torch.stack([lesson.target[: self.ticks] for lesson in held], dim=1)
-        self.first_tick = torch.stack([lesson.first_tick for lesson in held], dim=2)
+        self.first_tick = torch.cat([lesson.first_tick for lesson in held], dim=2)
 
     def noise(self, step: int) -> Tensor | None:
         """Noise [B, T, A] that the scheduler adds after a step."""

@@ -9,7 +9,6 @@ normalised action units over ticks 1 and later, since tick 0 is dense for all of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from tts_policy.policy.engines.eager import denoise_masked
+from tts_policy.policy.engines.eager import MaskedLoop
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import Plan, make_plan, realised_sparsity, static_plan
 from tts_policy.policy.pruner import Pruner
@@ -26,10 +25,6 @@ from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
 
 # Plan of tick r, given the cache and the observation tokens [1, To, D] of that tick.
 PlanMaker = Callable[[FeatureCache, Tensor, int], Plan]
-
-
-def _given(plan: Plan) -> Plan:
-    return plan
 
 
 @torch.no_grad()
@@ -46,8 +41,7 @@ def sparse_actions(
     for tick, features in enumerate(sequence.features[1:], start=1):
         conditioner.encode(features[None])
         plan = make(cache, conditioner.observation_tokens, tick)
-        given = partial(_given, plan)
-        x, _ = denoise_masked(denoiser, scheduler, conditioner, cache, given, False)
+        x = MaskedLoop(denoiser, scheduler, conditioner, cache).run(plan)
         cache.commit(plan)
         actions.append(x)
         sparsity.append(realised_sparsity(plan))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tts_policy.data.windows import Windows
-from tts_policy.policy.engines.eager import denoise_dense, denoise_masked
+from tts_policy.policy.engines.eager import MaskedLoop, denoise_dense
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.network import PolicyNetwork
 from tts_policy.policy.plan import dense_plan
@@ -136,9 +136,7 @@ class DenseTeacher:
         cache = self.cache(sequence.seed)
         dense = dense_plan(cache.steps, cache.blocks)
         self.conditioner.encode(sequence.features[:1])
-        denoise_masked(
-            self.denoiser, self.scheduler, self.conditioner, cache, lambda: dense, False
-        )
+        MaskedLoop(self.denoiser, self.scheduler, self.conditioner, cache).run(dense)
         cache.commit(dense)
         return cache
 

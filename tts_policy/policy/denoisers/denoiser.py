@@ -114,13 +114,6 @@ def register_denoiser(options: _Options) -> _Options:
     return options
 
 
-def row_of(table: Tensor, step: int | Tensor, dim: int = 0) -> Tensor:
-    """Row of a step that the host knows, or that stands on the device as int64 [1]."""
-    if isinstance(step, int):
-        return table.select(dim, step)
-    return table.index_select(dim, step).squeeze(dim)
-
-
 class Conditioner(ABC):
     """What the blocks of a sampler's K steps read beside x: folded at load, encoded once a tick.
 
@@ -136,8 +129,8 @@ class Conditioner(ABC):
         """Encode the observation features [B, To, Do] of a tick, for all steps and blocks."""
 
     @abstractmethod
-    def conditioning(self, step: int | Tensor, block: int) -> Any:
-        """Second argument of a block at a step; on the device, int64 [1], for captured graphs."""
+    def conditioning(self, step: int, block: int) -> Any:
+        """Second argument of a block at a step."""
 
 
 class Denoiser(nn.Module, ABC):

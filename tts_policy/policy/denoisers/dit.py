@@ -34,7 +34,6 @@ from tts_policy.policy.denoisers.denoiser import (
     DenoiserOptions,
     DenoiserSpec,
     register_denoiser,
-    row_of,
 )
 from tts_policy.policy.validation import Flag, Integer, Number, checked
 
@@ -185,9 +184,9 @@ class ModulationTable(Conditioner):
         activated = F.silu(features.flatten(1))
         self._tick = [F.linear(activated, weight) for weight in self._observation]
 
-    def conditioning(self, step: int | Tensor, block: int) -> Modulation:
+    def conditioning(self, step: int, block: int) -> Modulation:
         """Modulation of a block at a step."""
-        both = row_of(self._time[block], step) + self._tick[block]
+        both = self._time[block][step] + self._tick[block]
         return Modulation(*both[:, None].chunk(3, dim=-1))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tts_policy.policy.denoisers.blocks import CROSS_ATTENTION
-from tts_policy.policy.denoisers.denoiser import Conditioner, row_of
+from tts_policy.policy.denoisers.denoiser import Conditioner
 
 if TYPE_CHECKING:
     from tts_policy.policy.denoisers.transformer import TransformerDenoiser
@@ -62,23 +62,23 @@ class ConditionalMemory(Conditioner):
         tokens = self.rows() if denoiser.encoder.mixes else self.observation_tokens
         self._tick = [block.keys_values(tokens) for block in denoiser.cross_attentions]
 
-    def conditioning(self, step: int | Tensor, block: int) -> Conditioning | Tensor:
+    def conditioning(self, step: int, block: int) -> Conditioning | Tensor:
         """Keys and values for cross-attention, the mask for self-attention."""
         spec = self._denoiser.spec.stack.blocks[block]
         if spec.kind != CROSS_ATTENTION:
             return self._denoiser.self_mask
         return self.keys_values(step, spec.layer)
 
-    def keys_values(self, step: int | Tensor, layer: int) -> Conditioning:
+    def keys_values(self, step: int, layer: int) -> Conditioning:
         """Keys and values of one layer at one step."""
         keys, values = self._tick[layer]
         denoiser = self._denoiser
         if denoiser.encoder.mixes:
-            keys, values = row_of(keys, step, 1), row_of(values, step, 1)
+            keys, values = keys[:, step], values[:, step]
         else:
             time_keys, time_values = self._time[layer]
             batch = len(keys)
-            times = (row_of(table, step) for table in (time_keys, time_values))
+            times = time_keys[step], time_values[step]
             keys, values = (
                 torch.cat([time.expand(batch, -1, -1, -1), part], dim=2)
                 for time, part in zip(times, (keys, values), strict=True)

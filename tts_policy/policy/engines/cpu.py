@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from tts_policy.policy.denoisers.transformer import (
     SelfAttention,
     TransformerDenoiser,
 )
-from tts_policy.policy.engines.eager import Engine
+from tts_policy.policy.engines.engine import Engine
 from tts_policy.policy.engines.packed import (
     FoldedMemory,
     PackedCrossAttention,
@@ -115,23 +114,31 @@ class CpuEngine(Engine):
     """Packed blocks, folded memory and scheduler tables of one sampler on the CPU, in float32."""
 
     @staticmethod
-    def supports(denoiser: Denoiser) -> TypeGuard[TransformerDenoiser]:
-        """Whether every part is of a kind that has a packed form here."""
+    def unsupported(denoiser: Denoiser, device: torch.device) -> str:
+        """Say why the engine cannot run a denoiser on a device; empty if it can."""
+        if device.type != 'cpu':
+            return f'expected a CPU, got {device}'
         kinds = (SelfAttention, CrossAttention, FeedForward)
-        return (
+        if (
             type(denoiser) is TransformerDenoiser
             and type(denoiser.encoder) is ConditionalEncoder
             and all(type(block) in kinds for block in denoiser.blocks)
             and denoiser.position.dtype == torch.float32
+        ):
+            return ''
+        return (
+            'expected a float32 transformer denoiser without attention between condition tokens, '
+            f'got {type(denoiser).__name__}'
         )
 
     def __init__(
         self,
-        denoiser: TransformerDenoiser,
+        denoiser: Denoiser,
         scheduler: NoiseScheduler,
         cache: FeatureCache,
         force_first_step: bool,
     ) -> None:
+        assert isinstance(denoiser, TransformerDenoiser)
         spec, encoder = denoiser.spec, denoiser.encoder
         self._cache, self._force_first_step = cache, force_first_step
         self._kinds = spec.stack.kinds
@@ -145,9 +152,10 @@ class CpuEngine(Engine):
         self._blocks = self._pack(denoiser)
         self._scheduler = FoldedScheduler(denoiser, scheduler, cache)
         self._action = denoiser.action.weight.t().contiguous()
-        cache.store[-1].copy_(denoiser.position + denoiser.action.bias)
-        self._rows = cache.store.flatten(1)
-        self._cells = list(cache.store.unbind(0))
+        cells = cache.store[:, 0]
+        cells[-1].copy_(denoiser.position + denoiser.action.bias)
+        self._rows = cells.flatten(1)
+        self._cells = list(cells.unbind(0))
         self._tokens = torch.empty(spec.horizon, spec.width)
         self._x = torch.empty(spec.horizon, spec.action_dim)
         self._sums: list[Tensor] = []

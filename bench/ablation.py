@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from tts_policy.policy.denoisers.denoiser import Conditioner, Denoiser
-from tts_policy.policy.denoisers.memory import ConditionalMemory, Conditioning
-from tts_policy.policy.denoisers.transformer import TransformerDenoiser
+from tts_policy.policy.denoisers.transformer import (
+    ConditionalMemory,
+    Conditioning,
+    TransformerDenoiser,
+)
 from tts_policy.policy.engines.eager import EagerEngine
 from tts_policy.policy.scheduler import NoiseScheduler
 

@@ -17,7 +17,7 @@ from tts_policy.policy.denoisers.transformer import (
     TransformerDenoiser,
 )
 from tts_policy.policy.engines.eager import EagerEngine
-from tts_policy.policy.scheduler import NoiseScheduler
+from tts_policy.policy.schedulers.scheduler import Scheduler
 
 
 class PerStepMemory(ConditionalMemory):
@@ -80,7 +80,7 @@ def eager_with(memory: type[ConditionalMemory]) -> type[EagerEngine]:
     """Eager engine that encodes through another memory."""
 
     class Ablated(EagerEngine):
-        def make_conditioner(self, denoiser: Denoiser, scheduler: NoiseScheduler) -> Conditioner:
+        def make_conditioner(self, denoiser: Denoiser, scheduler: Scheduler) -> Conditioner:
             assert isinstance(denoiser, TransformerDenoiser)
             return memory(denoiser, scheduler.spec.timesteps())
 

@@ -30,7 +30,7 @@ from tts_policy.policy.frame_encoder import FrameEncoder
 from tts_policy.policy.network import PolicyNetwork
 from tts_policy.policy.pruner import PlanPruner, Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 from tts_policy.policy.stopwatch import Stopwatch
 from tts_policy.policy.transfer import Download
 
@@ -181,12 +181,12 @@ class SampledChunks:
         """
         features = self._model.observe()
         noise = torch.randn(3, *self._chunks.cache.initial_noise.shape).to(features.device)
-        steps, scheduler = self._spec.scheduler.steps, NoiseScheduler(self._spec.scheduler)
+        steps, scheduler = self._spec.scheduler.steps, self._spec.scheduler.make()
 
         def step_all() -> None:
-            x = noise[0]
+            x, x0 = noise[0], None
             for step in range(steps):
-                x = scheduler.step(step, x, noise[1], noise[2])
+                x, x0 = scheduler.step(step, x, noise[1], noise[2], x0)
             x.cpu()
 
         parts = {

@@ -13,7 +13,6 @@ from tts_policy.policy.engines.cuda import GraphCapture
 from tts_policy.policy.engines.eager import denoise_dense
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import NoiseScheduler
 
 Sample = Callable[[Tensor], Tensor]
 
@@ -22,7 +21,7 @@ class DenseSampler:
     """The plain dense loop with the conditional encoding of a tick, on static buffers."""
 
     def __init__(self, denoiser: Denoiser, spec: SamplerSpec) -> None:
-        self._denoiser, self._scheduler = denoiser, NoiseScheduler(spec.scheduler)
+        self._denoiser, self._scheduler = denoiser, spec.scheduler.make()
         self._conditioner = denoiser.conditioner(spec.scheduler.timesteps())
         self._cache = FeatureCache(
             denoiser.spec, spec.scheduler.steps, self._scheduler.needs_noise, denoiser.device
@@ -70,7 +69,7 @@ class CompiledDenoiser(torch.nn.Module):
 
 def compiled_dense(denoiser: Denoiser, spec: SamplerSpec) -> Sample:
     """Dense sampling by a network under torch.compile(mode='reduce-overhead'), a call a step."""
-    scheduler = NoiseScheduler(spec.scheduler)
+    scheduler = spec.scheduler.make()
     network = torch.compile(CompiledDenoiser(denoiser), mode='reduce-overhead')
     cache = FeatureCache(
         denoiser.spec, spec.scheduler.steps, scheduler.needs_noise, denoiser.device
@@ -79,11 +78,11 @@ def compiled_dense(denoiser: Denoiser, spec: SamplerSpec) -> Sample:
     times = [torch.full((1,), t, device=denoiser.device) for t in spec.scheduler.timesteps()]
 
     def sample(features: Tensor) -> Tensor:
-        x = cache.initial_noise
+        x, x0 = cache.initial_noise, None
         for step, t in enumerate(times):
             noise = cache.step_noise[step] if len(cache.step_noise) else None
             # A replayed graph writes its output anew at the next call.
-            x = scheduler.step(step, x, network(x, t, features).clone(), noise)
+            x, x0 = scheduler.step(step, x, network(x, t, features).clone(), noise, x0)
         return x
 
     return sample

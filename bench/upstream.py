@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
 
 def decoder_of(denoiser: TransformerDenoiser) -> nn.TransformerDecoder:

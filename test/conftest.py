@@ -124,7 +124,7 @@ def small_bundle(small_contract: PolicyContract, tmp_path_factory: pytest.TempPa
     from tts_policy.policy.bundle import save_random_bundle
     from tts_policy.policy.network import NetworkSpec
     from tts_policy.policy.sampler import SamplerSpec
-    from tts_policy.policy.scheduler import SchedulerSpec
+    from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
     folder = tmp_path_factory.mktemp('bundle')
     samplers = {

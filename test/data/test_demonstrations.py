@@ -25,7 +25,7 @@ from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, 
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.pruner import Pruner
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 from tts_policy.train import train_pruner
 
 FPS = 10

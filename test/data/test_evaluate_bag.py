@@ -37,7 +37,7 @@ from tts_policy.policy.bundle import save_random_bundle
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -52,7 +52,7 @@ def two_cameras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
     from tts_policy.policy.network import NetworkSpec
     from tts_policy.policy.sampler import SamplerSpec
-    from tts_policy.policy.scheduler import SchedulerSpec
+    from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
     cameras = (CameraSpec('front', 24, 32), CameraSpec('wrist', 16, 16))
     contract = PolicyContract(

@@ -18,7 +18,7 @@ from tts_policy.policy.engines.engine import Engine
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan, make_plan
-from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import Scheduler, SchedulerSpec
 from tts_policy.policy.stopwatch import Stopwatch
 
 STEPS = 6
@@ -36,10 +36,11 @@ SCHEDULERS = {
     'ddim': SchedulerSpec('ddim', STEPS, 60),
     'ddim_sample': SchedulerSpec('ddim', STEPS, 60, prediction='sample', clip=0.5, steps_offset=1),
     'ddpm_sample': SchedulerSpec('ddpm', STEPS, STEPS, prediction='sample', clip=0.0),
+    'dpm_solver': SchedulerSpec('dpm_solver', STEPS, 60),
     'flow': SchedulerSpec('flow', STEPS, prediction='velocity', clip=0.0),
 }
 CPU = torch.device('cpu')
-MakeEngine = Callable[[Denoiser, NoiseScheduler, FeatureCache, bool], Engine]
+MakeEngine = Callable[[Denoiser, Scheduler, FeatureCache, bool], Engine]
 
 
 def random_denoiser(kind: str = 'transformer', half: bool = False, **options: Any) -> Denoiser:
@@ -81,7 +82,7 @@ class Run:
     ) -> None:
         denoiser = denoiser or random_denoiser()
         self.kinds, self.force = denoiser.spec.stack.kinds, force
-        self.scheduler = NoiseScheduler(SCHEDULERS[scheduler])
+        self.scheduler = SCHEDULERS[scheduler].make()
         self.cache = FeatureCache(
             denoiser.spec, STEPS, self.scheduler.needs_noise, denoiser.device
         )

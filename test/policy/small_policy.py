@@ -7,7 +7,7 @@ from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, 
 from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
 CONTRACT = PolicyContract(
     ObservationSpec((CameraSpec('camera', 32, 48),), ('a', 'b', 'c'), steps=2, period_s=0.05),

@@ -25,7 +25,7 @@ from tts_policy.policy.denoisers.transformer import TransformerOptions
 from tts_policy.policy.encoders.resnet import ResNetSpec
 from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
 
 def _edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -31,7 +31,7 @@ from tts_policy.policy.encoders.vit import ViTSpec
 from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
 STAGES = [('fsync', 1), ('replace', 1), ('fsync', 2), ('replace', 2), ('unlink', 1)]
 
@@ -240,7 +240,7 @@ def _not_finite(network: PolicyNetwork) -> None:
             {'a': SamplerSpec(SchedulerSpec('flow', 5, prediction='velocity'))},
             {},
             None,
-            r'scheduler\.kind: expected ddpm or ddim',
+            r'scheduler\.kind: expected ddim or ddpm or dpm_solver',
         ),
         ({}, {}, None, 'samplers: expected one or more, got'),
         (SAMPLERS, {'ddim5': 4}, None, r'samplers\.ddim5: pruner\.steps: expected 5, got 4'),

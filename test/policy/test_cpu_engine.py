@@ -31,7 +31,7 @@ from tts_policy.policy.engines.registry import find_engine
 from tts_policy.policy.plan import dense_plan
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 from tts_policy.policy.stopwatch import Stopwatch
 
 DIFFUSION = sorted(set(SCHEDULERS) - {'flow'})

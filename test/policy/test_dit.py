@@ -28,7 +28,8 @@ from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.plan import Plan, Reuse, dense_plan, make_plan
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec, flow_lesson
+from tts_policy.policy.schedulers.flow import flow_targets
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
 SPEC = DiTSpec(**SIZES, time_features=16)
 FLOW = SchedulerSpec('flow', STEPS, prediction='velocity', clip=0.0)
@@ -53,7 +54,7 @@ class Rig:
     def __init__(self) -> None:
         denoiser = random_denoiser('dit')
         assert isinstance(denoiser, DiTDenoiser)
-        self.denoiser, self.scheduler = denoiser, NoiseScheduler(FLOW)
+        self.denoiser, self.scheduler = denoiser, FLOW.make()
         self.table = denoiser.conditioner(FLOW.timesteps())
         self.cache = FeatureCache(SPEC, STEPS, self.scheduler.needs_noise, CPU)
         self.cache.reset(torch.Generator().manual_seed(3))
@@ -179,10 +180,10 @@ def test_euler_steps_of_the_true_velocity_end_at_the_data() -> None:
     generator = torch.Generator().manual_seed(0)
     data = torch.rand(4, 8, 3, generator=generator) * 1.6 - 0.8
     x = noise = torch.randn(4, 8, 3, generator=generator)
-    scheduler = NoiseScheduler(SchedulerSpec('flow', 7, prediction='velocity'))
+    scheduler = SchedulerSpec('flow', 7, prediction='velocity').make()
     for step, t in enumerate(scheduler.spec.timesteps()):
         assert (x - (t * data + (1 - t) * noise)).abs().max() < 1e-5
-        x = scheduler.step(step, x, data - noise, None)
+        x, _ = scheduler.step(step, x, data - noise)
     assert (x - data).abs().max() < 1e-5
     assert not scheduler.needs_noise
 
@@ -190,16 +191,16 @@ def test_euler_steps_of_the_true_velocity_end_at_the_data() -> None:
 def test_without_clip_a_flow_step_adds_the_velocity_and_with_it_the_data_is_bounded() -> None:
     x, velocity = torch.randn(2, 1, 8, 3)
     free, bound = (
-        NoiseScheduler(SchedulerSpec('flow', 4, prediction='velocity', clip=c)) for c in (0.0, 0.5)
+        SchedulerSpec('flow', 4, prediction='velocity', clip=c).make() for c in (0.0, 0.5)
     )
     for step in range(4):
-        assert torch.allclose(free.step(step, x, velocity, None), x + velocity / 4, atol=1e-5)
-    assert bound.step(3, x, 100 * velocity, None).abs().max() <= 0.5
+        assert torch.allclose(free.step(step, x, velocity)[0], x + velocity / 4, atol=1e-5)
+    assert bound.step(3, x, 100 * velocity)[0].abs().max() <= 0.5
 
 
 def test_lessons_of_a_flow_lie_on_the_line_from_noise_to_data() -> None:
     data = torch.randn(500, 2, 3)
-    noisy, t, velocity = flow_lesson(data, torch.Generator().manual_seed(0))
+    noisy, t, velocity = flow_targets(data, torch.Generator().manual_seed(0))
     assert torch.allclose(noisy + (1 - t)[:, None, None] * velocity, data, atol=1e-5)
     assert t.min() >= 0.0 and t.max() <= 0.999
     # Mean of 0.999 (1 - u), u ~ Beta(1.5, 1), is 0.4.

@@ -21,7 +21,6 @@ from tts_policy.policy.denoisers.transformer import TransformerDenoiser, Transfo
 from tts_policy.policy.engines.eager import MaskedLoop, denoise_dense
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import Plan, Reuse, dense_plan, make_plan
-from tts_policy.policy.scheduler import NoiseScheduler
 
 SPEC = TransformerSpec(**SIZES)
 
@@ -33,7 +32,7 @@ class Rig:
         denoiser = random_denoiser()
         assert isinstance(denoiser, TransformerDenoiser)
         self.denoiser, self.batch = denoiser, batch
-        self.scheduler = NoiseScheduler(SCHEDULERS[kind])
+        self.scheduler = SCHEDULERS[kind].make()
         self.memory = denoiser.conditioner(self.scheduler.spec.timesteps())
         self.cache = FeatureCache(SPEC, STEPS, self.scheduler.needs_noise, CPU, batch=batch)
         self.cache.reset(torch.Generator().manual_seed(3))
@@ -69,7 +68,7 @@ class NaiveLoop:
         rig, cache = self.rig, self.rig.cache
         tau_f: dict[int, Tensor] = {}
         tau_t: dict[int, Tensor] = {}
-        x = cache.initial_noise
+        x, x0 = cache.initial_noise, None
         for i in range(rig.scheduler.spec.steps):
             tokens = rig.denoiser.embed(x)
             memory = rig.memory.rows()[:, i]
@@ -87,7 +86,8 @@ class NaiveLoop:
                     case Reuse.ROLLOUT:
                         y = self.tau_r[i, b]
                 tokens = tokens + y
-            x = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), cache.noise_of(i))
+            noise = cache.noise_of(i)
+            x, x0 = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), noise, x0)
         return x
 
 
@@ -190,7 +190,8 @@ def test_dense_loop_equals_torch_transformer_decoder_with_per_step_encoding(
         time = encoder.time_tokens(torch.tensor([t]))[:, None]
         memory = torch.cat([time, encoder.observation_tokens(features)], dim=1)
         tokens = decoder(rig.denoiser.embed(x), memory, tgt_mask=causal, memory_mask=visible)
-        x = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), rig.cache.step_noise[i])
+        noise = rig.cache.step_noise[i]
+        x, _ = rig.scheduler.step(i, x, rig.denoiser.predict(tokens), noise)
     assert (x - rig.dense()).abs().max() < 1e-5
 
 

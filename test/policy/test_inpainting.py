@@ -17,7 +17,7 @@ from tts_policy.policy.engines.cpu import CpuEngine
 from tts_policy.policy.engines.eager import EagerEngine
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.policy import TestTimeSparsePolicy
-from tts_policy.policy.scheduler import NoiseScheduler, SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
 Windows = list[dict[str, NDArray]]
 
@@ -47,7 +47,7 @@ def test_every_engine_holds_committed_actions_and_agrees_on_the_rest(
 
 
 def test_a_level_is_the_known_action_noised_as_its_step_asks() -> None:
-    scheduler = NoiseScheduler(SCHEDULERS['ddim'])
+    scheduler = SCHEDULERS['ddim'].make()
     noise, actions = torch.randn(1, 8, 3), torch.randn(8, 3)
     given = Inpainting.of(torch.tensor(scheduler.noise_levels()), noise, actions, torch.ones(8))
     alphas = scheduler.spec.alphas_cumprod()
@@ -59,7 +59,7 @@ def test_a_level_is_the_known_action_noised_as_its_step_asks() -> None:
 
 
 def test_a_level_of_a_flow_lies_between_noise_and_the_known_action() -> None:
-    scheduler = NoiseScheduler(SchedulerSpec('flow', STEPS, 1, prediction='velocity', clip=0.0))
+    scheduler = SchedulerSpec('flow', STEPS, 1, prediction='velocity', clip=0.0).make()
     noise, actions = torch.randn(1, 8, 3), torch.randn(8, 3)
     given = Inpainting.of(torch.tensor(scheduler.noise_levels()), noise, actions, torch.ones(8))
     x = noise.clone()
@@ -67,7 +67,7 @@ def test_a_level_of_a_flow_lies_between_noise_and_the_known_action() -> None:
         given.impose(level, x)
         assert torch.allclose(x, torch.lerp(noise, actions, level / STEPS), atol=1e-6)
         # A network that knows the action moves from level to level by itself.
-        x = scheduler.step(level, x, actions - noise, None)
+        x, _ = scheduler.step(level, x, actions - noise)
     assert torch.allclose(x, actions, atol=1e-6)
 
 

@@ -8,12 +8,11 @@ import math
 import pytest
 import torch
 
-from tts_policy.policy.scheduler import (
-    NoiseScheduler,
-    SchedulerSpec,
+from tts_policy.policy.schedulers.noise_schedule import (
     TrainingNoise,
     squared_cosine_alphas_cumprod,
 )
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
 
 def _alphas_cumprod(t: int) -> float:
@@ -39,7 +38,7 @@ def test_timesteps_are_leading_spaced_and_noisiest_first() -> None:
 
 @pytest.mark.parametrize('i', [0, 40, 98, 99])
 def test_ddpm_step_is_the_clipped_posterior(i: int) -> None:
-    scheduler = NoiseScheduler(SchedulerSpec('ddpm', 100))
+    scheduler = SchedulerSpec('ddpm', 100).make()
     generator = torch.Generator().manual_seed(i)
     x, eps, z = (torch.randn(1, 4, 2, generator=generator) for _ in range(3))
     t = 99 - i
@@ -50,12 +49,12 @@ def test_ddpm_step_is_the_clipped_posterior(i: int) -> None:
     mean = math.sqrt(before) * beta / (1 - now) * x0
     mean = mean + math.sqrt(1 - beta) * (1 - before) / (1 - now) * x
     sigma = math.sqrt((1 - before) / (1 - now) * beta)
-    assert torch.allclose(scheduler.step(i, x, eps, z), mean + sigma * z, atol=1e-5)
+    assert torch.allclose(scheduler.step(i, x, eps, z)[0], mean + sigma * z, atol=1e-5)
 
 
 @pytest.mark.parametrize('i', [0, 5, 9])
 def test_ddim_step_is_the_deterministic_update(i: int) -> None:
-    scheduler = NoiseScheduler(SchedulerSpec('ddim', 10))
+    scheduler = SchedulerSpec('ddim', 10).make()
     generator = torch.Generator().manual_seed(i)
     x, eps = (torch.randn(1, 4, 2, generator=generator) for _ in range(2))
     t = 90 - 10 * i
@@ -63,27 +62,61 @@ def test_ddim_step_is_the_deterministic_update(i: int) -> None:
     before = _alphas_cumprod(t - 10) if t else 1.0
     x0 = ((x - math.sqrt(1 - now) * eps) / math.sqrt(now)).clamp(-1, 1)
     expected = math.sqrt(before) * x0 + math.sqrt(1 - before) * eps
-    assert torch.allclose(scheduler.step(i, x, eps, None), expected, atol=1e-5)
+    assert torch.allclose(scheduler.step(i, x, eps)[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('spec', [SchedulerSpec('ddpm', 100), SchedulerSpec('ddim', 10)])
-def test_an_exact_denoiser_recovers_the_clean_action(spec: SchedulerSpec) -> None:
+@pytest.mark.parametrize(('kind', 'steps'), [('ddpm', 100), ('ddim', 10), ('dpm_solver', 10)])
+def test_an_exact_denoiser_recovers_the_clean_action(kind: str, steps: int) -> None:
+    spec = SchedulerSpec(kind, steps)
     clean = torch.linspace(-0.9, 0.9, 8).view(1, 4, 2)
-    scheduler, noise = NoiseScheduler(spec), TrainingNoise(100)
+    scheduler, noise = spec.make(), TrainingNoise(100)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(clean.shape, generator=generator)
+    x, x0 = torch.randn(clean.shape, generator=generator), None
     for i, t in enumerate(spec.timesteps()):
         eps = (x - noise.signal[t] * clean) / noise.noise[t]
-        x = scheduler.step(i, x, eps, torch.randn(clean.shape, generator=generator))
+        z = torch.randn(clean.shape, generator=generator)
+        x, x0 = scheduler.step(i, x, eps, z, x0)
     assert torch.allclose(x, clean, atol=1e-4)
+
+
+@pytest.mark.parametrize('schedule', ['squaredcos_cap_v2', 'linear', 'scaled_linear'])
+@pytest.mark.parametrize('prediction', ['epsilon', 'sample'])
+@pytest.mark.parametrize('steps', [1, 2, 5, 10, 25])
+def test_dpm_solver_is_that_of_diffusers(schedule: str, prediction: str, steps: int) -> None:
+    diffusers = pytest.importorskip('diffusers', reason='requirements/bench.txt is not installed')
+    spec = SchedulerSpec(
+        'dpm_solver', steps, beta_schedule=schedule, prediction=prediction, clip=0.0
+    )
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        num_train_timesteps=100,
+        beta_schedule=schedule,
+        beta_start=spec.beta_start,
+        beta_end=spec.beta_end,
+        prediction_type=prediction,
+        algorithm_type='dpmsolver++',
+        solver_order=2,
+        solver_type='midpoint',
+        lower_order_final=True,
+    )
+    theirs.set_timesteps(steps)
+    assert theirs.timesteps.tolist() == spec.timesteps()
+    scheduler, generator = spec.make(), torch.Generator().manual_seed(0)
+    x, x0 = torch.randn(1, 4, 2, generator=generator), None
+    expected = x.double()
+    for i, t in enumerate(theirs.timesteps):
+        # A smooth network, in double precision for them: it may not magnify rounding.
+        expected = theirs.step(torch.sin(expected), t, expected).prev_sample
+        x, x0 = scheduler.step(i, x, torch.sin(x), previous_x0=x0)
+    assert ((x - expected).abs() / expected.abs().clamp(min=1)).max() < 2e-4
 
 
 @pytest.mark.parametrize(
     ('kind', 'steps', 'reason'),
     [
-        ('euler', 10, "kind: expected 'ddpm' or 'ddim' or 'flow', got 'euler'"),
+        ('euler', 10, "kind: expected 'ddim' or 'ddpm' or 'dpm_solver' or 'flow', got 'euler'"),
         ('ddim', 0, 'steps: expected at least 1, got 0'),
         ('ddim', 101, 'steps: expected at most train_steps = 100, got 101'),
+        ('dpm_solver', 100, 'steps: expected fewer than train_steps = 100, .* got 100'),
     ],
 )
 def test_impossible_schedulers_are_refused(kind: str, steps: int, reason: str) -> None:

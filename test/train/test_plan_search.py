@@ -22,7 +22,7 @@ from tts_policy.policy.plan import (
     static_plan,
 )
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 from tts_policy.train.lesson_choice import LessonChoice
 from tts_policy.train.lessons import (
     ActionError,

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from tts_policy.policy.plan import Plan, Reuse, make_plan, resolve_sources, static_plan
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 from tts_policy.train.prior_plans import PriorPlans, carried_over
 
 BLOCKS = 6

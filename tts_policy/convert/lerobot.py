@@ -32,7 +32,7 @@ from tts_policy.policy.denoisers.dit import DiTOptions
 from tts_policy.policy.encoders.vit import VisionTransformer
 from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import FLOW
+from tts_policy.policy.schedulers.scheduler import FLOW
 
 KIND = 'multi_task_dit'
 STATE, ACTION = 'observation.state', 'action'

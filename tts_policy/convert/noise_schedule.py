@@ -8,7 +8,7 @@ from dataclasses import replace
 from tts_policy.convert.configuration import Configuration
 from tts_policy.convert.restricted_pickle import CheckpointError
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import FLOW, SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import FLOW, SchedulerSpec
 
 FEW_STEPS = 10
 # Shares of the plan that the static schedule reuses until a pruner is trained.

@@ -33,7 +33,7 @@ from tts_policy.policy.bundle import AnyPruner, Bundle, BundleError
 from tts_policy.policy.plan import Reuse
 from tts_policy.policy.pruner import PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import FLOW
+from tts_policy.policy.schedulers.scheduler import FLOW
 
 REFERENCE = 'ddpm100'
 FLOW_REFERENCE = 'flow10'

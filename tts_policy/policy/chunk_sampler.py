@@ -18,7 +18,6 @@ from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan, dense_plan, make_plan
 from tts_policy.policy.pruner import PlanPruner
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import NoiseScheduler
 from tts_policy.policy.stopwatch import Stopwatch
 from tts_policy.policy.transfer import Download
 
@@ -84,7 +83,7 @@ class ChunkSampler:
         self.dense = dense_plan(spec.scheduler.steps, denoiser.spec.blocks)
         self._kinds = denoiser.spec.stack.kinds
         self._generator = torch.Generator().manual_seed(seed)
-        scheduler = NoiseScheduler(spec.scheduler)
+        scheduler = spec.scheduler.make()
         with torch.inference_mode():
             self._noise_levels = torch.tensor(scheduler.noise_levels(), device=device)
             self.cache = FeatureCache(

@@ -28,7 +28,7 @@ class Inpainting:
     def of(noise_levels: Tensor, noise: Tensor, actions: Tensor, weights: Tensor) -> Inpainting:
         """Noise the known actions.
 
-        noise_levels: [K + 1, 2], see `NoiseScheduler.noise_levels`; noise: [1, T, A], of the
+        noise_levels: [K + 1, 2], see `Scheduler.noise_levels`; noise: [1, T, A], of the
         chunk, so that a level is the chunk's own noisy version; actions: [T, A] normalised;
         weights: [T].
         """

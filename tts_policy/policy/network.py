@@ -17,7 +17,7 @@ from tts_policy.policy.encoders.camera_encoder import ENCODERS, CameraEncoderSpe
 from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.encoders.observation_encoder import ObservationEncoder
 from tts_policy.policy.normalizer import LinearNormalizer
-from tts_policy.policy.scheduler import FLOW, SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import FLOW, SCHEDULERS, SchedulerSpec
 from tts_policy.policy.validation import Integer, Mismatch, Size, Spec, Text, checked, one_of
 
 OBJECTIVES = ('diffusion', FLOW)
@@ -60,13 +60,10 @@ class NetworkSpec(Spec):
 
     def check_scheduler(self, scheduler: SchedulerSpec) -> None:
         """Raise Mismatch for a scheduler that cannot sample a network of this objective."""
-        if scheduler.is_flow != (self.objective == FLOW):
-            kinds = 'flow' if self.objective == FLOW else 'ddpm or ddim'
-            raise Mismatch(
-                'scheduler.kind',
-                f'{kinds} for objective {self.objective!r}',
-                repr(scheduler.kind),
-            )
+        kinds = [kind for kind, made in SCHEDULERS.items() if made.objective == self.objective]
+        if scheduler.kind not in kinds:
+            fitting = f'{" or ".join(kinds)} for objective {self.objective!r}'
+            raise Mismatch('scheduler.kind', fitting, repr(scheduler.kind))
         if not scheduler.is_flow and scheduler.train_steps != self.train_steps:
             raise Mismatch(
                 'scheduler.train_steps', str(self.train_steps), str(scheduler.train_steps)

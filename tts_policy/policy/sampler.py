@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 from tts_policy.policy.validation import Flag, Integer, Mismatch, Number, Spec, checked
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from tts_policy.data.samples import Topics
 from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
 JOINTS = (*(f'panda_joint{i}' for i in range(1, 8)), 'panda_finger_joint1')
 

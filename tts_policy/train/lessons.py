@@ -113,7 +113,7 @@ class SharedPlanLoop:
         computed, sources = plan == Reuse.COMPUTE, resolve_sources(plan, self.kinds)
         cells = store.flatten(0, 1)
         sums: dict[bytes, Tensor] = {}
-        x = batch.initial_noise
+        x, x0 = batch.initial_noise, None
         for step in range(len(plan)):
             tokens, block = self.denoiser.embed(x), 0
             while block < plan.shape[1]:
@@ -128,7 +128,8 @@ class SharedPlanLoop:
                 if run.tobytes() not in sums:
                     sums[run.tobytes()] = cells[torch.from_numpy(run)].sum(0)
                 tokens, block = tokens + sums[run.tobytes()], end
-            x = self.scheduler.step(step, x, self.denoiser.predict(tokens), batch.noise(step))
+            predicted = self.denoiser.predict(tokens)
+            x, x0 = self.scheduler.step(step, x, predicted, batch.noise(step), x0)
         return x
 
     def errors(self, batch: LessonBatch, plan: Plan, measure: ActionError) -> Tensor:

@@ -18,13 +18,9 @@ from torch.optim.swa_utils import AveragedModel
 from tts_policy.data.windows import Windows
 from tts_policy.policy.contract import PolicyContract
 from tts_policy.policy.network import NetworkSpec, PolicyNetwork
-from tts_policy.policy.scheduler import (
-    FLOW,
-    NoiseScheduler,
-    SchedulerSpec,
-    TrainingNoise,
-    flow_lesson,
-)
+from tts_policy.policy.schedulers.flow import flow_targets
+from tts_policy.policy.schedulers.noise_schedule import TrainingNoise
+from tts_policy.policy.schedulers.scheduler import FLOW, SchedulerSpec
 from tts_policy.train.checkpoint import (
     check_settings,
     digest,
@@ -121,7 +117,7 @@ class PolicyTrainer:
         if self.step < spec.encoder_steps:
             return regression.new_zeros(()), regression
         if network.spec.objective == FLOW:
-            noisy, times, velocity = flow_lesson(target, self.generator)
+            noisy, times, velocity = flow_targets(target, self.generator)
             predicted = network.denoiser(noisy, times, features)
             return F.mse_loss(predicted.float(), velocity), regression
         noise = torch.randn(target.shape, generator=self.generator)
@@ -163,11 +159,11 @@ class PolicyTrainer:
         images, joints, actions = windows.gather(index)
         target = network.action_normalizer.normalize(actions)
         features = network.features(images, joints)
-        sampler = NoiseScheduler(ten_steps(network.spec))
-        x = torch.randn(target.shape, generator=generator)
+        sampler = ten_steps(network.spec).make()
+        x, x0 = torch.randn(target.shape, generator=generator), None
         for i, t in enumerate(sampler.spec.timesteps()):
             eps = network.denoiser(x, torch.full((len(x),), t), features)
-            x = sampler.step(i, x, eps, None)
+            x, x0 = sampler.step(i, x, eps, previous_x0=x0)
         return (x - target).abs().mean().item()
 
     def save(self, folder: Path) -> None:

@@ -126,7 +126,7 @@ class _GradientTick:
         denoiser = self._loop.denoiser
         with torch.no_grad():
             self._loop.conditioner.encode(batch.observations[tick])
-        x = batch.initial_noise.clone().requires_grad_()
+        x, x0 = batch.initial_noise.clone().requires_grad_(), None
         for step in range(len(self._plan)):
             tokens = denoiser.embed(x)
             for block in range(self._plan.shape[1]):
@@ -134,7 +134,7 @@ class _GradientTick:
                 tokens.retain_grad()
                 self.stream.append(tokens)
             eps = denoiser.predict(tokens)
-            x = self._loop.scheduler.step(step, x, eps, batch.noise(step))
+            x, x0 = self._loop.scheduler.step(step, x, eps, batch.noise(step), x0)
         return x
 
     def _cell(self, step: int, block: int, tokens: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.network import PolicyNetwork
 from tts_policy.policy.plan import dense_plan
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import NoiseScheduler
 from tts_policy.train.replicas import Replicas
 
 KEPT_BACK = 24
@@ -113,7 +112,7 @@ class DenseTeacher:
         """Fold the tables of the network, which is on the device of the replicas already."""
         self.replicas = replicas or Replicas()
         self.denoiser, self.temperature = network.denoiser, spec.temperature
-        self.scheduler = NoiseScheduler(spec.scheduler)
+        self.scheduler = spec.scheduler.make()
         with torch.no_grad():
             self.conditioner = self.denoiser.conditioner(spec.scheduler.timesteps())
 

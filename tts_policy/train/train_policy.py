@@ -36,7 +36,7 @@ from tts_policy.policy.encoders.camera_encoder import ENCODERS
 from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.network import OBJECTIVES, NetworkSpec, PolicyNetwork
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.scheduler import FLOW
+from tts_policy.policy.schedulers.scheduler import FLOW
 from tts_policy.policy.threads import set_threads
 from tts_policy.policy.validation import Mismatch, Spec
 from tts_policy.sim.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS

@@ -36,7 +36,7 @@ from tts_policy.policy.engines.program import CONSTANT, Op, compile_plan
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan, dense_plan
-from tts_policy.policy.scheduler import NoiseScheduler
+from tts_policy.policy.schedulers.scheduler import Scheduler
 from tts_policy.policy.stopwatch import Stopwatch
 
 Block = Callable[[Tensor, Tensor], None]
@@ -45,33 +45,36 @@ Block = Callable[[Tensor, Tensor], None]
 class FoldedScheduler:
     """Head and scheduler of every step, on tables.
 
-    With p = to_x0_x x + to_x0_eps eps the step is x0 = clip(p), x' = a x0 + b p + c x + noise; the
-    head's bias is taken out of p into the clipping bounds and the noise, so that p is one product.
+    With p = x0_x x + x0_output output the step is x0 = clip(p), x' = a x0 + b p + c x + d x0'' +
+    noise, where x0'' is the x0 of the step before. The head's bias is taken out of p, into the
+    clipping bounds and the noise, so that p is one product and all x0 are off by a constant.
     """
 
     def __init__(
-        self, denoiser: TransformerDenoiser, scheduler: NoiseScheduler, cache: FeatureCache
+        self, denoiser: TransformerDenoiser, scheduler: Scheduler, cache: FeatureCache
     ) -> None:
         weight, bias = fold_norm(denoiser.norm, denoiser.head)
         self._norm, self._eps = (denoiser.spec.width,), denoiser.norm.eps
         self._head = weight.t().contiguous()
-        rows = torch.tensor(scheduler.coefficients, dtype=torch.float64)
-        to_x, to_eps, next_x0, next_x, next_eps, next_noise = rows.unbind(1)
-        next_p = next_eps / to_eps
-        shift = to_eps[:, None] * bias.double()
+        table = torch.tensor(scheduler.table, dtype=torch.float64)
+        to_x, to_output, next_x0, next_x, next_output, next_noise, next_previous = table.unbind(1)
+        next_p = next_output / to_output
+        shift = to_output[:, None] * bias.double()
         self._low, self._high = (
             list((side - shift).float().unbind(0)) for side in (-scheduler.clip, scheduler.clip)
         )
         shape = cache.initial_noise.shape[1:]
         constant = (next_x0 + next_p)[:, None] * shift
+        constant[1:] += next_previous[1:, None] * shift[:-1]
         self._constant = constant.float()[:, None].expand(-1, *shape).contiguous()
         self._scalars = list(
             zip(
                 to_x.tolist(),
-                to_eps.tolist(),
+                to_output.tolist(),
                 next_x0.tolist(),
                 next_p.tolist(),
                 (next_x - next_p * to_x).tolist(),
+                next_previous.tolist(),
                 strict=True,
             )
         )
@@ -79,7 +82,7 @@ class FoldedScheduler:
         self._step_noise = cache.step_noise
         self._added = self._constant.clone()
         self._rows = list(self._added.unbind(0))
-        self._p, self._x0 = torch.empty(shape), torch.empty(shape)
+        self._p, self._x0, self._previous_x0 = (torch.empty(shape) for _ in range(3))
 
     def begin(self) -> None:
         """Take the noise that the cache holds for this tick."""
@@ -90,14 +93,17 @@ class FoldedScheduler:
 
     def step(self, i: int, tokens: Tensor, x: Tensor) -> None:
         """Finish step i: tokens [T, D] after the last block, x [T, A] becomes less noisy."""
-        to_x, to_eps, next_x0, next_p, next_x = self._scalars[i]
+        to_x, to_output, next_x0, next_p, next_x, next_previous = self._scalars[i]
+        self._x0, self._previous_x0 = self._previous_x0, self._x0
         normed = torch.layer_norm(tokens, self._norm, eps=self._eps)
-        torch.addmm(x, normed, self._head, beta=to_x, alpha=to_eps, out=self._p)
+        torch.addmm(x, normed, self._head, beta=to_x, alpha=to_output, out=self._p)
         torch.clamp(self._p, self._low[i], self._high[i], out=self._x0)
         torch.add(self._rows[i], x, alpha=next_x, out=x)
         x.add_(self._x0, alpha=next_x0)
         if next_p:
             x.add_(self._p, alpha=next_p)
+        if next_previous:
+            x.add_(self._previous_x0, alpha=next_previous)
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ class CpuEngine(Engine):
     def __init__(
         self,
         denoiser: Denoiser,
-        scheduler: NoiseScheduler,
+        scheduler: Scheduler,
         cache: FeatureCache,
         force_first_step: bool,
     ) -> None:

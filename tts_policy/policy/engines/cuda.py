@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The eager loop captured as CUDA graphs, one for every plan. Not yet measured on a GPU.
 
-A graph repeats the work that was captured, on the same memory. What changes from tick to tick must
-therefore stand in static buffers: the observation features, the noise (in the feature cache), the
-known actions, and the noisy actions, which are in and out. A tick replays three graphs: the
-conditional encoder, step 0 if it is forced (the pruner runs beside it), and the other steps of the
-plan. A plan without a graph runs through the same functions, uncaptured.
+A graph repeats the work that was captured, on the same memory. What changes from tick to tick
+must therefore stand in static buffers: the observation features, the noise (in the feature cache),
+the known actions, and the noisy and clean actions, which are in and out. A tick replays three
+graphs: the conditional encoder, step 0 if it is forced (the pruner runs beside it), and the other
+steps of the plan. A plan without a graph runs through the same functions, uncaptured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tts_policy.policy.engines.engine import Engine
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan, dense_plan
-from tts_policy.policy.scheduler import NoiseScheduler
+from tts_policy.policy.schedulers.scheduler import Scheduler
 from tts_policy.policy.stopwatch import Stopwatch
 
 Run = Callable[[], None]
@@ -79,7 +79,7 @@ class CudaEngine(Engine):
     def __init__(
         self,
         denoiser: Denoiser,
-        scheduler: NoiseScheduler,
+        scheduler: Scheduler,
         cache: FeatureCache,
         force_first_step: bool,
         capture: Callable[[Run], Run] | None = None,
@@ -93,7 +93,7 @@ class CudaEngine(Engine):
         self._conditioner = denoiser.conditioner(scheduler.spec.timesteps())
         self.time_tokens = self._conditioner.time_tokens
         self._features = torch.zeros(1, spec.obs_steps, spec.obs_features, device=device)
-        self._x = torch.zeros_like(cache.initial_noise)
+        self._x, self._x0 = (torch.zeros_like(cache.initial_noise) for _ in range(2))
         levels = torch.zeros(cache.steps + 1, spec.horizon, spec.action_dim, device=device)
         self._held = Inpainting(levels, torch.zeros(spec.horizon, 1, device=device))
         self._first = int(force_first_step)
@@ -122,9 +122,11 @@ class CudaEngine(Engine):
             self._conditioner,
             self._cache,
             self._held if held else None,
-            self._x if first else None,
+            (self._x, self._x0) if first else None,
         )
         self._x.copy_(loop.run(plan, first, last))
+        if loop.x0 is not None:
+            self._x0.copy_(loop.x0)
 
     def prepare(self, plans: Iterable[Plan] = ()) -> None:
         """Capture these plans, and those that ran without a graph since the last call."""

@@ -17,54 +17,57 @@ from tts_policy.policy.engines.engine import Engine
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan, Segment, dense_plan, segments
-from tts_policy.policy.scheduler import NoiseScheduler
+from tts_policy.policy.schedulers.scheduler import Scheduler
 from tts_policy.policy.stopwatch import Stopwatch
 
 
 def denoise_dense(
-    denoiser: Denoiser, scheduler: NoiseScheduler, conditioner: Conditioner, cache: FeatureCache
+    denoiser: Denoiser, scheduler: Scheduler, conditioner: Conditioner, cache: FeatureCache
 ) -> Tensor:
     """Run every block of every step and cache nothing; return normalised actions [B, T, A].
 
     The noise is that of the cache; the batch is that of the conditioner if the noise is for one.
     """
-    x = cache.initial_noise
+    x, x0 = cache.initial_noise, None
     for step in range(scheduler.spec.steps):
         tokens = denoiser.embed(x)
         for number, block in enumerate(denoiser.blocks):
             tokens = tokens + block(tokens, conditioner.conditioning(step, number))
-        x = scheduler.step(step, x, denoiser.predict(tokens), cache.noise_of(step))
+        x, x0 = scheduler.step(step, x, denoiser.predict(tokens), cache.noise_of(step), x0)
     return x
 
 
 class MaskedLoop:
     """The denoising loop of one tick by a plan: computed blocks are called, reused ones are not.
 
-    x: the noisy actions [B, T, A] so far. Computed features are written to the cache. Where
-    gradients are recorded, a feature reused in the tick in which it was computed carries its
-    gradient; one of an earlier tick is a constant.
+    x: the noisy actions [B, T, A] so far; x0: the clean ones that the last step predicted.
+    Computed features are written to the cache. Where gradients are recorded, a feature reused in
+    the tick in which it was computed carries its gradient; one of an earlier tick is a constant.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        scheduler: NoiseScheduler,
+        scheduler: Scheduler,
         conditioner: Conditioner,
         cache: FeatureCache,
         inpainting: Inpainting | None = None,
-        x: Tensor | None = None,
+        resumed: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Begin a tick whose observation the conditioner has encoded.
 
-        x: noisy actions to go on from, by default the noise in the cache.
+        resumed: x and x0 to go on from, by default the noise in the cache.
         """
         self._denoiser, self._scheduler = denoiser, scheduler
         self._conditioner, self._cache, self._inpainting = conditioner, cache, inpainting
         self._cells = cache.features.flatten(0, 1)
         self._live: dict[int, Tensor] = {}
         self._sums: dict[tuple[int, ...], Tensor] = {}
-        self.x = cache.initial_noise if x is None else x
-        if inpainting is not None and x is None:
+        self.x0: Tensor | None = None
+        self.x = cache.initial_noise
+        if resumed is not None:
+            self.x, self.x0 = resumed
+        elif inpainting is not None:
             self.x = self.x.clone()
             inpainting.impose(0, self.x)
 
@@ -117,7 +120,8 @@ class MaskedLoop:
         return self._sums[sources]
 
     def _finish(self, step: int, predicted: Tensor) -> None:
-        self.x = self._scheduler.step(step, self.x, predicted, self._cache.noise_of(step))
+        noise = self._cache.noise_of(step)
+        self.x, self.x0 = self._scheduler.step(step, self.x, predicted, noise, self.x0)
         if self._inpainting is not None:
             self._inpainting.impose(step + 1, self.x)
 
@@ -128,7 +132,7 @@ class EagerEngine(Engine):
     def __init__(
         self,
         denoiser: Denoiser,
-        scheduler: NoiseScheduler,
+        scheduler: Scheduler,
         cache: FeatureCache,
         force_first_step: bool,
     ) -> None:
@@ -138,7 +142,7 @@ class EagerEngine(Engine):
         self.time_tokens = self._conditioner.time_tokens
         self.observation_tokens = self._conditioner.observation_tokens
 
-    def make_conditioner(self, denoiser: Denoiser, scheduler: NoiseScheduler) -> Conditioner:
+    def make_conditioner(self, denoiser: Denoiser, scheduler: Scheduler) -> Conditioner:
         """Make the conditioner; a benchmark overrides this."""
         return denoiser.conditioner(scheduler.spec.timesteps())
 

@@ -13,7 +13,7 @@ from tts_policy.policy.denoisers.denoiser import Denoiser
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.plan import Plan
-from tts_policy.policy.scheduler import NoiseScheduler
+from tts_policy.policy.schedulers.scheduler import Scheduler
 from tts_policy.policy.stopwatch import Stopwatch
 
 
@@ -31,7 +31,7 @@ class Engine(ABC):
     def __init__(
         self,
         denoiser: Denoiser,
-        scheduler: NoiseScheduler,
+        scheduler: Scheduler,
         cache: FeatureCache,
         force_first_step: bool,
     ) -> None:

@@ -23,6 +23,7 @@ from tts_policy.policy.bundle import load_bundle
 from tts_policy.policy.chunk_sampler import ChunkSampler
 from tts_policy.policy.denoisers.denoiser import Denoiser, DenoiserSpec
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
+from tts_policy.policy.device import Download
 from tts_policy.policy.engines.eager import EagerEngine
 from tts_policy.policy.engines.engine import Engine
 from tts_policy.policy.engines.registry import AUTO
@@ -32,7 +33,6 @@ from tts_policy.policy.pruner import PlanPruner, Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 from tts_policy.policy.stopwatch import Stopwatch
-from tts_policy.policy.transfer import Download
 
 TRAIN_STEPS = 100
 SPARSITIES = {'ddpm100': 0.95, 'ddim16': 0.80, 'ddim10': 0.80}

@@ -318,14 +318,14 @@ def test_damage_is_one_line_and_what_could_be_read_is_reported(
 @pytest.mark.parametrize(
     ('extra', 'reason'),
     [
-        (('--sparsity', '0.95'), 'sparsity must be in [0, 0.9]'),
-        (('--sparsity', '-0.1', '0.5'), 'sparsity must be in [0, 0.9]'),
+        (('--sparsity', '0.95'), 'sparsity: expected a number in [0, 0.9]'),
+        (('--sparsity', '-0.1', '0.5'), 'sparsity: expected a number in [0, 0.9]'),
         (('--sampler', 'euler'), 'sampler: expected one of'),
         (('--topic', 'camera'), 'STREAM:=TOPIC expected'),
         (('--topic', 'wrist:=/x'), "got ['wrist']"),
         (('--processes', '0'), 'processes from 1 on'),
         (('--n-execute', '99'), 'n_execute up to 15'),
-        (('--threads', '0'), 'threads must be at least 1, got 0'),
+        (('--threads', '0'), 'threads: expected at least 1, got 0'),
         (('--engine', 'ray'), 'the package ray expected'),
     ],
 )

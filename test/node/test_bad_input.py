@@ -136,7 +136,7 @@ def test_sparsity_above_the_limit_of_the_bundle_is_refused_at_configure(
 ) -> None:
     assert unconfigured.set(sparsity=0.95) == ''
     assert not unconfigured.change('configure')
-    reported(unconfigured, 'sparsity must be in [0, 0.9]')
+    reported(unconfigured, 'sparsity: expected a number in [0, 0.9]')
 
 
 def test_limits_for_joints_the_bundle_does_not_have_are_refused(unconfigured: Feeder) -> None:

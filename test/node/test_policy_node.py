@@ -104,7 +104,7 @@ def test_parameters_reset_gate_and_lifecycle_of_a_running_node(
     assert feeder.set(sparsity=0.6) == ''
     wait_until(lambda: feeder.ticks[-1]['requested_sparsity'] == 0.6, 3, 'sparsity 0.6')
     assert 'out of range' in feeder.set(sparsity=1.5)
-    assert 'sparsity must be in [0, 0.9]' in feeder.set(sparsity=0.95)
+    assert 'sparsity: expected a number in [0, 0.9]' in feeder.set(sparsity=0.95)
     assert 'DOUBLE' in feeder.set(sparsity='high')
     assert 'DOUBLE' in feeder.set(sparsity=1)
     assert 'n_execute: expected at most the 15' in feeder.set(n_execute=16)

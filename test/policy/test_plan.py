@@ -86,7 +86,9 @@ def test_largest_margin_is_computed_and_best_valid_class_reused() -> None:
 
 
 def test_budget_below_the_forced_step_is_refused_with_the_limit() -> None:
-    with pytest.raises(PlanError, match=r'at most 0\.75 with step 0 computed, got 0\.9'):
+    with pytest.raises(
+        PlanError, match=r'sparsity: expected at most 0\.75 with step 0 computed, got 0\.9'
+    ):
         make_plan(np.zeros((4, 3, 4), np.float32), 0.9, np.ones((4, 3), bool), True, THREE)
 
 
@@ -98,7 +100,7 @@ def test_a_reuse_without_source_is_refused_by_name() -> None:
 
 
 def test_unknown_class_is_refused() -> None:
-    with pytest.raises(PlanError, match=r'classes must be in \[0, 3\]'):
+    with pytest.raises(PlanError, match=r'plan: expected classes in \[0, 3\], got 4 to 4'):
         resolve_sources(np.full((2, 3), 4, np.int8), THREE)
 
 

@@ -145,8 +145,8 @@ def test_actions_start_at_the_newest_observation(bundle: Path, windows: Windows)
         (0.81, r'in \[0, 0\.8\].*got 0\.81'),
         (-0.1, r'got -0\.1'),
         (float('nan'), 'got nan'),
-        ('high', "must be a number, got 'high'"),
-        (True, 'must be a number, got True'),
+        ('high', "sparsity: expected a number, got 'high'"),
+        (True, 'sparsity: expected a number, got True'),
     ],
 )
 def test_sparsity_out_of_range_is_refused_and_changes_nothing(
@@ -164,11 +164,14 @@ def test_sparsity_out_of_range_is_refused_and_changes_nothing(
 @pytest.mark.parametrize(
     ('change', 'reason'),
     [
-        ({'camera': None}, r"must hold \['camera', 'joints'\], got \['joints'\]"),
-        ({'camera': np.zeros((2, 32, 32, 3), np.uint8)}, r'camera must be uint8 \(2, 32, 48, 3\)'),
+        ({'camera': None}, r"window: expected \['camera', 'joints'\], got \['joints'\]"),
+        (
+            {'camera': np.zeros((2, 32, 32, 3), np.uint8)},
+            r'camera: expected uint8 \(2, 32, 48, 3\)',
+        ),
         ({'camera': np.zeros((2, 32, 48, 3))}, 'got float64'),
-        ({'joints': np.zeros((2, 4))}, r'joints must be \(2, 3\), got \(2, 4\)'),
-        ({'joints': np.full((2, 3), np.nan)}, 'joints must be finite'),
+        ({'joints': np.zeros((2, 4))}, r'joints: expected \(2, 3\), got \(2, 4\)'),
+        ({'joints': np.full((2, 3), np.nan)}, 'joints: expected finite'),
     ],
 )
 def test_windows_off_the_contract_are_refused(
@@ -186,7 +189,7 @@ def test_unknown_sampler_and_absent_device_are_refused(bundle: Path) -> None:
         with pytest.raises(ValueError, match='without CUDA'):
             TestTimeSparsePolicy.from_bundle(bundle, device='cuda')
     for device in ('gpu', 'meta', 'cuda:1', 'cpu:x', ''):
-        with pytest.raises(ValueError, match=f'device must be one of .*, got {device!r}'):
+        with pytest.raises(ValueError, match=f'device: expected one of .*, got {device!r}'):
             TestTimeSparsePolicy.from_bundle(bundle, device=device)
 
 

@@ -261,7 +261,7 @@ def test_samplers_have_the_training_schedule_of_the_initial_bundle(
 @pytest.mark.parametrize(
     ('option', 'value', 'reason'),
     [
-        ('--threads', '0', 'threads must be at least 1, got 0'),
+        ('--threads', '0', 'threads: expected at least 1, got 0'),
         ('--camera-blocks', '9', 'cnn.blocks: expected at most 5, got 9'),
         ('--temperature', '2', 'sampler.temperature: expected at most 1.0, got 2.0'),
     ],

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.policy.denoisers.denoiser import Denoiser
+from tts_policy.policy.device import Download
 from tts_policy.policy.engines.engine import Engine
 from tts_policy.policy.engines.registry import AUTO, find_engine
 from tts_policy.policy.feature_cache import FeatureCache
@@ -19,7 +20,6 @@ from tts_policy.policy.plan import Plan, dense_plan, make_plan
 from tts_policy.policy.pruner import PlanPruner
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.stopwatch import Stopwatch
-from tts_policy.policy.transfer import Download
 
 
 class PrunerRunner:

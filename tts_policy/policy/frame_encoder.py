@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.policy.contract import CameraSpec, ObservationSpec
+from tts_policy.policy.device import Upload
 from tts_policy.policy.encoders.observation_encoder import ObservationEncoder
-from tts_policy.policy.transfer import Upload
 
 
 class _Slot:

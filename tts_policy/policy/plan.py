@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reuse plans: which cells (step i, block b) are computed and where the others take their feature.
+"""Reuse plans: which cells (step i, block b) are computed, and what the others reuse.
 
 A plan is an int8 array [K, N] of `Reuse` classes. `make_plan` turns the pruner's logits and a
 sparsity into a valid plan: COMPUTE for the cells with the largest margin, the best valid reuse
-class for the others. `kinds` [N] numbers the kind of every block. Validity:
+class for the others. `segments` says what a plan executes. `kinds` [N] numbers the kind of every
+block. Validity:
 - FORWARD needs a block of the same kind computed earlier in this tick,
 - TIMESTEP needs this block computed at an earlier step of this tick,
 - ROLLOUT needs this cell computed at an earlier tick, at most `max_rollout_age` ticks ago.
@@ -12,9 +13,7 @@ Source: arXiv 2605.13316, section 3; the knob and the validity rules are this pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -43,14 +42,14 @@ def dense_plan(steps: int, blocks: int) -> Plan:
 
 
 def static_steps(steps: int, count: int) -> NDArray[np.int64]:
-    """`count` steps out of `steps`, step 0 first, quadratically denser toward the end."""
+    """`count` steps out of `steps`: step 0 and others, quadratically denser towards the end."""
     if count >= steps:
         return np.arange(steps)
     if count == 1:
         return np.zeros(1, np.int64)
     spaced = (steps - 1) * (1 - (1 - np.linspace(0, 1, count)) ** 2)
     chosen = sorted(set(np.round(spaced).astype(int).tolist()))
-    # Rounding can merge neighbours at the dense end: take the latest steps still free.
+    # Rounding can merge neighbours at the dense end; the latest free steps take their place.
     for step in range(steps - 1, -1, -1):
         if len(chosen) == count:
             break
@@ -60,13 +59,16 @@ def static_steps(steps: int, count: int) -> NDArray[np.int64]:
 
 
 def static_time(steps: int) -> NDArray[np.float64]:
-    """Steps [K] on the scale from 0 to 1 on which those of a static schedule are evenly spaced."""
+    """Steps [K] on a scale from 0 to 1 on which `static_steps` are evenly spaced."""
     time: NDArray[np.float64] = 1.0 - np.sqrt(1.0 - np.linspace(0.0, 1.0, steps))
     return time
 
 
 def passes_plan(steps: int, blocks: int, passes: ArrayLike) -> Plan:
-    """All blocks at some steps, in ascending order; TIMESTEP after the first, ROLLOUT before."""
+    """Plan that computes all blocks of some steps, in ascending order, and reuses the others.
+
+    Steps after the first of them are TIMESTEP, steps before it ROLLOUT.
+    """
     chosen = np.asarray(passes)
     plan = np.full((steps, blocks), Reuse.TIMESTEP, np.int8)
     plan[: chosen[0]] = Reuse.ROLLOUT
@@ -75,65 +77,35 @@ def passes_plan(steps: int, blocks: int, passes: ArrayLike) -> Plan:
 
 
 def static_plan(steps: int, blocks: int, count: int) -> Plan:
-    """Learning-free baseline: all blocks at `count` steps, TIMESTEP reuse at the others."""
+    """Baseline without learning: all blocks of `count` steps, TIMESTEP reuse at the others."""
     return passes_plan(steps, blocks, static_steps(steps, count))
 
 
-@dataclass(frozen=True)
-class _ByKind:
-    """Order in which the cells of each kind follow one another, in order of execution.
+def _computed_last(
+    computed: NDArray[np.bool_], kinds: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cell of the same kind, and of the same block, that was computed last before every cell.
 
-    cells: [K, N], numbered as they are executed; order: all cells, those of a kind together;
-    begins: where each kind begins in it; of_block: number of the kind of every block [N]; base:
-    what keeps a running maximum in this order from one kind to the next.
+    Both are [K, N] flat indices, -1 where there is none.
     """
-
-    cells: NDArray[np.int64]
-    order: NDArray[np.int64]
-    begins: NDArray[np.int64]
-    of_block: NDArray[np.int64]
-    base: NDArray[np.int64]
-
-    def latest(self, latest: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Running maximum of [K, N] cell numbers, -1 for none, within each kind."""
-        running = latest.ravel()[self.order]
-        running += self.base
-        np.maximum.accumulate(running, out=running)
-        running -= self.base
-        result = np.empty_like(latest)
-        result.ravel()[self.order] = running
-        return result
-
-    def first(self, computed: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """First computed cell of the kind of every block [N]; behind the last cell if none."""
-        cells = np.where(computed, self.cells, self.cells.size).ravel()[self.order]
-        first: NDArray[np.int64] = np.minimum.reduceat(cells, self.begins)[self.of_block]
-        return first
-
-
-@lru_cache(maxsize=32)
-def _order_by_kind(steps: int, kinds: bytes) -> _ByKind:
-    """Order of K steps of blocks of these kinds, int64 [N]: it is the same at every tick."""
-    _, of_block = np.unique(np.frombuffer(kinds, np.int64), return_inverse=True)
-    cells = np.arange(steps * len(of_block)).reshape(steps, -1)
-    of_cell = np.tile(of_block, steps)
-    order = np.argsort(of_cell, kind='stable')
-    begins = np.searchsorted(of_cell[order], np.arange(of_block.max() + 1))
-    return _ByKind(cells, order, begins, of_block, of_cell[order] * (cells.size + 1))
-
-
-def _by_kind(steps: int, kinds: NDArray[np.int64]) -> _ByKind:
-    return _order_by_kind(steps, kinds.astype(np.int64, copy=False).tobytes())
+    cells = np.where(computed, np.arange(computed.size).reshape(computed.shape), -1)
+    forward, timestep = np.full_like(cells, -1), np.full_like(cells, -1)
+    np.maximum.accumulate(cells[:-1], axis=0, out=timestep[1:])
+    for kind in set(kinds.tolist()):
+        columns = np.flatnonzero(kinds == kind)
+        of_kind = cells[:, columns].ravel()
+        before = np.full_like(of_kind, -1)
+        np.maximum.accumulate(of_kind[:-1], out=before[1:])
+        forward[:, columns] = before.reshape(len(cells), -1)
+    return forward, timestep
 
 
 def computed_before(
     computed: NDArray[np.bool_], kinds: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Where FORWARD and TIMESTEP are valid, each [K, N], given the computed cells [K, N]."""
-    by_kind = _by_kind(len(computed), kinds)
-    timestep = np.zeros_like(computed)
-    np.logical_or.accumulate(computed[:-1], axis=0, out=timestep[1:])
-    return by_kind.cells > by_kind.first(computed), timestep
+    forward, timestep = _computed_last(computed, kinds)
+    return forward >= 0, timestep >= 0
 
 
 def make_plan(
@@ -146,8 +118,8 @@ def make_plan(
     """Plan that reuses the `sparsity` share of the cells.
 
     logits: [K, N, 4]; rollout_valid: [K, N], where an earlier tick's feature may be reused.
-    Cells that have no valid source are computed on top, so the realised sparsity can be lower
-    than the one asked for; it is counted from the plan, never assumed.
+    Cells without a valid source are computed in addition, so the realised sparsity can be lower
+    than the one that was asked for. It is counted from the plan, never assumed.
 
     Raises
     ------
@@ -160,9 +132,8 @@ def make_plan(
     forced = np.zeros((steps, blocks), bool)
     forced[0] = force_first_step
     if budget < forced.sum():
-        raise PlanError(
-            f'sparsity must be at most {1 - 1 / steps:.4g} with step 0 computed, got {sparsity}'
-        )
+        most = f'at most {1 - 1 / steps:.4g} with step 0 computed'
+        raise PlanError(f'sparsity: expected {most}, got {sparsity}')
     margin = logits[..., Reuse.COMPUTE] - logits[..., Reuse.FORWARD :].max(axis=-1)
     margin = np.where(forced, np.inf, margin).ravel()
     computed = np.zeros(steps * blocks, bool)
@@ -183,8 +154,9 @@ def make_plan(
 def resolve_sources(plan: Plan, kinds: NDArray[np.int64]) -> NDArray[np.int64]:
     """Cell whose stored feature every cell of a plan uses: flat indices i * N + b, [K, N].
 
-    A feature store indexed by cell serves all three caches: FORWARD and TIMESTEP point to the
-    cell computed last in this tick, ROLLOUT to the cell itself, which this tick leaves alone.
+    One store indexed by cell serves as all three caches of the paper: FORWARD and TIMESTEP point
+    to the cell computed last in this tick, ROLLOUT to the cell itself, which this tick does not
+    write.
 
     Raises
     ------
@@ -192,19 +164,18 @@ def resolve_sources(plan: Plan, kinds: NDArray[np.int64]) -> NDArray[np.int64]:
         if FORWARD or TIMESTEP has no computed source, or a class is unknown.
 
     """
-    # Below zero is above the largest as an unsigned number.
+    # As unsigned numbers, negative classes are above the largest one.
     if plan.view(np.uint8).max() > Reuse.ROLLOUT:
-        raise PlanError(f'plan classes must be in [0, 3], got {plan.min()} to {plan.max()}')
-    by_kind = _by_kind(len(plan), kinds)
-    cells = by_kind.cells
-    latest = np.where(plan == Reuse.COMPUTE, cells, -1)
-    timestep = np.maximum.accumulate(latest, axis=0)
-    forward = by_kind.latest(latest)
+        raise PlanError(f'plan: expected classes in [0, 3], got {plan.min()} to {plan.max()}')
+    forward, timestep = _computed_last(plan == Reuse.COMPUTE, kinds)
+    cells = np.arange(plan.size).reshape(plan.shape)
     sources = np.choose(plan, [cells, forward, timestep, cells])
     if sources.min() < 0:
         i, b = np.argwhere(sources < 0)[0]
         name = Reuse(int(plan[i, b])).name
-        raise PlanError(f'{name} reuse at step {i}, block {b} has nothing computed to reuse')
+        raise PlanError(
+            f'plan: expected a computed source for {name} reuse at step {i}, block {b}, got none'
+        )
     return sources
 
 

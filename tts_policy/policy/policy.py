@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The test-time sparse diffusion policy: an observation window in, an action chunk out.
 
-One policy object owns the model state that survives a control tick (the cache, with the held
-noise) and is used from one thread. The first tick after `reset` is dense.
+`act` encodes the window, asks the pruner for a plan, denoises by the plan, and returns the chunk.
+One policy object owns the state that survives a control tick, in a feature cache, and is used from
+one thread. The first tick after `reset` is dense.
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ from tts_policy.policy.bundle import Bundle, load_bundle
 from tts_policy.policy.chunk_sampler import ChunkSampler
 from tts_policy.policy.contract import CommittedActions, PolicyContract
 from tts_policy.policy.denoisers.blocks import BlockStack
+from tts_policy.policy.device import Download, Upload, find_device, set_threads
+from tts_policy.policy.engines.registry import AUTO
 from tts_policy.policy.frame_encoder import FrameEncoder
 from tts_policy.policy.plan import Plan, realised_sparsity, reuse_mix
 from tts_policy.policy.stopwatch import Stopwatch
-from tts_policy.policy.threads import set_threads
-from tts_policy.policy.transfer import Download, Upload
-
-DEVICES = ('cpu', 'cuda')
 
 
 class WindowError(ValueError):
@@ -41,8 +40,8 @@ class ChunkStats:
 
     sparsity: realised share of reused cells; flops: conditional encoder, pruner and executed
     decoder; dense_flops: conditional encoder and dense decoder; stages_s: host time of every
-    stage (on a GPU that is launch time, only latency_s is complete); oldest_rollout_ticks: age of
-    the oldest feature of an earlier tick that was read.
+    stage (on a GPU that is launch time, and only latency_s is complete); oldest_rollout_ticks: age
+    of the oldest feature of an earlier tick that was reused.
     """
 
     sparsity: float
@@ -68,7 +67,7 @@ class Chunk:
 
 
 class TestTimeSparsePolicy:
-    """A bundle's policy run by one of its samplers on one device."""
+    """A bundle's policy, run by one of its samplers on one device."""
 
     __test__ = False  # the name starts with Test, but pytest has nothing to collect here
 
@@ -78,11 +77,9 @@ class TestTimeSparsePolicy:
         sampler: str,
         device: str = 'cpu',
         seed: int = 0,
-        engine: str = 'auto',
+        engine: str = AUTO,
     ) -> None:
-        """Set up buffers and folded tables.
-
-        engine: of `core.engines.ENGINES`.
+        """Set up buffers and tables; engine: see `engines.registry.find_engine`.
 
         Raises
         ------
@@ -92,37 +89,27 @@ class TestTimeSparsePolicy:
             if the device is not available, or the engine cannot run the policy there.
 
         """
-        if device not in DEVICES:
-            raise ValueError(
-                f'device must be one of {list(DEVICES)} (CUDA_VISIBLE_DEVICES chooses among '
-                f'several GPUs), got {device!r}'
-            )
-        if device == 'cuda' and not torch.cuda.is_available():
-            raise ValueError(
-                f"device must be available here, got {device!r} without CUDA: use 'cpu'"
-            )
-        self.device = torch.device(device)
-        self.spec, pruner = bundle.sampler(sampler)
-        self.samplers = tuple(bundle.samplers)
-        self.sampler = sampler
+        self.device = find_device(device)
+        self.spec, self._pruner = bundle.sampler(sampler)
+        self.samplers, self.sampler = tuple(bundle.samplers), sampler
         self._network = bundle.network.to(self.device).eval().requires_grad_(False)
-        self._pruner = pruner
-        if pruner is not None:
-            pruner.to(self.device).eval().requires_grad_(False)
-        self._denoiser = self._network.denoiser
+        if self._pruner is not None:
+            self._pruner.to(self.device).eval().requires_grad_(False)
+        self._allocate()
+        denoiser = self._network.denoiser
+        self._sampler = ChunkSampler(denoiser, self.spec, self._pruner, seed, engine)
+        self._encoder_flops = denoiser.spec.conditioner_flops(self.spec.scheduler.steps)
+        self._pruner_flops = flops.pruner_flops(self._pruner.spec) if self._pruner else 0
+
+    def _allocate(self) -> None:
         observation, action = self.contract.observation, self.contract.action
         self._frames = FrameEncoder(self._network.observation_encoder, observation, self.device)
         joints = (1, observation.steps, len(observation.joints))
         self._joints = Upload(joints, torch.float32, self.device)
         chunk = (action.horizon, len(action.joints))
         self._committed = Upload(chunk, torch.float32, self.device)
-        self._shares = Upload((action.horizon,), torch.float32, self.device)
+        self._weights = Upload((action.horizon,), torch.float32, self.device)
         self._actions = Download(chunk, torch.float32, self.device)
-        self._sampler = ChunkSampler(self._denoiser, self.spec, pruner, seed, engine)
-        encoder = self._denoiser.spec.conditioner_flops(self.spec.scheduler.steps)
-        self._fixed_flops = encoder
-        self._dense_flops = encoder + flops.decoder_flops(self._denoiser.spec, self._sampler.dense)
-        self._pruner_flops = flops.pruner_flops(pruner.spec) if pruner is not None else 0
 
     @classmethod
     def from_bundle(
@@ -132,11 +119,11 @@ class TestTimeSparsePolicy:
         device: str = 'cpu',
         seed: int = 0,
         threads: int | None = None,
-        engine: str = 'auto',
+        engine: str = AUTO,
     ) -> TestTimeSparsePolicy:
         """Load a bundle folder; raises ValueError, or BundleError, which is one, with the reason.
 
-        threads: torch threads of this process; None leaves them as they are. engine: see __init__.
+        threads: torch threads of this process; None leaves them as they are.
         """
         if threads is not None:
             set_threads(threads)
@@ -161,51 +148,24 @@ class TestTimeSparsePolicy:
     def check_sparsity(self, value: Any) -> float:
         """Return the value as a float; raises ValueError naming the limit it breaks."""
         if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
-            raise ValueError(f'sparsity must be a number, got {value!r}')
+            raise ValueError(f'sparsity: expected a number, got {value!r}')
         if not 0.0 <= value <= self.max_sparsity + 1e-9:
-            reason = (
-                f'1 - 1/{self.spec.scheduler.steps} steps'
-                if self._pruner is not None
-                else 'the bundle has no pruner for it'
-            )
+            reason = f'1 - 1/{self.spec.scheduler.steps} steps'
+            if self._pruner is None:
+                reason = 'the bundle has no pruner for it'
             raise ValueError(
-                f'sparsity must be in [0, {self.max_sparsity:.4g}] for sampler {self.sampler!r} '
-                f'({reason}), got {value}'
+                f'sparsity: expected a number in [0, {self.max_sparsity:.4g}] for sampler '
+                f'{self.sampler!r} ({reason}), got {value}'
             )
         return float(value)
 
     def reset(self, seed: int | None = None) -> None:
-        """Start a new episode: forget all cached features, draw new noise.
+        """Start an episode: forget all cached features and draw new noise.
 
-        With a seed the episode's noise depends on it alone.
+        With a seed the episode's noise depends on the seed alone.
         """
         self._sampler.reset(seed)
         self._frames.clear()
-
-    def _checked(
-        self, window: Mapping[str, NDArray[Any]]
-    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:
-        """Images by camera and joints [To, J]."""
-        observation = self.contract.observation
-        expected = {'joints', *(camera.key for camera in observation.cameras)}
-        if set(window) != expected:
-            raise WindowError(f'window must hold {sorted(expected)}, got {sorted(window)}')
-        images = {}
-        for camera in observation.cameras:
-            image = np.asarray(window[camera.key])
-            shape = (observation.steps, camera.height, camera.width, 3)
-            if image.shape != shape or image.dtype != np.uint8:
-                raise WindowError(
-                    f'{camera.key} must be uint8 {shape}, got {image.dtype} {image.shape}'
-                )
-            images[camera.key] = image
-        joints = np.asarray(window['joints'], np.float32)
-        expected_shape = (observation.steps, len(observation.joints))
-        if joints.shape != expected_shape:
-            raise WindowError(f'joints must be {expected_shape}, got {joints.shape}')
-        if not np.isfinite(joints).all():
-            raise WindowError('joints must be finite, got NaN or infinity')
-        return images, joints
 
     @torch.inference_mode()
     def act(
@@ -227,50 +187,83 @@ class TestTimeSparsePolicy:
             if the sparsity is out of range, or committed actions do not fit; likewise.
 
         """
-        sparsity = self.check_sparsity(sparsity)
         watch = Stopwatch()
+        sparsity = self.check_sparsity(sparsity)
         images, joints = self._checked(window)
-        # A window that is refused leaves no upload behind, for nothing would wait for it.
+        # Everything is checked before the first upload: nothing waits for one of a refused window.
         known = None if committed is None else self._known(committed)
         on_device = self._joints.send(joints[None])
         watch.lap('copy_in')
-        normalised = self._network.joint_normalizer.normalize(on_device)
-        features = self._network.observation_encoder.combine(self._frames(images), normalised)
+        features = self._encode(images, on_device)
         watch.lap('observation_encoder')
         x, plan, oldest = self._sampler.sample(features, sparsity, watch, known)
-        # The one wait for the device, but for that of the plan.
-        self._actions.start(self._network.action_normalizer.unnormalize(x[0]))
-        actions = self._actions.wait()[self.contract.newest_action :].astype(np.float64)
+        actions = self._robot_actions(x)
         watch.lap('copy_out')
-        stack = self._denoiser.spec.stack
+        stack = self._network.denoiser.spec.stack
         return Chunk(actions, plan, stack, self._stats(plan, oldest, watch))
+
+    def _checked(
+        self, window: Mapping[str, NDArray[Any]]
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:
+        """Images by camera and joints [To, J]; raises WindowError."""
+        observation = self.contract.observation
+        expected = {'joints', *(camera.key for camera in observation.cameras)}
+        if set(window) != expected:
+            raise WindowError(f'window: expected {sorted(expected)}, got {sorted(window)}')
+        images = {}
+        for camera in observation.cameras:
+            image = np.asarray(window[camera.key])
+            shape = (observation.steps, camera.height, camera.width, 3)
+            if image.shape != shape or image.dtype != np.uint8:
+                raise WindowError(
+                    f'{camera.key}: expected uint8 {shape}, got {image.dtype} {image.shape}'
+                )
+            images[camera.key] = image
+        joints = np.asarray(window['joints'], np.float32)
+        sizes = (observation.steps, len(observation.joints))
+        if joints.shape != sizes:
+            raise WindowError(f'joints: expected {sizes}, got {joints.shape}')
+        if not np.isfinite(joints).all():
+            raise WindowError('joints: expected finite positions, got NaN or infinity')
+        return images, joints
+
+    def _encode(self, images: Mapping[str, NDArray[Any]], joints: Tensor) -> Tensor:
+        """Observation features [1, To, Do]."""
+        normalised = self._network.joint_normalizer.normalize(joints)
+        return self._network.observation_encoder.combine(self._frames(images), normalised)
+
+    def _robot_actions(self, x: Tensor) -> NDArray[np.float64]:
+        """Usable set-points [n, A] in robot units of normalised actions [1, T, A]."""
+        self._actions.start(self._network.action_normalizer.unnormalize(x[0]))
+        return self._actions.wait()[self.contract.newest_action :].astype(np.float64)
 
     def _known(self, committed: CommittedActions) -> tuple[Tensor, Tensor]:
         """Normalised actions [T, A] and weights [T] over the horizon; raises ValueError."""
-        usable = self.contract.usable_actions
-        shape = (len(committed.weights), len(self.contract.action.joints))
-        if committed.actions.shape != shape or len(committed.weights) > usable:
+        usable, weights = self.contract.usable_actions, committed.weights
+        shape = (len(weights), len(self.contract.action.joints))
+        if committed.actions.shape != shape or len(weights) > usable:
             raise ValueError(
-                f'committed actions must be [n, {shape[1]}] with a weight each, n at most '
-                f'{usable}, got {committed.actions.shape} and {committed.weights.shape}'
+                f'committed actions: expected [n, {shape[1]}] with a weight each, n at most '
+                f'{usable}, got {committed.actions.shape} and {weights.shape}'
             )
-        weights = committed.weights
         if not (np.isfinite(committed.actions).all() and ((weights >= 0) & (weights <= 1)).all()):
-            raise ValueError('committed actions must be finite with weights in [0, 1]')
+            raise ValueError(
+                'committed actions: expected finite ones with weights in [0, 1], got others'
+            )
         horizon, first = self.contract.action.horizon, self.contract.newest_action
-        actions, shares = np.zeros((horizon, shape[1])), np.zeros(horizon)
+        actions, padded_weights = np.zeros((horizon, shape[1])), np.zeros(horizon)
         held = slice(first, first + shape[0])
-        actions[held], shares[held] = committed.actions, weights
+        actions[held], padded_weights[held] = committed.actions, weights
         normalised = self._network.action_normalizer.normalize(self._committed.send(actions))
-        return normalised, self._shares.send(shares)
+        return normalised, self._weights.send(padded_weights)
 
     def _stats(self, plan: Plan, oldest: int, watch: Stopwatch) -> ChunkStats:
-        pruned = plan is not self._sampler.dense
-        executed = flops.decoder_flops(self._denoiser.spec, plan) + self._fixed_flops
+        spec, dense = self._network.denoiser.spec, self._sampler.dense
+        pruner = 0 if plan is dense else self._pruner_flops
         return ChunkStats(
             sparsity=realised_sparsity(plan),
-            flops=executed + (self._pruner_flops if pruned else 0),
-            dense_flops=self._dense_flops,
+            flops=self._encoder_flops + pruner + flops.decoder_flops(spec, plan),
+            dense_flops=self._encoder_flops + flops.decoder_flops(spec, dense),
             latency_s=watch.total_s,
             stages_s=watch.stages_s,
             reuse_mix=reuse_mix(plan),

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
-from tts_policy.policy.policy import DEVICES
+from tts_policy.policy.device import DEVICES
 
 Item = TypeVar('Item')
 

@@ -32,12 +32,12 @@ from tts_policy.data.windows import Windows
 from tts_policy.policy.bundle import BundleError, load_bundle, save_bundle
 from tts_policy.policy.contract import PolicyContract, read_contract
 from tts_policy.policy.denoisers.denoiser import DENOISERS
+from tts_policy.policy.device import set_threads
 from tts_policy.policy.encoders.camera_encoder import ENCODERS
 from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.network import OBJECTIVES, NetworkSpec, PolicyNetwork
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.schedulers.scheduler import FLOW
-from tts_policy.policy.threads import set_threads
 from tts_policy.policy.validation import Mismatch, Spec
 from tts_policy.sim.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS
 from tts_policy.train.policy_trainer import PolicyTrainer, TrainingSpec

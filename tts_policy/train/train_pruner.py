@@ -28,11 +28,10 @@ from tts_policy.data.demonstrations import (
     split_demonstrations,
 )
 from tts_policy.policy.bundle import BundleError, load_bundle, save_pruner
+from tts_policy.policy.device import DEVICES, set_threads
 from tts_policy.policy.network import PolicyNetwork
-from tts_policy.policy.policy import DEVICES
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.threads import set_threads
 from tts_policy.train.checkpoint import (
     check_settings,
     digest,

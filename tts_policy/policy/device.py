@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buffers that carry data between host and device without an allocation or a needless wait.
+"""The device that a policy runs on, and buffers that carry data to it and back.
 
-Host sides are page-locked where the device is a GPU. An upload is not waited for: the host must
-not write its buffer again before the tick has ended, which waiting for a download of the same tick
-makes sure. On a CPU both sides of an upload are one tensor.
+Buffers are allocated once. Their host sides are page-locked where the device is a GPU, so that the
+host does not wait for a transfer. The host must not write the buffer of an upload again before the
+tick has ended, which waiting for a download of the same tick ensures. On a CPU both sides of an
+upload are one tensor.
 """
 
 from __future__ import annotations
@@ -15,6 +16,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+DEVICES = ('cpu', 'cuda')
+
+
+def find_device(name: str) -> torch.device:
+    """Device of a name; raises ValueError unless it is one of DEVICES and available here."""
+    if name not in DEVICES:
+        raise ValueError(
+            f'device: expected one of {list(DEVICES)} (CUDA_VISIBLE_DEVICES chooses among '
+            f'several GPUs), got {name!r}'
+        )
+    if name == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f"device: expected 'cpu' on a machine without CUDA, got {name!r}")
+    return torch.device(name)
+
+
+def set_threads(count: int) -> None:
+    """Let torch use so many threads; raises ValueError for a number that is not positive."""
+    if count < 1:
+        raise ValueError(f'threads: expected at least 1, got {count}')
+    torch.set_num_threads(count)
+
 
 class Upload:
     """From the host to one static tensor on the device."""
@@ -25,7 +47,7 @@ class Upload:
         self.device = torch.zeros(shape, dtype=dtype, device=device) if on_gpu else self.host
 
     def send(self, values: NDArray[Any]) -> Tensor:
-        """Send values to the first rows; returns the tensor on the device, always the same.
+        """Send values [n, ...] to the first rows and return the whole tensor on the device.
 
         Values may be laid out in any way, as those of a flipped image are.
         """
@@ -45,7 +67,7 @@ class Download:
         self._done = torch.cuda.Event() if on_gpu else None
 
     def start(self, values: Tensor) -> None:
-        """Copy values of this shape once the current stream has made them."""
+        """Copy values of this shape once the current stream has computed them."""
         self._host.copy_(values, non_blocking=True)
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(values.device))

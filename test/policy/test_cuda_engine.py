@@ -34,10 +34,10 @@ def called(*args: object) -> CudaEngine:
 @given(
     seed=st.integers(0, 2**32 - 1),
     kind=st.sampled_from(['transformer', 'mixing', 'dit']),
-    scheduler=st.sampled_from(['ddpm', 'ddim', 'flow']),
+    scheduler=st.sampled_from(['ddpm', 'ddim', 'dpm_solver', 'flow']),
     force=st.booleans(),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=15, deadline=None)
 @torch.inference_mode()
 def test_equals_the_eager_engine_over_plans_held_actions_and_episodes(
     make: Callable[..., CudaEngine], seed: int, kind: str, scheduler: str, force: bool

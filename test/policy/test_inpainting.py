@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tts_policy.policy.contract import CommittedActions, hold_weights
-from tts_policy.policy.engines.cpu import CpuEngine
 from tts_policy.policy.engines.eager import EagerEngine
+from tts_policy.policy.engines.packed import PackedEngine
 from tts_policy.policy.inpainting import Inpainting
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.schedulers.scheduler import SchedulerSpec
@@ -31,7 +31,7 @@ def test_every_engine_holds_committed_actions_and_agrees_on_the_rest(
     rng = np.random.default_rng(0)
     actions = torch.from_numpy(rng.standard_normal((8, 3), np.float32))
     weights = torch.tensor([0.0, 1.0, 1.0, 0.5, 0.1, 0.0, 0.0, 0.0])
-    runs = [Run(make, kind, force) for make in (EagerEngine, CpuEngine)]
+    runs = [Run(make, kind, force) for make in (EagerEngine, PackedEngine)]
     features, logits = random_features(rng), random_logits(rng, runs[0].cache)
     results: list[list[Tensor]] = []
     for run in runs:

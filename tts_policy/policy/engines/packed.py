@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual blocks of the denoiser, prepared once for fast execution on the CPU.
+"""The engine of the CPU: packed blocks, run by a compiled plan.
 
-Every block is a function of the action tokens x [T, D] that writes its residual y [T, D]:
-- linear layers are packed, query, key and value in one;
-- cross-attention never forms queries: with memory keys k_s and values v_s of a head,
-  q(x) . k_s = x . (Wq^T k_s) and out(sum_s p_s v_s) = sum_s p_s (Wo v_s), so the memory is taken
-  through Wq and Wo instead of the tokens. The folded time tokens of all steps are made at load,
-  the To observation tokens once a tick.
+At batch size one a chunk is many small operations, so their number decides. A fully reused step is
+six: the embedding with the sum of all residuals, normalisation, head, and three for the scheduler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from tts_policy.policy.denoisers.denoiser import Denoiser
 from tts_policy.policy.denoisers.transformer import (
     ConditionalEncoder,
     CrossAttention,
@@ -24,184 +22,230 @@ from tts_policy.policy.denoisers.transformer import (
     SelfAttention,
     TransformerDenoiser,
 )
+from tts_policy.policy.engines.engine import Engine
+from tts_policy.policy.engines.packed_blocks import (
+    FoldedMemory,
+    PackedCrossAttention,
+    PackedEncoder,
+    PackedFeedForward,
+    PackedSelfAttention,
+    fold_norm,
+)
+from tts_policy.policy.engines.program import CONSTANT, Op, compile_plan
+from tts_policy.policy.feature_cache import FeatureCache
+from tts_policy.policy.inpainting import Inpainting
+from tts_policy.policy.plan import Plan, dense_plan
+from tts_policy.policy.schedulers.scheduler import Scheduler
+from tts_policy.policy.stopwatch import Stopwatch
 
-Linear = Callable[[Tensor], Tensor]
-_HAS_FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-def pack_linear(weight: Tensor, bias: Tensor, rows: int) -> Linear:
-    """Prepare y = x W^T + b, x [rows, in], float32, in the way that was measured to be fastest.
-
-    Weights that half precision holds exactly, as those of every bundle: FBGEMM, which stores them
-    so and multiplies in float32; half the memory traffic and the same result. Other weights:
-    oneDNN, packed for that number of rows. Where torch was built without: a matrix product.
-    """
-    weight, bias = weight.detach(), bias.detach()
-    if _HAS_FBGEMM and torch.equal(weight, weight.half().float()):
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        multiply = torch.ops.quantized.linear_dynamic_fp16
-        return lambda x: multiply(x, packed)
-    if not _HAS_ONEDNN:
-        transposed = weight.t().contiguous()
-        return lambda x: torch.addmm(bias, x, transposed)
-    reordered = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    pointwise = torch.ops.mkldnn._linear_pointwise
-    return lambda x: pointwise(x, reordered, bias, 'none', [], 'none')
+Block = Callable[[Tensor, Tensor], None]
 
 
-def normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Layer normalisation without the cost of a module call."""
-    return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+class FoldedScheduler:
+    """Head and scheduler of every step.
 
-
-def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer that takes the place of `linear(affine(x))`."""
-    weight = linear.weight * norm.weight
-    return weight, linear.bias + linear.weight @ norm.bias
-
-
-def additive(mask: Tensor) -> Tensor:
-    """Boolean mask, True where attention is allowed, as a term of the scores."""
-    return torch.zeros(mask.shape).masked_fill(~mask, float('-inf'))
-
-
-class PackedSelfAttention:
-    """Self-attention over action tokens."""
-
-    def __init__(self, block: SelfAttention, mask: Tensor) -> None:
-        rows, width = len(mask), block.out.in_features
-        self._shape = (1, rows, 3, block.heads, width // block.heads)
-        self._norm = block.norm
-        self._qkv = pack_linear(block.qkv.weight, block.qkv.bias, rows)
-        self._out = pack_linear(block.out.weight, block.out.bias, rows)
-        self._mask = additive(mask)
-
-    def __call__(self, x: Tensor, out: Tensor) -> None:
-        """Write the residual of x [T, D] to out [T, D]."""
-        qkv = self._qkv(normalise(x, self._norm))
-        q, k, v = qkv.view(self._shape).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask)
-        out.copy_(self._out(y.transpose(1, 2).reshape(x.shape)))
-
-
-class PackedFeedForward:
-    """Feed-forward block."""
-
-    def __init__(self, block: FeedForward, rows: int) -> None:
-        self._norm = block.norm
-        self._up = pack_linear(block.up.weight, block.up.bias, rows)
-        self._down = pack_linear(block.down.weight, block.down.bias, rows)
-
-    def __call__(self, x: Tensor, out: Tensor) -> None:
-        """Write the residual of x [T, D] to out [T, D]."""
-        hidden = self._up(normalise(x, self._norm))
-        out.copy_(self._down(F.gelu(hidden)))
-
-
-class PackedEncoder:
-    """Observation tokens of the conditional encoder."""
-
-    def __init__(self, encoder: ConditionalEncoder, rows: int) -> None:
-        up, self._act, down = encoder.mlp
-        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-        self._input, self._up, self._down = (
-            pack_linear(layer.weight, layer.bias, rows)
-            for layer in (encoder.observation, up, down)
-        )
-        self._position = encoder.position[1:].detach()
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Observation features [To, Do] -> memory tokens [To, D]."""
-        tokens = self._input(features).add_(self._position)
-        return self._down(self._act(self._up(tokens)))
-
-
-class FoldedMemory:
-    """Keys and values of all layers, taken through the blocks' query and output projections.
-
-    Buffers of each layer: keys and values [heads * S, D] and the part of the scores that no action
-    changes, scores [T, heads * S], minus infinity where masked. S counts the time token of the
-    step, entered by `enter`, and the To observation tokens of `observe`.
+    With p = x0_x x + x0_output output a step is x0 = clip(p) and x' = a x0 + b p + c x + d x0'' +
+    noise, where x0'' is the x0 of the step before. The head's bias is taken out of p, into the
+    clipping bounds and the noise. So p is one product, and p and every x0 are off by a constant.
     """
 
-    def __init__(self, denoiser: TransformerDenoiser, time_tokens: Tensor) -> None:
-        spec, blocks = denoiser.spec, denoiser.cross_attentions
-        layers, heads, width = spec.layers, spec.heads, spec.width
-        self._sizes = (layers, heads, width // heads)
-        mask = denoiser.memory_mask
-        memory = mask.shape[1]
-        self._kv = pack_linear(
-            torch.cat([block.kv.weight for block in blocks]),
-            torch.cat([block.kv.bias for block in blocks]),
-            spec.obs_steps,
+    def __init__(
+        self, denoiser: TransformerDenoiser, scheduler: Scheduler, cache: FeatureCache
+    ) -> None:
+        weight, bias = fold_norm(denoiser.norm, denoiser.head)
+        self._norm, self._eps = (denoiser.spec.width,), denoiser.norm.eps
+        self._head = weight.t().contiguous()
+        table = torch.tensor(scheduler.table, dtype=torch.float64)
+        to_x, to_output, next_x0, next_x, next_output, next_noise, next_previous = table.unbind(1)
+        next_p = next_output / to_output
+        next_x = next_x - next_p * to_x
+        columns = [to_x, to_output, next_x0, next_p, next_x, next_previous]
+        self._scalars = torch.stack(columns, dim=1).tolist()
+        shift = to_output[:, None] * bias.double()
+        self._low, self._high = (
+            list((side - shift).float()) for side in (-scheduler.clip, scheduler.clip)
         )
-        scale = (width // heads) ** -0.5
-        queries = [fold_norm(block.norm, block.q) for block in blocks]
-        # [L * heads, D / heads, D], from a head's key or value to the width of the tokens, stored
-        # the other way round: the product with the few rows of a tick is twice as fast then.
-        query = torch.cat([weight for weight, _ in queries]) * scale
-        self._query = query.view(-1, width // heads, width).transpose(1, 2).contiguous().mT
-        bias = torch.cat([bias for _, bias in queries]) * scale
-        self._query_bias = bias.view(-1, width // heads, 1)
-        out = torch.stack([block.out.weight for block in blocks])
-        out = out.view(layers, width, heads, width // heads).transpose(1, 2)
-        self._out = out.reshape(-1, width, width // heads).mT
-        # Keys and values in one, so that a time token is entered by one copy.
-        keys_values = torch.zeros(layers, 2, heads, memory, width)
-        self._masked = additive(mask)[None, :, None, :].expand(layers, -1, heads, -1).contiguous()
-        scores = self._masked.clone()
-        self._observed, self._observed_scores = keys_values[..., 1:, :], scores[..., 1:]
-        self.keys = [part[0].flatten(0, 1).t() for part in keys_values]
-        self.values = [part[1].flatten(0, 1) for part in keys_values]
-        self.scores = [part.flatten(1) for part in scores]
-        self._slots = list(
-            zip(keys_values[..., :1, :].unbind(0), scores[..., :1].unbind(0), strict=True)
+        constant = (next_x0 + next_p)[:, None] * shift
+        constant[1:] += next_previous[1:, None] * shift[:-1]
+        shape = cache.initial_noise.shape[1:]
+        self._constant = constant.float()[:, None].expand(-1, *shape).contiguous()
+        self._noise_scale = next_noise.float()[:, None, None]
+        self._step_noise = cache.step_noise
+        self._added = self._constant.clone()
+        self._rows = list(self._added)
+        self._p, self._x0, self._previous_x0 = (torch.empty(shape) for _ in range(3))
+
+    def begin(self) -> None:
+        """Take the noise that the cache holds for this tick."""
+        if len(self._step_noise):
+            torch.addcmul(
+                self._constant, self._step_noise[:, 0], self._noise_scale, out=self._added
+            )
+
+    def step(self, i: int, tokens: Tensor, x: Tensor) -> None:
+        """Finish step i: tokens [T, D] after the last block, x [T, A] becomes less noisy."""
+        to_x, to_output, next_x0, next_p, next_x, next_previous = self._scalars[i]
+        self._x0, self._previous_x0 = self._previous_x0, self._x0
+        normed = torch.layer_norm(tokens, self._norm, eps=self._eps)
+        torch.addmm(x, normed, self._head, beta=to_x, alpha=to_output, out=self._p)
+        torch.clamp(self._p, self._low[i], self._high[i], out=self._x0)
+        torch.add(self._rows[i], x, alpha=next_x, out=x)
+        x.add_(self._x0, alpha=next_x0)
+        if next_p:
+            x.add_(self._p, alpha=next_p)
+        if next_previous:
+            x.add_(self._previous_x0, alpha=next_previous)
+
+
+@dataclass(frozen=True)
+class _BoundProgram:
+    """A plan's program, with the engine's methods in the place of its operations."""
+
+    plan: Plan
+    calls: list[tuple[Callable[[int], None], int]]
+    starts: list[int]
+    batches: list[tuple[Tensor, Tensor]]
+
+
+class PackedEngine(Engine):
+    """Packed blocks, folded memory and scheduler tables of one sampler, in float32."""
+
+    @staticmethod
+    def unsupported(denoiser: Denoiser, device: torch.device) -> str:
+        """Say why the engine cannot run a denoiser on a device; empty if it can."""
+        if device.type != 'cpu':
+            return f'expected a CPU, got {device}'
+        if (
+            type(denoiser) is TransformerDenoiser
+            and type(denoiser.encoder) is ConditionalEncoder
+            and {type(b) for b in denoiser.blocks} <= {SelfAttention, CrossAttention, FeedForward}
+            and denoiser.position.dtype == torch.float32
+        ):
+            return ''
+        return (
+            'expected a float32 transformer denoiser without attention between condition tokens, '
+            f'got {type(denoiser).__name__}'
         )
-        folded = [self._fold(token[None]) for token in time_tokens]
-        # By step and layer.
-        self._time = [
-            list(zip(kv.unbind(0), (self._masked[..., :1] + bias).unbind(0), strict=True))
-            for kv, bias in folded
-        ]
 
-    def _fold(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory tokens [n, D] -> keys, values [L, 2, heads, n, D] and biases [L, 1, heads, n]."""
-        layers, heads, size = self._sizes
-        kv = self._kv(tokens).view(-1, layers, 2, heads, size).permute(2, 1, 3, 0, 4)
-        keys, values = kv.reshape(2, layers * heads, -1, size).unbind(0)
-        shape = (layers, heads, len(tokens), -1)
-        folded = torch.bmm(keys, self._query).view(shape), torch.bmm(values, self._out).view(shape)
-        bias = torch.bmm(keys, self._query_bias).view(layers, 1, heads, -1)
-        return torch.stack(folded, dim=1), bias
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scheduler: Scheduler,
+        cache: FeatureCache,
+        force_first_step: bool,
+    ) -> None:
+        assert isinstance(denoiser, TransformerDenoiser)
+        spec, encoder = denoiser.spec, denoiser.encoder
+        self._cache, self._first = cache, int(force_first_step)
+        self._kinds = spec.stack.kinds
+        self.time_tokens = encoder.time_tokens(torch.tensor(scheduler.spec.timesteps()))
+        self.observation_tokens = torch.empty(0)
+        self._encoder = PackedEncoder(encoder, spec.obs_steps)
+        self._memory = FoldedMemory(denoiser, self.time_tokens)
+        # Layer of every block that reads the memory.
+        self._layers = [b.layer if b.conditioned else None for b in spec.stack.blocks]
+        self._blocks = self._pack(denoiser)
+        self._scheduler = FoldedScheduler(denoiser, scheduler, cache)
+        self._action = denoiser.action.weight.t().contiguous()
+        cells = cache.store[:, 0]
+        cells[-1].copy_(denoiser.position + denoiser.action.bias)
+        self._rows, self._cells = cells.flatten(1), list(cells)
+        self._tokens = torch.empty(spec.horizon, spec.width)
+        self._x = torch.empty(spec.horizon, spec.action_dim)
+        self._sums: list[Tensor] = []
+        self._inpainting: Inpainting | None = None
+        self._methods: dict[int, Callable[[int], None]] = {
+            Op.EMBED: self._embed,
+            Op.COMPUTE: self._compute,
+            Op.ADD: self._add,
+            Op.GATHER: self._gather,
+            Op.FINISH: self._finish,
+        }
+        self._dense = self._program = self._bind(dense_plan(cache.steps, cache.blocks))
 
-    def observe(self, tokens: Tensor) -> None:
-        """Take the observation tokens [To, D] of a tick."""
-        keys_values, bias = self._fold(tokens)
-        self._observed.copy_(keys_values)
-        torch.add(self._masked[..., 1:], bias, out=self._observed_scores)
+    def _pack(self, denoiser: TransformerDenoiser) -> list[Block]:
+        rows = denoiser.spec.horizon
+        blocks: list[Block] = []
+        for spec, block in zip(denoiser.spec.stack.blocks, denoiser.blocks, strict=True):
+            match block:
+                case SelfAttention():
+                    blocks.append(PackedSelfAttention(block, denoiser.self_mask))
+                case CrossAttention():
+                    blocks.append(PackedCrossAttention(block, self._memory, spec.layer, rows))
+                case FeedForward():
+                    blocks.append(PackedFeedForward(block, rows))
+        return blocks
 
-    def enter(self, step: int, layer: int) -> None:
-        """Take the time token of a step for a layer."""
-        for slot, value in zip(self._slots[layer], self._time[step][layer], strict=True):
-            slot.copy_(value)
+    def observe(self, features: Tensor) -> None:
+        """Encode the observation features [1, To, Do] of a tick."""
+        tokens = self._encoder(features[0])
+        self.observation_tokens = tokens[None]
+        self._memory.observe(tokens)
 
+    def denoise(
+        self, plan: Callable[[], Plan], watch: Stopwatch, inpainting: Inpainting | None = None
+    ) -> tuple[Tensor, Plan]:
+        """Denoise by a plan; see `Engine.denoise`."""
+        self._x.copy_(self._cache.initial_noise[0])
+        self._inpainting = inpainting
+        if inpainting is not None:
+            inpainting.impose(0, self._x)
+        self._scheduler.begin()
+        self._sums.clear()
+        self._run(self._dense, 0, self._first)
+        watch.lap('first_step')
+        executed = plan()
+        watch.lap('plan')
+        program = self._compiled(executed)
+        watch.lap('compile')
+        self._run(program, self._first, len(executed))
+        watch.lap('masked_steps')
+        return self._x.clone()[None], executed
 
-class PackedCrossAttention:
-    """Cross-attention to a folded memory."""
+    def _compiled(self, plan: Plan) -> _BoundProgram:
+        """Return the plan's program, the last one if the plan has not changed."""
+        for program in (self._dense, self._program):
+            if np.array_equal(plan, program.plan):
+                return program
+        self._program = self._bind(plan)
+        return self._program
 
-    def __init__(self, block: CrossAttention, memory: FoldedMemory, layer: int, rows: int) -> None:
-        self._norm, self._eps = (block.out.in_features,), block.norm.eps
-        self._keys, self._values = memory.keys[layer], memory.values[layer]
-        self._scores, self._bias = memory.scores[layer], block.out.bias
-        self._buffer = torch.empty(self._scores.shape)
-        self._heads = self._buffer.view(rows, block.heads, -1)
-        self._weights = torch.empty(self._scores.shape)
-        self._by_head = self._weights.view(rows, block.heads, -1)
+    def _bind(self, plan: Plan) -> _BoundProgram:
+        program = compile_plan(plan, self._kinds)
+        return _BoundProgram(
+            plan.copy(),
+            [(self._methods[op], argument) for op, argument in program.ops],
+            program.starts,
+            [(torch.from_numpy(rows), torch.from_numpy(o)) for rows, o in program.batch_rows()],
+        )
 
-    def __call__(self, x: Tensor, out: Tensor) -> None:
-        """Write the residual of x [T, D] to out [T, D]."""
-        normed = torch.layer_norm(x, self._norm, eps=self._eps)
-        torch.addmm(self._scores, normed, self._keys, out=self._buffer)
-        torch.softmax(self._heads, -1, out=self._by_head)
-        torch.addmm(self._bias, self._weights, self._values, out=out)
+    def _run(self, program: _BoundProgram, first: int, last: int) -> None:
+        self._batches = program.batches
+        for call, argument in program.calls[program.starts[first] : program.starts[last]]:
+            call(argument)
+
+    def _embed(self, number: int) -> None:
+        constant = self._cells[-1] if number == CONSTANT else self._sums[number]
+        torch.addmm(constant, self._x, self._action, out=self._tokens)
+
+    def _compute(self, cell: int) -> None:
+        step, block = divmod(cell, len(self._blocks))
+        layer = self._layers[block]
+        if layer is not None:
+            self._memory.enter(step, layer)
+        residual = self._cells[cell]
+        self._blocks[block](self._tokens, residual)
+        self._tokens.add_(residual)
+
+    def _add(self, number: int) -> None:
+        self._tokens.add_(self._sums[number])
+
+    def _gather(self, batch: int) -> None:
+        rows, offsets = self._batches[batch]
+        sums = torch.embedding_bag(self._rows, rows, offsets)[0]
+        self._sums.extend(sums.view(-1, *self._tokens.shape))
+
+    def _finish(self, step: int) -> None:
+        self._scheduler.step(step, self._tokens, self._x)
+        if self._inpainting is not None:
+            self._inpainting.impose(step + 1, self._x)

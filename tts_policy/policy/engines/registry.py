@@ -6,15 +6,15 @@ from __future__ import annotations
 import torch
 
 from tts_policy.policy.denoisers.denoiser import Denoiser
-from tts_policy.policy.engines.cpu import CpuEngine
 from tts_policy.policy.engines.cuda import CudaEngine
 from tts_policy.policy.engines.eager import EagerEngine
 from tts_policy.policy.engines.engine import Engine
+from tts_policy.policy.engines.packed import PackedEngine
 
 AUTO = 'auto'
 ENGINES: dict[str, type[Engine]] = {
     'eager': EagerEngine,
-    'packed': CpuEngine,
+    'packed': PackedEngine,
     'cuda': CudaEngine,
 }
 
@@ -32,7 +32,7 @@ def find_engine(name: str, denoiser: Denoiser, device: torch.device) -> type[Eng
 
     """
     if name == AUTO:
-        return EagerEngine if CpuEngine.unsupported(denoiser, device) else CpuEngine
+        return EagerEngine if PackedEngine.unsupported(denoiser, device) else PackedEngine
     if name not in ENGINES:
         raise ValueError(f'engine: expected one of {", ".join((AUTO, *ENGINES))}, got {name!r}')
     if reason := ENGINES[name].unsupported(denoiser, device):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU engine against the eager one over ticks, plans and resets; what it leaves in memory."""
+"""The packed engine against the eager one, over ticks, plans and resets; its use of memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from engine_rig import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from tts_policy.policy.chunk_sampler import ChunkSampler
-from tts_policy.policy.engines.cpu import CpuEngine
 from tts_policy.policy.engines.eager import EagerEngine
-from tts_policy.policy.engines.packed import pack_linear
+from tts_policy.policy.engines.packed import PackedEngine
+from tts_policy.policy.engines.packed_blocks import pack_linear
+from tts_policy.policy.engines.program import CONSTANT
 from tts_policy.policy.engines.registry import find_engine
+from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import dense_plan
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
@@ -51,7 +53,7 @@ def test_equals_the_eager_engine_over_random_plans_and_a_reset(
     seed: int, sparsities: list[float], force: bool, half: bool, causal: bool, scheduler: str
 ) -> None:
     denoiser = random_denoiser(half=half, causal=causal)
-    eager, fast = (Run(kind, scheduler, force, denoiser) for kind in (EagerEngine, CpuEngine))
+    eager, fast = (Run(kind, scheduler, force, denoiser) for kind in (EagerEngine, PackedEngine))
     rng = np.random.default_rng(seed)
     for episode in range(2):
         for run in (eager, fast):
@@ -68,24 +70,41 @@ def test_equals_the_eager_engine_over_random_plans_and_a_reset(
     assert (fast.engine.time_tokens == eager.engine.time_tokens).all()
 
 
+def plain_dense_loop(engine: PackedEngine, cache: FeatureCache) -> Tensor:
+    """Every block of every step, by the engine's own functions, with nothing cached."""
+    engine._x.copy_(cache.initial_noise[0])
+    engine._scheduler.begin()
+    residual = torch.empty_like(engine._tokens)
+    for step in range(STEPS):
+        engine._embed(CONSTANT)
+        for layer, block in zip(engine._layers, engine._blocks, strict=True):
+            if layer is not None:
+                engine._memory.enter(step, layer)
+            block(engine._tokens, residual)
+            engine._tokens.add_(residual)
+        engine._finish(step)
+    return engine._x.clone()[None]
+
+
 @pytest.mark.parametrize('scheduler', DIFFUSION)
 @pytest.mark.parametrize('force', [True, False])
 @torch.inference_mode()
 def test_sparsity_zero_is_bitwise_the_plain_dense_loop(scheduler: str, force: bool) -> None:
-    run = Run(CpuEngine, scheduler, force)
-    assert isinstance(run.engine, CpuEngine)
+    run = Run(PackedEngine, scheduler, force)
+    assert isinstance(run.engine, PackedEngine)
     rng = np.random.default_rng(0)
     for sparsity in (0.0, 0.6, 0.0):
         features, logits = random_features(rng), random_logits(rng, run.cache)
         x = run.tick(features, logits, sparsity)
         if sparsity == 0.0:
-            assert torch.equal(x, run.engine.denoise_dense())
-    assert not torch.equal(run.tick(features, logits, 0.6), run.engine.denoise_dense())
+            assert torch.equal(x, plain_dense_loop(run.engine, run.cache))
+    x = run.tick(features, logits, 0.6)
+    assert not torch.equal(x, plain_dense_loop(run.engine, run.cache))
 
 
 @torch.inference_mode()
 def test_an_unchanged_plan_reads_the_features_of_this_tick() -> None:
-    eager, fast = Run(EagerEngine), Run(CpuEngine)
+    eager, fast = Run(EagerEngine), Run(PackedEngine)
     rng = np.random.default_rng(1)
     logits = random_logits(rng, fast.cache)
     for tick in range(5):
@@ -96,7 +115,7 @@ def test_an_unchanged_plan_reads_the_features_of_this_tick() -> None:
 
 @torch.inference_mode()
 def test_the_result_of_a_tick_survives_the_next() -> None:
-    run = Run(CpuEngine, 'ddpm')
+    run = Run(PackedEngine, 'ddpm')
     logits = np.zeros((STEPS, run.cache.blocks, 4), np.float32)
     first = run.tick(torch.ones(1, 2, 7), logits, 0.0)
     kept = first.clone()
@@ -121,10 +140,12 @@ def test_engines_are_found_by_name_and_the_cpu_gets_the_packed_one_where_it_can(
         pass
 
     denoiser = random_denoiser()
-    assert find_engine('auto', denoiser, CPU) is find_engine('packed', denoiser, CPU) is CpuEngine
+    for name in ('auto', 'packed'):
+        assert find_engine(name, denoiser, CPU) is PackedEngine
     assert find_engine('auto', denoiser, torch.device('cuda')) is EagerEngine
     denoiser.blocks[2] = Other()
-    assert find_engine('auto', denoiser, CPU) is find_engine('eager', denoiser, CPU) is EagerEngine
+    for name in ('auto', 'eager'):
+        assert find_engine(name, denoiser, CPU) is EagerEngine
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class NaiveLoop:
         return x
 
 
-@pytest.mark.parametrize('kind', ['ddpm', 'ddim', 'flow'])
+@pytest.mark.parametrize('kind', sorted(SCHEDULERS))
 @torch.no_grad()
 def test_sparsity_zero_is_bitwise_the_plain_dense_loop(kind: str) -> None:
     rig = Rig(kind)
@@ -105,7 +105,7 @@ def test_sparsity_zero_is_bitwise_the_plain_dense_loop(kind: str) -> None:
     seed=st.integers(0, 2**32 - 1),
     sparsities=st.lists(st.floats(0.1, 1 - 1 / STEPS), min_size=2, max_size=4),
     force=st.booleans(),
-    kind=st.sampled_from(['ddpm', 'ddim']),
+    kind=st.sampled_from(['ddpm', 'ddim', 'dpm_solver']),
     batch=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)

@@ -37,7 +37,7 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from tqdm import tqdm
 
-from tts_policy.control.conversions import ns_to_time
+from tts_policy.node.messages import ns_to_time
 from tts_policy.policy.bundle import Bundle, load_bundle
 from tts_policy.policy.contract import PolicyContract
 

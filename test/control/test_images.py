@@ -5,32 +5,37 @@ from __future__ import annotations
 
 import struct
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip('rclpy', reason='rclpy is not installed')
 pytest.importorskip('cv2', reason='opencv is not installed')
 
 import cv2
-from sensor_msgs.msg import CompressedImage
 
 from tts_policy.control import images
 from tts_policy.control.conversions import ConversionError
-from tts_policy.control.images import ImageFit, compressed_to_rgb, encoded_size, fit_image
+from tts_policy.control.images import (
+    ImageFit,
+    compressed_to_rgb,
+    encoded_size,
+    fit_image,
+    raw_to_rgb,
+)
 
 PIXELS = np.zeros((24, 32, 3), np.uint8)
 PIXELS[:, 16:] = (200, 30, 10)
 
 
-def compressed(pixels: np.ndarray, kind: str) -> CompressedImage:
+def compressed(pixels: np.ndarray, kind: str) -> SimpleNamespace:
     """Encode RGB (or gray) pixels."""
     blue_first = pixels[..., ::-1] if pixels.ndim == 3 else pixels
     ok, data = cv2.imencode(f'.{kind}', blue_first)
     assert ok
-    return CompressedImage(format=kind, data=data.tobytes())
+    return SimpleNamespace(format=kind, data=data.tobytes())
 
 
 def test_png_is_exact_and_jpeg_is_close() -> None:
@@ -62,7 +67,7 @@ def test_a_header_that_promises_too_much_never_reaches_the_decoder(
 ) -> None:
     data = bytearray(compressed(PIXELS, 'png').data)
     data[16:24] = struct.pack('>II', 60_000, 60_000)
-    message = CompressedImage(format='png', data=bytes(data))
+    message = SimpleNamespace(format='png', data=bytes(data))
     monkeypatch.setattr(images.cv2, 'imdecode', lambda *_: pytest.fail('decoded'))
     for fit in ImageFit:
         with pytest.raises(ConversionError, match='got 60000 x 60000'):
@@ -73,14 +78,14 @@ def test_a_header_that_promises_too_much_never_reaches_the_decoder(
 @pytest.mark.parametrize(
     ('message', 'reason'),
     [
-        (CompressedImage(format='png', data=b'GIF89a' + bytes(99)), 'expected a jpeg or png'),
-        (CompressedImage(format='jpeg', data=b''), 'expected a jpeg or png, got 0 bytes'),
+        (SimpleNamespace(format='png', data=b'GIF89a' + bytes(99)), 'expected a jpeg or png'),
+        (SimpleNamespace(format='jpeg', data=b''), 'expected a jpeg or png, got 0 bytes'),
         (compressed(PIXELS.astype(np.uint16) * 256, 'png'), 'expected 8 bits a channel'),
         (compressed(PIXELS[:12], 'png'), 'expected an image of 24 x 32'),
     ],
     ids=['gif', 'empty', '16 bit', 'other size'],
 )
-def test_other_formats_depths_and_sizes_are_refused(message: CompressedImage, reason: str) -> None:
+def test_other_formats_depths_and_sizes_are_refused(message: SimpleNamespace, reason: str) -> None:
     with pytest.raises(ConversionError, match='t: ') as caught:
         compressed_to_rgb(message, 24, 32, 't')
     assert reason in str(caught.value)
@@ -123,3 +128,63 @@ def test_resize_keeps_the_picture_and_crop_its_centre() -> None:
     assert resized[:, 0].max() == 0
     assert resized[:, 16].min() == 255
     assert fit_image(PIXELS, 24, 32, ImageFit.CROP) is PIXELS
+
+
+HEIGHT, WIDTH = 3, 4
+RGB = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def image(pixels: np.ndarray, encoding: str, padding: int = 0) -> SimpleNamespace:
+    """Return the message of [H, W, C] pixels with padded rows."""
+    rows = pixels.reshape(pixels.shape[0], -1)
+    rows = np.pad(rows, ((0, 0), (0, padding)), constant_values=77)
+    return SimpleNamespace(
+        height=pixels.shape[0],
+        width=pixels.shape[1],
+        encoding=encoding,
+        step=rows.shape[1],
+        data=rows.tobytes(),
+    )
+
+
+@pytest.mark.parametrize('padding', [0, 5])
+@pytest.mark.parametrize(
+    ('encoding', 'channels'),
+    [('rgb8', (0, 1, 2)), ('bgr8', (2, 1, 0)), ('rgba8', (0, 1, 2, 0)), ('bgra8', (2, 1, 0, 0))],
+)
+def test_colour_encodings_give_rgb_with_and_without_row_padding(
+    encoding: str, channels: tuple[int, ...], padding: int
+) -> None:
+    msg = image(RGB[..., list(channels)], encoding, padding)
+    assert np.array_equal(raw_to_rgb(msg, HEIGHT, WIDTH, 'camera/image'), RGB)
+
+
+def test_mono8_is_repeated_in_every_channel() -> None:
+    got = raw_to_rgb(image(RGB[..., :1], 'mono8', 3), HEIGHT, WIDTH, 'camera/image')
+    assert got.dtype == np.uint8
+    assert np.array_equal(got, RGB[..., [0, 0, 0]])
+
+
+@pytest.mark.parametrize('encoding', ['16UC1', 'mono16', 'rgb16', 'bayer_rggb8', 'yuv422', ''])
+def test_other_encodings_are_refused_by_name(encoding: str) -> None:
+    with pytest.raises(ConversionError, match=f"camera/image.*rgb8.*got '{encoding}'"):
+        raw_to_rgb(image(RGB, encoding), HEIGHT, WIDTH, 'camera/image')
+
+
+def test_another_size_is_refused() -> None:
+    with pytest.raises(ConversionError, match=r'expected an image of 6 x 4 .* got 3 x 4'):
+        raw_to_rgb(image(RGB, 'rgb8'), 6, 4, 'camera/image')
+
+
+def test_fewer_bytes_than_height_times_step_are_refused() -> None:
+    msg = image(RGB, 'rgb8')
+    msg.data = msg.data[:-1]
+    with pytest.raises(ConversionError, match=r'expected 36 bytes .* got 35'):
+        raw_to_rgb(msg, HEIGHT, WIDTH, 'camera/image')
+
+
+def test_a_step_shorter_than_a_row_is_refused() -> None:
+    msg = image(RGB, 'rgb8')
+    msg.step = 11
+    with pytest.raises(ConversionError, match='step of at least 12 bytes'):
+        raw_to_rgb(msg, HEIGHT, WIDTH, 'camera/image')

@@ -6,8 +6,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip('rclpy', reason='rclpy is not installed')
-
 from tts_policy.control.limit_source import LimitSource
 from tts_policy.control.limits import JointLimits
 from tts_policy.control.trajectory import Trajectory, TrajectoryRefused, plan_trajectory

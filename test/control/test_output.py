@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-pytest.importorskip('rclpy', reason='rclpy is not installed')
-
 from output_bench import JOINTS, PERIOD, RAMP, REST, T0, Bench
 
 from tts_policy.control.continuity import blend, measure
+from tts_policy.control.output import hold_weights
 from tts_policy.control.trajectory import ChunkTooLate, TrajectoryRefused, plan_trajectory
 
 
@@ -289,3 +287,11 @@ def test_a_chunk_that_continues_the_old_one_has_no_jump() -> None:
     assert got.jump == pytest.approx(0.0, abs=1e-12)
     assert got.velocity_jump == pytest.approx(0.0, abs=1e-9)
     assert got.jerk == pytest.approx(0.0, abs=1e-6)
+
+
+def test_weights_hold_what_is_committed_and_decay_over_the_overlap() -> None:
+    assert hold_weights(2, 5, soft=False).tolist() == [1, 1, 0, 0, 0]
+    soft = hold_weights(2, 5, soft=True)
+    assert soft[:2].tolist() == [1, 1]
+    assert (np.diff(soft[1:]) < 0).all() and soft[-1] > 0
+    assert hold_weights(5, 5, soft=True).tolist() == [1] * 5

@@ -10,16 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip('rclpy', reason='rclpy is not installed')
-
-from tts_policy.control.conversions import time_to_ns
 from tts_policy.control.trajectory import (
     ChunkTooLate,
     Trajectory,
     TrajectoryRefused,
     hold_trajectory,
     plan_trajectory,
-    trajectory_message,
 )
 
 JOINTS = ('a', 'b')
@@ -92,13 +88,12 @@ def test_times_are_positive_future_and_strictly_increasing(
     except TrajectoryRefused:
         assert last_due_ns <= max(now_ns, STAMP)
         return
-    message = trajectory_message(got)
-    times = [time_to_ns(point.time_from_start) for point in message.points]
+    times = got.times_ns.tolist()
     assert times[0] > 0
     assert all(b > a for a, b in pairwise(times))
     assert STAMP + times[0] > now_ns
     assert STAMP + times[-1] == last_due_ns
-    assert message.points[-1].velocities.tolist() == [0.0]
+    assert got.velocities[-1].tolist() == [0.0]
     assert len(times) + got.dropped == usable
 
 
@@ -116,20 +111,11 @@ def test_chunks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         plan(actions=np.zeros(shape))
 
 
-def test_message_carries_stamp_names_and_points() -> None:
-    message = trajectory_message(plan(STAMP + PERIOD))
-    assert time_to_ns(message.header.stamp) == STAMP
-    assert message.joint_names == list(JOINTS)
-    assert len(message.points) == 14
-    assert message.points[0].positions.tolist() == RAMP[1].tolist()
-
-
 def test_hold_is_one_point_at_rest_in_the_future() -> None:
-    message = trajectory_message(hold_trajectory(JOINTS, np.array([0.1, 0.2]), PERIOD))
-    (point,) = message.points
-    assert point.positions.tolist() == [0.1, 0.2]
-    assert point.velocities.tolist() == [0.0, 0.0]
-    assert time_to_ns(point.time_from_start) == PERIOD
+    hold = hold_trajectory(JOINTS, np.array([0.1, 0.2]), PERIOD)
+    assert hold.positions.tolist() == [[0.1, 0.2]]
+    assert hold.velocities.tolist() == [[0.0, 0.0]]
+    assert hold.times_ns.tolist() == [PERIOD]
 
 
 def test_set_points_between_points_are_interpolated_and_held_outside() -> None:

@@ -24,7 +24,7 @@ from std_msgs.msg import Bool, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from tts_policy.control.conversions import ns_to_time
+from tts_policy.node.messages import ns_to_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable

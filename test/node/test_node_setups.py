@@ -25,8 +25,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
-from tts_policy.control.conversions import ns_to_time
-from tts_policy.node.plan_image import CELL_PIXELS, COLOURS
+from tts_policy.node.messages import CELL_PIXELS, COLOURS, ns_to_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

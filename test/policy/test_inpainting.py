@@ -12,7 +12,7 @@ from engine_rig import SCHEDULERS, STEPS, Run, random_features, random_logits
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tts_policy.policy.contract import CommittedActions, hold_weights
+from tts_policy.policy.contract import CommittedActions
 from tts_policy.policy.engines.eager import EagerEngine
 from tts_policy.policy.engines.packed import PackedEngine
 from tts_policy.policy.inpainting import Inpainting
@@ -71,21 +71,13 @@ def test_a_level_of_a_flow_lies_between_noise_and_the_known_action() -> None:
     assert torch.allclose(x, actions, atol=1e-6)
 
 
-def test_weights_hold_what_is_committed_and_decay_over_the_overlap() -> None:
-    assert hold_weights(2, 5, soft=False).tolist() == [1, 1, 0, 0, 0]
-    soft = hold_weights(2, 5, soft=True)
-    assert soft[:2].tolist() == [1, 1]
-    assert (np.diff(soft[1:]) < 0).all() and soft[-1] > 0
-    assert hold_weights(5, 5, soft=True).tolist() == [1] * 5
-
-
 @pytest.mark.parametrize('sampler', ['ddim5', 'ddpm20'])
 def test_a_chunk_continues_committed_actions_in_robot_units(
     bundle: Path, windows: Windows, sampler: str
 ) -> None:
     free, held = (TestTimeSparsePolicy.from_bundle(bundle, sampler) for _ in range(2))
     assert np.array_equal(free.act(windows[0], 0.0).actions, held.act(windows[0], 0.0).actions)
-    given = CommittedActions(np.full((4, 3), 0.25), hold_weights(2, 4, soft=True))
+    given = CommittedActions(np.full((4, 3), 0.25), np.array([1.0, 1.0, 0.4, 0.1]))
     expected, chunk = free.act(windows[1], 0.5), held.act(windows[1], 0.5, given)
     assert np.allclose(chunk.actions[:2], 0.25, atol=1e-6)
     assert not np.allclose(chunk.actions[2:], expected.actions[2:])

@@ -1,34 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages to arrays and back, with every assumption about a message checked.
+"""Joint states and stamps as numbers, with every assumption about a message checked.
 
 A message that does not match the contract is refused with one line that names the topic, what was
-expected and what came; it is never repaired, cropped or filled with zeros. Time is carried as int
-nanoseconds of the ROS clock. What reads messages works on those of rclpy and of rosbags alike, and
-imports no ROS.
+expected and what came. It is never repaired, cropped or filled with zeros. Time is carried as int
+nanoseconds of the ROS clock. Messages are described by protocols, so those of rclpy and of rosbags
+serve alike and ROS is not imported.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from builtin_interfaces.msg import Duration, Time
-    from sensor_msgs.msg import Image, JointState
-
 NS_PER_S = 1_000_000_000
 
-# Channels of each accepted encoding, and which of them are red, green and blue.
-_ENCODINGS: dict[str, tuple[int, tuple[int, int, int]]] = {
-    'rgb8': (3, (0, 1, 2)),
-    'bgr8': (3, (2, 1, 0)),
-    'rgba8': (4, (0, 1, 2)),
-    'bgra8': (4, (2, 1, 0)),
-    'mono8': (1, (0, 0, 0)),
-}
+
+class Stamp(Protocol):
+    """builtin_interfaces/Time or Duration."""
+
+    sec: int
+    nanosec: int
+
+
+class JointStateMessage(Protocol):
+    """What is read of a sensor_msgs/JointState."""
+
+    name: Sequence[str]
+    position: Sequence[float]
 
 
 class ConversionError(ValueError):
@@ -40,81 +42,12 @@ def seconds_to_ns(seconds: float) -> int:
     return round(seconds * NS_PER_S)
 
 
-def time_to_ns(stamp: Time) -> int:
-    """Nanoseconds of a builtin_interfaces Time (of the clock it was taken from)."""
+def time_to_ns(stamp: Stamp) -> int:
+    """Nanoseconds of a time, of the clock it was taken from, or of a duration."""
     return int(stamp.sec) * NS_PER_S + int(stamp.nanosec)
 
 
-def ns_to_time(stamp_ns: int) -> Time:
-    """builtin_interfaces Time of a stamp in nanoseconds."""
-    from builtin_interfaces.msg import Time
-
-    sec, nanosec = divmod(int(stamp_ns), NS_PER_S)
-    return Time(sec=sec, nanosec=nanosec)
-
-
-def ns_to_duration(duration_ns: int) -> Duration:
-    """builtin_interfaces Duration of nanoseconds."""
-    from builtin_interfaces.msg import Duration
-
-    sec, nanosec = divmod(int(duration_ns), NS_PER_S)
-    return Duration(sec=sec, nanosec=nanosec)
-
-
-def image_to_rgb(msg: Image, height: int, width: int, topic: str) -> np.ndarray:
-    """Pixels of an 8-bit image as RGB.
-
-    Parameters
-    ----------
-    msg
-        rgb8, bgr8, rgba8, bgra8 or mono8; rows may be padded (step larger than the row).
-    height, width
-        the only size accepted, in pixels.
-    topic
-        named in the error.
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8 [height, width, 3]; it may share memory with the message.
-
-    Raises
-    ------
-    ConversionError
-        for another encoding or size, or fewer bytes than the header promises.
-
-    """
-    if msg.encoding not in _ENCODINGS:
-        raise ConversionError(
-            f'{topic}: expected encoding {", ".join(_ENCODINGS)}, got {msg.encoding!r}'
-        )
-    channels, order = _ENCODINGS[msg.encoding]
-    if (msg.height, msg.width) != (height, width):
-        raise ConversionError(
-            f'{topic}: expected an image of {height} x {width} (height x width), '
-            f'got {msg.height} x {msg.width}'
-        )
-    row_bytes = width * channels
-    if msg.step < row_bytes:
-        raise ConversionError(
-            f'{topic}: expected step of at least {row_bytes} bytes for {width} {msg.encoding} '
-            f'pixels, got {msg.step}'
-        )
-    expected_bytes = height * msg.step
-    data = np.frombuffer(msg.data, dtype=np.uint8)
-    if data.size < expected_bytes:
-        raise ConversionError(
-            f'{topic}: expected {expected_bytes} bytes (height {height} x step {msg.step}), '
-            f'got {data.size}'
-        )
-    rows = data[:expected_bytes].reshape(height, msg.step)[:, :row_bytes]
-    pixels = rows.reshape(height, width, channels)
-    if msg.encoding == 'rgb8':
-        return np.ascontiguousarray(pixels)
-    return np.ascontiguousarray(pixels[..., list(order)])
-
-
-def joint_positions(msg: JointState, names: Sequence[str], topic: str) -> np.ndarray:
+def joint_positions(msg: JointStateMessage, names: Sequence[str], topic: str) -> np.ndarray:
     """Positions of the named joints, in the order of `names`, whatever order they came in.
 
     Parameters

@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compressed images, and images of another size than the model was trained with.
+"""Images as RGB pixels of the size that the model was trained with.
 
-What a compressed image decodes to is read from its header first: nothing that is larger than
-allowed, or is neither jpeg nor png, reaches the decoder.
+The size of a compressed image is read from its header first: nothing that is larger than allowed,
+or is neither jpeg nor png, reaches the decoder.
 """
 
 from __future__ import annotations
 
 import struct
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import cv2
 import numpy as np
 
-from tts_policy.control.conversions import ConversionError, image_to_rgb
-
-if TYPE_CHECKING:
-    from sensor_msgs.msg import CompressedImage, Image
+from tts_policy.control.conversions import ConversionError
 
 # Pixels a side that are decoded at most, where another size than the model's is accepted.
 MAX_SIDE = 4096
@@ -25,8 +22,33 @@ MAX_SIDE = 4096
 MAX_MARKERS = 1000
 _PNG = b'\x89PNG\r\n\x1a\n'
 _JPEG = b'\xff\xd8'
+# Channels of each accepted encoding, and which of them are red, green and blue.
+_ENCODINGS: dict[str, tuple[int, tuple[int, int, int]]] = {
+    'rgb8': (3, (0, 1, 2)),
+    'bgr8': (3, (2, 1, 0)),
+    'rgba8': (4, (0, 1, 2)),
+    'bgra8': (4, (2, 1, 0)),
+    'mono8': (1, (0, 0, 0)),
+}
 # Start-of-frame markers hold the size; C4, C8 and CC of that range are something else.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+class ImageMessage(Protocol):
+    """What is read of a sensor_msgs/Image."""
+
+    height: int
+    width: int
+    encoding: str
+    step: int
+    data: bytes
+
+
+class CompressedMessage(Protocol):
+    """What is read of a sensor_msgs/CompressedImage."""
+
+    format: str
+    data: bytes
 
 
 class ImageFit(Enum):
@@ -58,9 +80,20 @@ def encoded_size(data: bytes) -> tuple[int, int] | None:
 
 
 def raw_to_rgb(
-    msg: Image, height: int, width: int, topic: str, fit: ImageFit = ImageFit.EXACT
+    msg: ImageMessage, height: int, width: int, topic: str, fit: ImageFit = ImageFit.EXACT
 ) -> np.ndarray:
     """Pixels of an 8-bit image as RGB, brought to the size asked for where `fit` allows it.
+
+    Parameters
+    ----------
+    msg
+        rgb8, bgr8, rgba8, bgra8 or mono8; rows may be padded (step larger than the row).
+    height, width
+        size of the model's images in pixels.
+    topic
+        named in the error.
+    fit
+        what is done with an image of another size.
 
     Returns
     -------
@@ -70,16 +103,47 @@ def raw_to_rgb(
     Raises
     ------
     ConversionError
-        for another encoding, a size that is not accepted, or too few bytes.
+        for another encoding, a size that is not accepted, or fewer bytes than the header promises.
 
     """
-    size = (msg.height, msg.width)
-    check_size(size, height, width, topic, fit)
-    return fit_image(image_to_rgb(msg, *size, topic), height, width, fit)
+    check_size((msg.height, msg.width), height, width, topic, fit)
+    return fit_image(_pixels(msg, topic), height, width, fit)
+
+
+def _pixels(msg: ImageMessage, topic: str) -> np.ndarray:
+    """Return uint8 RGB [height, width, 3] of the message's own size."""
+    if msg.encoding not in _ENCODINGS:
+        raise ConversionError(
+            f'{topic}: expected encoding {", ".join(_ENCODINGS)}, got {msg.encoding!r}'
+        )
+    height, width = msg.height, msg.width
+    channels, order = _ENCODINGS[msg.encoding]
+    row_bytes = width * channels
+    if msg.step < row_bytes:
+        raise ConversionError(
+            f'{topic}: expected step of at least {row_bytes} bytes for {width} {msg.encoding} '
+            f'pixels, got {msg.step}'
+        )
+    expected_bytes = height * msg.step
+    data = np.frombuffer(msg.data, dtype=np.uint8)
+    if data.size < expected_bytes:
+        raise ConversionError(
+            f'{topic}: expected {expected_bytes} bytes (height {height} x step {msg.step}), '
+            f'got {data.size}'
+        )
+    rows = data[:expected_bytes].reshape(height, msg.step)[:, :row_bytes]
+    pixels = rows.reshape(height, width, channels)
+    if msg.encoding == 'rgb8':
+        return np.ascontiguousarray(pixels)
+    return np.ascontiguousarray(pixels[..., list(order)])
 
 
 def compressed_to_rgb(
-    msg: CompressedImage, height: int, width: int, topic: str, fit: ImageFit = ImageFit.EXACT
+    msg: CompressedMessage,
+    height: int,
+    width: int,
+    topic: str,
+    fit: ImageFit = ImageFit.EXACT,
 ) -> np.ndarray:
     """Pixels of a jpeg or png of 8 bits as RGB.
 

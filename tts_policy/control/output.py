@@ -9,7 +9,7 @@ serialises them with `InferenceWorker.exclusive`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -21,13 +21,32 @@ from tts_policy.control.trajectory import (
     hold_trajectory,
     plan_trajectory,
 )
-from tts_policy.policy.contract import CommittedActions, hold_weights
+from tts_policy.policy.contract import CommittedActions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tts_policy.control.limit_source import LimitSource
-    from tts_policy.node.sinks import TrajectorySink
+
+
+class TrajectorySink(Protocol):
+    """Takes trajectories on their way to a controller.
+
+    `following` is False while it is known that the newest one is not being followed.
+    """
+
+    @property
+    def following(self) -> bool:
+        """Whether the newest trajectory is in force, as far as is known."""
+
+    def send(self, trajectory: Trajectory) -> None:
+        """Let it replace the one before; raises TrajectoryRefused where nobody takes it."""
+
+    def finish(self, trajectory: Trajectory) -> None:
+        """Send the last one, and nothing after it."""
+
+    def settle(self) -> None:
+        """Wait a little until the last one was taken: what is destroyed now may never arrive."""
 
 
 @dataclass(frozen=True)
@@ -238,3 +257,17 @@ class CommandOutput:
         # What was in force before the old chunk's first point is not known any more.
         known = (due_ns >= old.stamp_ns + old.times_ns[0]) | np.array([False, True])
         return times_ns[known], old.positions_at(due_ns[known])
+
+
+def hold_weights(held: int, overlap: int, soft: bool) -> np.ndarray:
+    """Weights [overlap] that hold the first `held` actions fixed; with `soft` the rest decay.
+
+    The decay is equation 5 of Real-Time Chunking (arXiv 2506.07339): c (e^c - 1) / (e - 1), where
+    c falls linearly from the last held action to the end of the overlap.
+    """
+    weights = np.zeros(overlap)
+    weights[:held] = 1.0
+    if soft and overlap > held:
+        c = np.arange(overlap - held, 0, -1) / (overlap - held + 1)
+        weights[held:] = c * np.expm1(c) / np.expm1(1.0)
+    return weights

@@ -13,9 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
-
-from tts_policy.control.conversions import ns_to_duration, ns_to_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -195,21 +192,3 @@ def hold_trajectory(joints: Sequence[str], positions: np.ndarray, delay_ns: int)
     positions = np.asarray(positions, dtype=np.float64).reshape(1, -1)
     times_ns = np.array([delay_ns], dtype=np.int64)
     return Trajectory(tuple(joints), NO_STAMP, times_ns, positions, np.zeros_like(positions), 0)
-
-
-def trajectory_message(trajectory: Trajectory) -> JointTrajectory:
-    """trajectory_msgs/JointTrajectory stamped with the time its points count from, if any."""
-    msg = JointTrajectory()
-    msg.header.stamp = ns_to_time(trajectory.stamp_ns)
-    msg.joint_names = list(trajectory.joints)
-    msg.points = [
-        JointTrajectoryPoint(
-            positions=positions.tolist(),
-            velocities=velocities.tolist(),
-            time_from_start=ns_to_duration(int(time_ns)),
-        )
-        for time_ns, positions, velocities in zip(
-            trajectory.times_ns, trajectory.positions, trajectory.velocities, strict=True
-        )
-    ]
-    return msg

@@ -18,7 +18,7 @@ from tts_policy.control.latency_budget import SparsityGovernor
 from tts_policy.control.output import CommandOutput
 from tts_policy.control.trajectory import ChunkTooLate, TrajectoryRefused
 from tts_policy.node import diagnostics, parameters
-from tts_policy.node.plan_image import plan_image
+from tts_policy.node.messages import plan_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable

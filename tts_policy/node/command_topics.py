@@ -15,13 +15,14 @@ from tts_policy.node.interface import (
     Endpoint,
 )
 from tts_policy.node.parameters import ParameterError
-from tts_policy.node.sinks import ActionSink, GripperStream, SplitSink, TopicSink, TrajectorySink
+from tts_policy.node.sinks import ActionSink, GripperStream, SplitSink, TopicSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rclpy.lifecycle import LifecycleNode
 
+    from tts_policy.control.output import TrajectorySink
     from tts_policy.node.parameters import Settings
 
 ACTION = 'follow_joint_trajectory'

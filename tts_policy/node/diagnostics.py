@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
-from tts_policy.control.conversions import ns_to_time
+from tts_policy.node.messages import ns_to_time
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -23,9 +23,9 @@ from rclpy.validate_topic_name import validate_topic_name
 from rosgraph_msgs.msg import Clock
 from std_srvs.srv import Trigger
 
-from tts_policy.control.conversions import ns_to_time
 from tts_policy.data.reader import BagError, BagReader, RawMessage
 from tts_policy.node.message_types import message_class
+from tts_policy.node.messages import ns_to_time
 
 CLOCK_TOPIC = '/clock'
 _ACTIVE = State.PRIMARY_STATE_ACTIVE

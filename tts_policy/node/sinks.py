@@ -4,43 +4,26 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from action_msgs.msg import GoalStatus
 from rclpy.duration import Duration
 from std_msgs.msg import Float64MultiArray
 
-from tts_policy.control.trajectory import Trajectory, TrajectoryRefused, trajectory_message
+from tts_policy.control.trajectory import Trajectory, TrajectoryRefused
+from tts_policy.node.messages import trajectory_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rclpy.publisher import Publisher
 
+    from tts_policy.control.output import TrajectorySink
+
 # Long enough for a local controller to acknowledge, short enough not to delay a shutdown.
 _ACK_TIMEOUT_S = 0.2
 GOAL_ENDS = {GoalStatus.STATUS_ABORTED: 'aborted', GoalStatus.STATUS_CANCELED: 'canceled'}
-
-
-class TrajectorySink(Protocol):
-    """Takes trajectories on their way to a controller.
-
-    `following` is False while it is known that the newest one is not being followed.
-    """
-
-    @property
-    def following(self) -> bool:
-        """Whether the newest trajectory is in force, as far as is known."""
-
-    def send(self, trajectory: Trajectory) -> None:
-        """Let it replace the one before; raises TrajectoryRefused where nobody takes it."""
-
-    def finish(self, trajectory: Trajectory) -> None:
-        """Send the last one, and nothing after it."""
-
-    def settle(self) -> None:
-        """Wait a little until the last one was taken: what is destroyed now may never arrive."""
 
 
 class TopicSink:

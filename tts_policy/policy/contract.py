@@ -145,17 +145,3 @@ class CommittedActions:
 
     actions: NDArray[np.float64]
     weights: NDArray[np.float64]
-
-
-def hold_weights(held: int, overlap: int, soft: bool) -> NDArray[np.float64]:
-    """Weights [overlap] that hold the first `held` actions fixed; with `soft` the rest decay.
-
-    The decay is equation 5 of Real-Time Chunking (arXiv 2506.07339): c (e^c - 1) / (e - 1), where
-    c falls linearly from the last held action to the end of the overlap.
-    """
-    weights = np.zeros(overlap)
-    weights[:held] = 1.0
-    if soft and overlap > held:
-        c = np.arange(overlap - held, 0, -1) / (overlap - held + 1)
-        weights[held:] = c * np.expm1(c) / np.expm1(1.0)
-    return weights

@@ -27,7 +27,8 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from tts_policy.control.conversions import image_to_rgb, joint_positions, time_to_ns
+from tts_policy.control.conversions import joint_positions, time_to_ns
+from tts_policy.control.images import raw_to_rgb
 from tts_policy.sim.demo_process import DemoError
 
 ROBOT, POLICY = 'robot', 'tts_policy'
@@ -128,7 +129,7 @@ class EpisodeDriver:
     def _on_image(self, message: Image) -> None:
         stamp_ns = time_to_ns(message.header.stamp)
         if self._accept(stamp_ns):
-            image = image_to_rgb(message, message.height, message.width, CAMERA)
+            image = raw_to_rgb(message, message.height, message.width, CAMERA)
             self._record.images.append((stamp_ns, image))
 
     def _on_state(self, message: JointState) -> None:

@@ -36,7 +36,7 @@ SCHEDULERS = {
     'ddim': SchedulerSpec('ddim', STEPS, 60),
     'ddim_sample': SchedulerSpec('ddim', STEPS, 60, prediction='sample', clip=0.5, steps_offset=1),
     'ddpm_sample': SchedulerSpec('ddpm', STEPS, STEPS, prediction='sample', clip=0.0),
-    'dpm_solver': SchedulerSpec('dpm_solver', STEPS, 60),
+    'dpm_solver': SchedulerSpec('dpm_solver', STEPS, 60, 'linear', beta_end=0.1),
     'flow': SchedulerSpec('flow', STEPS, prediction='velocity', clip=0.0),
 }
 CPU = torch.device('cpu')
@@ -50,6 +50,8 @@ def random_denoiser(kind: str = 'transformer', half: bool = False, **options: An
     """
     torch.manual_seed(0)
     denoiser: Denoiser
+    if kind == 'mixing':
+        options['cond_layers'] = 1
     if kind == 'dit':
         denoiser = DiTDenoiser(DiTSpec(**{**SIZES, 'time_features': 16, **options}))
     else:

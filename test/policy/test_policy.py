@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from small_policy import CONTRACT, NETWORK
 
-from tts_policy.policy.bundle import Bundle, BundleError, load_bundle
+from tts_policy.policy.bundle import Bundle, BundleError, load_bundle, save_random_bundle
 from tts_policy.policy.denoisers.transformer import TransformerSpec
 from tts_policy.policy.feature_cache import FeatureCache
 from tts_policy.policy.plan import Reuse
 from tts_policy.policy.policy import TestTimeSparsePolicy, WindowError
+from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 
 Windows = list[dict[str, NDArray[Any]]]
 
@@ -58,6 +61,19 @@ def test_after_reset_nothing_of_the_old_episode_is_read(
         assert np.array_equal(after.actions, expected.actions)
         assert np.array_equal(after.plan, expected.plan)
         assert after.stats.oldest_rollout_ticks == expected.stats.oldest_rollout_ticks
+
+
+def test_a_bundle_can_name_a_scheduler_with_history(tmp_path: Path, windows: Windows) -> None:
+    spec = SamplerSpec(SchedulerSpec('dpm_solver', 5, 20), False, recommended_sparsity=0.6)
+    save_random_bundle(tmp_path, CONTRACT, {'dpm5': spec}, NETWORK, seed=1)
+    assert load_bundle(tmp_path).sampler('dpm5')[0] == spec
+    chunks = []
+    for engine in ('eager', 'packed'):
+        policy = TestTimeSparsePolicy.from_bundle(tmp_path, engine=engine)
+        chunks.append([policy.act(window, 0.6) for window in windows[:4]])
+    for eager, packed in zip(*chunks, strict=True):
+        assert np.array_equal(eager.plan, packed.plan)
+        assert np.abs(eager.actions - packed.actions).max() < 1e-3
 
 
 def test_noise_is_held_within_an_episode_and_drawn_anew_by_reset(

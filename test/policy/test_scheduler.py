@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from tts_policy.policy.schedulers.flow import flow_targets
 from tts_policy.policy.schedulers.noise_schedule import (
     TrainingNoise,
     squared_cosine_alphas_cumprod,
@@ -122,3 +123,39 @@ def test_dpm_solver_is_that_of_diffusers(schedule: str, prediction: str, steps: 
 def test_impossible_schedulers_are_refused(kind: str, steps: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         SchedulerSpec(kind, steps)
+
+
+def test_euler_steps_of_the_true_velocity_end_at_the_data() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = torch.rand(4, 8, 3, generator=generator) * 1.6 - 0.8
+    x = noise = torch.randn(4, 8, 3, generator=generator)
+    scheduler = SchedulerSpec('flow', 7, prediction='velocity').make()
+    for step, t in enumerate(scheduler.spec.timesteps()):
+        assert (x - (t * data + (1 - t) * noise)).abs().max() < 1e-5
+        x, _ = scheduler.step(step, x, data - noise)
+    assert (x - data).abs().max() < 1e-5
+    assert not scheduler.needs_noise
+
+
+def test_without_clip_a_flow_step_adds_the_velocity_and_with_it_the_data_is_bounded() -> None:
+    x, velocity = torch.randn(2, 1, 8, 3)
+    free, bound = (
+        SchedulerSpec('flow', 4, prediction='velocity', clip=c).make() for c in (0.0, 0.5)
+    )
+    for step in range(4):
+        assert torch.allclose(free.step(step, x, velocity)[0], x + velocity / 4, atol=1e-5)
+    assert bound.step(3, x, 100 * velocity)[0].abs().max() <= 0.5
+
+
+def test_targets_of_a_flow_lie_on_the_line_from_noise_to_data() -> None:
+    data = torch.randn(500, 2, 3)
+    noisy, t, velocity = flow_targets(data, torch.Generator().manual_seed(0))
+    assert torch.allclose(noisy + (1 - t)[:, None, None] * velocity, data, atol=1e-5)
+    assert t.min() >= 0.0 and t.max() <= 0.999
+    # Mean of 0.999 (1 - u), u ~ Beta(1.5, 1), is 0.4.
+    assert t.mean().item() == pytest.approx(0.4, abs=0.04) and not math.isclose(t.mean(), 0.5)
+
+
+def test_a_flow_predicts_velocity() -> None:
+    with pytest.raises(ValueError, match="prediction: expected 'velocity', got 'epsilon'"):
+        SchedulerSpec('flow', 5)

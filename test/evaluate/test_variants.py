@@ -18,7 +18,6 @@ from tts_policy.evaluate.variants import ARM_SETS, PLANS, Arm, ArmError, parse_a
 from tts_policy.policy.bundle import Bundle, BundleError, load_bundle, save_random_bundle
 from tts_policy.policy.denoisers.dit import DiTOptions
 from tts_policy.policy.encoders.cnn import CnnSpec
-from tts_policy.policy.flops import pruner_flops
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.plan import Plan, Reuse, make_plan, static_plan
 from tts_policy.policy.pruner import Pruner
@@ -204,7 +203,7 @@ def test_only_plans_that_run_the_pruner_pay_for_it(bundle: Bundle, tokens: torch
         source = Arm.parse(f'ddim10:{name}:0.8').plan_source(bundle, tokens)
         assert source is not None
         free = name in ('mean', 'static', 'random')
-        assert source.flops == (0 if free else pruner_flops(pruner.spec)), name
+        assert source.flops == (0 if free else pruner.spec.flops), name
 
 
 def test_a_sampler_made_on_the_fly_keeps_the_noise_schedule_of_the_bundle(bundle: Bundle) -> None:

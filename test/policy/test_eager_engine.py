@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tts_policy.policy import flops
 from tts_policy.policy.denoisers.blocks import CROSS_ATTENTION, SELF_ATTENTION
 from tts_policy.policy.denoisers.denoiser import Denoiser, DenoiserSpec
 from tts_policy.policy.denoisers.dit import DiTDenoiser, Modulation
@@ -246,6 +245,6 @@ def test_skipped_blocks_do_not_execute_and_flops_are_those_of_the_plan(name: str
         rig.masked(plan)
     executed = [calls[block] for block in rig.denoiser.blocks]
     assert executed == (plan == Reuse.COMPUTE).sum(axis=0).tolist()
-    counted, attention = flops.decoder_flops(spec, plan), attention_flops(spec, plan)
+    counted, attention = spec.decoder_flops(plan), attention_flops(spec, plan)
     assert 0 < attention < counted
     assert counter.get_total_flops() == counted - attention

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tts_policy.policy.bundle import AnyPruner
-from tts_policy.policy.flops import pruner_flops
 from tts_policy.policy.plan import Reuse, static_steps
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 
@@ -61,7 +60,7 @@ class Learned(PlanSource):
             )
         )
         self.pruner = pruner
-        self.flops = pruner_flops(spec)
+        self.flops = spec.flops
 
     def gates(self, time_tokens: Tensor) -> Any:
         """Gates of the pruner."""

@@ -25,7 +25,6 @@ from tts_policy.evaluate.benchmark import EXPERT_SEED, Benchmark, Window, benchm
 from tts_policy.evaluate.digest import ArmDigests
 from tts_policy.evaluate.plan_sources import PlanSource
 from tts_policy.evaluate.variants import NOISE, Arm, Setting
-from tts_policy.policy import flops
 from tts_policy.policy.bundle import Bundle, load_bundle
 from tts_policy.policy.contract import PolicyContract
 from tts_policy.policy.denoisers.denoiser import DenoiserSpec
@@ -178,7 +177,7 @@ class Worker:
         spec = ready.denoiser
         planning = ready.source.flops if ready.source is not None and tick else 0
         encoder = spec.conditioner_flops(len(plan))
-        return round(1e-9 * (encoder + planning + flops.decoder_flops(spec, plan)), 6)
+        return round(1e-9 * (encoder + planning + spec.decoder_flops(plan)), 6)
 
     def _other_windows(self, task: str, execute: int = 0) -> list[list[Window]]:
         """Windows of the ticks of other episodes, `execute` frames apart (0: the contract's)."""

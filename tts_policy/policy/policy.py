@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tts_policy.policy import flops
 from tts_policy.policy.bundle import Bundle, load_bundle
 from tts_policy.policy.chunk_sampler import ChunkSampler
 from tts_policy.policy.contract import CommittedActions, PolicyContract
@@ -99,7 +98,7 @@ class TestTimeSparsePolicy:
         denoiser = self._network.denoiser
         self._sampler = ChunkSampler(denoiser, self.spec, self._pruner, seed, engine)
         self._encoder_flops = denoiser.spec.conditioner_flops(self.spec.scheduler.steps)
-        self._pruner_flops = flops.pruner_flops(self._pruner.spec) if self._pruner else 0
+        self._pruner_flops = self._pruner.spec.flops if self._pruner else 0
 
     def _allocate(self) -> None:
         observation, action = self.contract.observation, self.contract.action
@@ -262,8 +261,8 @@ class TestTimeSparsePolicy:
         pruner = 0 if plan is dense else self._pruner_flops
         return ChunkStats(
             sparsity=realised_sparsity(plan),
-            flops=self._encoder_flops + pruner + flops.decoder_flops(spec, plan),
-            dense_flops=self._encoder_flops + flops.decoder_flops(spec, dense),
+            flops=self._encoder_flops + pruner + spec.decoder_flops(plan),
+            dense_flops=self._encoder_flops + spec.decoder_flops(dense),
             latency_s=watch.total_s,
             stages_s=watch.stages_s,
             reuse_mix=reuse_mix(plan),

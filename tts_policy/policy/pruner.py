@@ -64,6 +64,12 @@ class PrunerSpec(Spec):
             None if time_width == memory_width else time_width,
         )
 
+    @property
+    def flops(self) -> int:
+        """FLOPs of the logits of one tick, those of the step alone left out."""
+        observation = self.obs_steps * self.memory_width * self.hidden + self.hidden**2
+        return 2 * observation + 2 * self.steps * self.hidden * self.blocks * len(Reuse)
+
 
 class PlanPruner(nn.Module, ABC):
     """What a sampler needs of a pruner: `gates` when it is set up, a call per tick."""

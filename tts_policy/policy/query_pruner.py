@@ -43,6 +43,15 @@ class QueryPrunerSpec(Spec):
             raise Mismatch('width', multiple, str(self.width))
         return self
 
+    @property
+    def flops(self) -> int:
+        """FLOPs of the logits of one tick, those of the step alone left out."""
+        width, classes = self.width, len(Reuse)
+        memory = 2 * self.obs_steps * width * (self.memory_width + 2 * width)
+        attention = 4 * (1 + self.obs_steps) * width + 2 * width * width
+        query = attention + 4 * width * self.feed_forward + 2 * width * classes
+        return memory + self.steps * self.blocks * query
+
 
 class QueryPruner(PlanPruner):
     """See the module docstring; queries and the keys and values of time tokens are folded."""

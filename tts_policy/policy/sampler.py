@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sampler of a bundle: a noise scheduler and how sparsely it may be run."""
+"""A sampler of a bundle: a scheduler and how sparsely it may run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tts_policy.policy.validation import Flag, Integer, Mismatch, Number, Spec, 
 class SamplerSpec(Spec):
     """How chunks are sampled.
 
-    force_first_step: every block of step 0 is computed, so that the pruner can overlap with it.
-    hold_noise: initial and per-step noise stay the same for the ticks of an episode; without it
-    the features of an earlier tick are of little use (design, section 3).
+    force_first_step: every block of step 0 is computed, so that the pruner can run beside it.
+    hold_noise: initial and per-step noise stay the same for all ticks of an episode; otherwise the
+    features of an earlier tick are of little use.
     temperature: factor of all noise, in [0, 1]. At 0 a chunk depends on its observation alone
     (low-temperature sampling, Ajay et al. 2023).
     max_rollout_age: a cached feature older than this many ticks is not reused.
@@ -40,9 +40,9 @@ class SamplerSpec(Spec):
 
     @property
     def max_sparsity(self) -> float:
-        """Largest share of cells that can be reused: 1 - 1/K with step 0 forced.
+        """Largest share of cells that can be reused: 1 - 1/K.
 
-        With step 0 free one step's worth of cells is kept all the same: a chunk that computes
-        nothing would not depend on the observation.
+        A forced step 0 takes the rest. Without it the limit is the same, because a chunk that
+        computes nothing would not depend on the observation.
         """
         return 1.0 - 1.0 / self.scheduler.steps

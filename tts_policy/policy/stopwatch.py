@@ -14,12 +14,12 @@ class Stopwatch:
         self._started = self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """End a stage: it took the time since the stage before it ended."""
+        """End a stage, which began when the stage before it ended."""
         now = time.perf_counter()
         self.stages_s[stage] = now - self._last
         self._last = now
 
     @property
     def total_s(self) -> float:
-        """From the start to the end of the last stage."""
+        """Time from the start to the end of the last stage."""
         return self._last - self._started

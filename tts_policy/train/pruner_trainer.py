@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tts_policy.policy.flops import pruner_flops
 from tts_policy.policy.plan import Plan, Reuse, passes_plan, static_plan
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
@@ -100,7 +99,7 @@ class PrunerTrainer:
         """Cells of the sparsity in work, at the cost of whole passes with the pruner's in it."""
         cells = round((1 - self.sparsity) * self._forced.size)
         cost = self._teacher.denoiser.spec.stack.flops
-        return PlanBudget(cells, cost, pruner_flops(self._pruner_spec()))
+        return PlanBudget(cells, cost, self._pruner_spec().flops)
 
     def _whole_passes(self) -> list[int]:
         """Whole passes that the cells of the sparsity in work suffice for, and are short of.

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tts_policy.policy.denoisers.blocks import BlockStack
+from tts_policy.policy.plan import Plan, Reuse
 from tts_policy.policy.validation import Mismatch, Size, Spec, checked
 
 _Options = TypeVar('_Options', bound='type[DenoiserOptions]')
@@ -103,6 +104,15 @@ class DenoiserSpec(Spec, ABC):
     @abstractmethod
     def conditioner_flops(self, steps: int) -> int:
         """FLOPs of encoding the observation of one tick for so many denoising steps."""
+
+    def decoder_flops(self, plan: Plan) -> int:
+        """FLOPs of a plan [K, N]: its computed blocks, and embedding and head of every step.
+
+        Two per multiply-add, by formula, because attention hides its work from torch's counter.
+        Normalisation and activation are left out, as usual.
+        """
+        computed = (plan == Reuse.COMPUTE).sum(axis=0)
+        return int(computed @ self.stack.flops) + len(plan) * self.step_flops
 
 
 DENOISERS: dict[str, type[DenoiserOptions]] = {}

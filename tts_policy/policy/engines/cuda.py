@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +26,8 @@ from tts_policy.policy.schedulers.scheduler import Scheduler
 from tts_policy.policy.stopwatch import Stopwatch
 
 Run = Callable[[], None]
+# A graph of masked steps is for the bytes of a plan, with actions held or without.
+Key = tuple[bytes, bool]
 WARM_UP = 2
 # Plans that differ at every tick, as a pruner that reads the observation may ask for, would fill
 # the memory of the device with graphs.
@@ -61,13 +62,6 @@ class GraphCapture:
         return replay
 
 
-class _Key(NamedTuple):
-    """What a graph of masked steps is for: the bytes of a plan, and whether actions are held."""
-
-    plan: bytes
-    held: bool
-
-
 class CudaEngine(Engine):
     """Replays one captured graph per plan; results live in its buffers until the next tick."""
 
@@ -98,8 +92,8 @@ class CudaEngine(Engine):
         self._held = Inpainting(levels, torch.zeros(spec.horizon, 1, device=device))
         self._first = int(force_first_step)
         self._capture = capture or GraphCapture(device)
-        self._graphs: dict[_Key, Run] = {}
-        self._uncaptured: dict[_Key, Plan] = {}
+        self._graphs: dict[Key, Run] = {}
+        self._uncaptured: dict[Key, Plan] = {}
         self._encode = self._captured(self.encode)
         self.observation_tokens = self._conditioner.observation_tokens
         dense = dense_plan(cache.steps, cache.blocks)
@@ -130,13 +124,11 @@ class CudaEngine(Engine):
 
     def prepare(self, plans: Iterable[Plan] = ()) -> None:
         """Capture these plans, and those that ran without a graph since the last call."""
-        asked = {_Key(plan.tobytes(), False): plan for plan in plans}
-        for key, plan in {**asked, **self._uncaptured}.items():
-            if key in self._graphs or len(self._graphs) == MAX_GRAPHS:
-                continue
-            self._graphs[key] = self._captured(
-                partial(self.run_steps, plan, self._first, self._cache.steps, key.held)
-            )
+        asked: dict[Key, Plan] = {(plan.tobytes(), False): plan for plan in plans}
+        for (key, held), plan in {**asked, **self._uncaptured}.items():
+            if (key, held) not in self._graphs and len(self._graphs) < MAX_GRAPHS:
+                run = partial(self.run_steps, plan, self._first, self._cache.steps, held)
+                self._graphs[key, held] = self._captured(run)
         self._uncaptured.clear()
 
     def _captured(self, function: Run) -> Run:
@@ -150,6 +142,7 @@ class CudaEngine(Engine):
         """Encode the observation features [1, To, Do] of a tick."""
         self._features.copy_(features, non_blocking=True)
         self._encode()
+        self.observation_tokens = self._conditioner.observation_tokens
 
     def denoise(
         self, plan: Callable[[], Plan], watch: Stopwatch, inpainting: Inpainting | None = None
@@ -164,7 +157,7 @@ class CudaEngine(Engine):
         watch.lap('first_step')
         executed = plan()
         watch.lap('plan')
-        key = _Key(executed.tobytes(), held)
+        key = executed.tobytes(), held
         if key in self._graphs:
             self._graphs[key]()
         else:

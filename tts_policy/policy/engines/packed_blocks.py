@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual blocks of the denoiser, prepared once for fast execution on the CPU.
+"""Residual blocks of the transformer denoiser, prepared once for fast execution on the CPU.
 
-Every block is a function of the action tokens x [T, D] that writes its residual y [T, D]:
-- linear layers are packed, query, key and value in one;
-- cross-attention never forms queries: with memory keys k_s and values v_s of a head,
-  q(x) . k_s = x . (Wq^T k_s) and out(sum_s p_s v_s) = sum_s p_s (Wo v_s), so the memory is taken
-  through Wq and Wo instead of the tokens. The folded time tokens of all steps are made at load,
-  the To observation tokens once a tick.
+Every block is a function of the action tokens x [T, D] that writes its residual y [T, D].
+- Linear layers are packed; query, key and value are one layer.
+- Cross-attention never forms queries. With memory keys k_s and values v_s of a head,
+  q(x) . k_s = x . (Wq^T k_s) and out(sum_s p_s v_s) = sum_s p_s (Wo v_s). So the few memory tokens
+  go through Wq and Wo, not the action tokens: the time tokens of all steps when the engine is set
+  up, the To observation tokens once a tick.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 def pack_linear(weight: Tensor, bias: Tensor, rows: int) -> Linear:
     """Prepare y = x W^T + b, x [rows, in], float32, in the way that was measured to be fastest.
 
-    Weights that half precision holds exactly, as those of every bundle: FBGEMM, which stores them
-    so and multiplies in float32; half the memory traffic and the same result. Other weights:
-    oneDNN, packed for that number of rows. Where torch was built without: a matrix product.
+    Weights that half precision holds exactly, as those of every bundle, go to FBGEMM. It stores
+    them in half precision and multiplies in float32: half the memory traffic, the same result.
+    Other weights go to oneDNN, packed for that number of rows. Where torch was built without
+    these, a matrix product serves.
     """
     weight, bias = weight.detach(), bias.detach()
     if _HAS_FBGEMM and torch.equal(weight, weight.half().float()):
@@ -56,7 +57,7 @@ def normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer that takes the place of `linear(affine(x))`."""
+    """Weight and bias of a linear layer that replaces `linear` and the affine part of `norm`."""
     weight = linear.weight * norm.weight
     return weight, linear.bias + linear.weight @ norm.bias
 
@@ -120,9 +121,9 @@ class PackedEncoder:
 class FoldedMemory:
     """Keys and values of all layers, taken through the blocks' query and output projections.
 
-    Buffers of each layer: keys and values [heads * S, D] and the part of the scores that no action
-    changes, scores [T, heads * S], minus infinity where masked. S counts the time token of the
-    step, entered by `enter`, and the To observation tokens of `observe`.
+    Each layer has buffers for keys and values [heads * S, D] and for the part of the scores that
+    no action changes [T, heads * S], minus infinity where masked. S = 1 + To: `enter` writes the
+    time token of a step, `observe` the observation tokens.
     """
 
     def __init__(self, denoiser: TransformerDenoiser, time_tokens: Tensor) -> None:
@@ -138,8 +139,8 @@ class FoldedMemory:
         )
         scale = (width // heads) ** -0.5
         queries = [fold_norm(block.norm, block.q) for block in blocks]
-        # [L * heads, D / heads, D], from a head's key or value to the width of the tokens, stored
-        # the other way round: the product with the few rows of a tick is twice as fast then.
+        # [L * heads, D / heads, D], from a head's key or value to the width of the tokens. They
+        # are stored transposed, which makes the product with the few rows of a tick twice as fast.
         query = torch.cat([weight for weight, _ in queries]) * scale
         self._query = query.view(-1, width // heads, width).transpose(1, 2).contiguous().mT
         bias = torch.cat([bias for _, bias in queries]) * scale
@@ -176,13 +177,13 @@ class FoldedMemory:
         return torch.stack(folded, dim=1), bias
 
     def observe(self, tokens: Tensor) -> None:
-        """Take the observation tokens [To, D] of a tick."""
+        """Write the observation tokens [To, D] of a tick."""
         keys_values, bias = self._fold(tokens)
         self._observed.copy_(keys_values)
         torch.add(self._masked[..., 1:], bias, out=self._observed_scores)
 
     def enter(self, step: int, layer: int) -> None:
-        """Take the time token of a step for a layer."""
+        """Write the time token of a step for a layer."""
         for slot, value in zip(self._slots[layer], self._time[step][layer], strict=True):
             slot.copy_(value)
 

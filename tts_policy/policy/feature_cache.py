@@ -2,10 +2,10 @@
 """Cached features of every block at every step, kept across ticks, in one preallocated store.
 
 `features[i, b]` is the feature that cell (i, b) computed last, in this tick or an earlier one. It
-serves as the paper's three caches (see `plan.resolve_sources`): what FORWARD and TIMESTEP reuse was
-computed in this tick and is in the store already; what ROLLOUT reuses is the cell's own entry. Only
-COMPUTE writes. The noise of an episode is kept here as well: this object owns all model state that
-survives a tick, and `reset` is the only thing that forgets it.
+serves as the paper's three caches (see `plan.resolve_sources`): what FORWARD and TIMESTEP reuse
+was computed in this tick and is in the store already; what ROLLOUT reuses is the cell's own entry.
+Only COMPUTE writes. The noise of an episode is kept here as well: this object owns all model state
+that survives a tick, and `reset` is the only thing that forgets it.
 """
 
 from __future__ import annotations

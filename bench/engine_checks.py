@@ -22,9 +22,9 @@ from tts_policy.policy.contract import CommittedActions
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.pruner import PlanPruner
-from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.sampler import DIFFUSION_SAMPLERS, SamplerSpec
 from tts_policy.policy.stopwatch import Stopwatch
-from tts_policy.sim.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
+from tts_policy.sim.panda import PANDA_CONTRACT
 
 SPARSITIES = (0.8, 0.5, 0.9, 0.8, 0.0, 0.8)
 EPISODES, TICKS = 3, 200
@@ -178,6 +178,6 @@ def engine_rows(engine: str, device: str, tiny: bool) -> Iterator[dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / 'bundle'
         network = NetworkSpec(width=32, layers=2, heads=2) if tiny else NetworkSpec()
-        save_random_bundle(bundle, PANDA_CONTRACT, PANDA_SAMPLERS, network)
-        for sampler in PANDA_SAMPLERS:
+        save_random_bundle(bundle, PANDA_CONTRACT, DIFFUSION_SAMPLERS, network)
+        for sampler in DIFFUSION_SAMPLERS:
             yield _policy_row(bundle, sampler, engine, device)

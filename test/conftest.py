@@ -141,9 +141,13 @@ def bags(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of three recordings."""
     from bags import Recording
 
+    from tts_policy.policy.contract import CONTRACT_FILE, write_contract
+    from tts_policy.sim.panda import PANDA_CONTRACT
+
     folder = tmp_path_factory.mktemp('bags')
     for n in range(3):
         Recording(frames=20).write(folder / f'episode_{n}')
+    write_contract(folder / CONTRACT_FILE, PANDA_CONTRACT)
     return folder
 
 

@@ -18,9 +18,12 @@ from tts_policy.data.reader import BagError, BagReader
 from tts_policy.data.replay import RecordedTicks
 from tts_policy.data.samples import SampleReader, Topics
 from tts_policy.data.windows import Episode, Windows, read_episodes, state_lead_steps
-from tts_policy.sim.panda_contract import JOINTS, PANDA_CONTRACT, PANDA_TOPICS
+from tts_policy.sim.panda import COMMAND_JOINTS as JOINTS
+from tts_policy.sim.panda import PANDA_CONTRACT
 
 GOOD = Recording()
+
+PANDA_TOPICS = Topics(cameras={'camera': '/camera/image'})
 
 
 def _episodes(bag: Path, topics: Topics = PANDA_TOPICS) -> list[Episode]:

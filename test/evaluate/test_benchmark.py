@@ -21,7 +21,7 @@ from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.schedulers.scheduler import SchedulerSpec
-from tts_policy.sim.panda_contract import PANDA_CONTRACT
+from tts_policy.sim.panda import PANDA_CONTRACT
 from tts_policy.sim.tasks.pusht import AGENT_AXES, BLOCK_AXES
 
 CONTRACT = PolicyContract(

@@ -26,8 +26,9 @@ from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.pruner import Pruner
+from tts_policy.policy.sampler import DIFFUSION_SAMPLERS
 from tts_policy.sim.episode import FRAME_NS, Timeline
-from tts_policy.sim.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
+from tts_policy.sim.panda import PANDA_CONTRACT
 from tts_policy.sim.rollout import DeceivedRobot, run_episode
 from tts_policy.sim.tasks.lift import LiftWorld
 
@@ -37,7 +38,7 @@ TINY = NetworkSpec(width=16, layers=1, heads=2, encoder=CnnSpec(16))
 @pytest.fixture(scope='module')
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('bundle')
-    save_random_bundle(folder, PANDA_CONTRACT, PANDA_SAMPLERS, TINY)
+    save_random_bundle(folder, PANDA_CONTRACT, DIFFUSION_SAMPLERS, TINY)
     return folder
 
 
@@ -189,7 +190,7 @@ def grown(bundle: Path, folder: Path, sparsity: float) -> Path:
 def constant(bundle: Path, tmp_path: Path) -> Path:
     """A bundle whose pruner has the plan of its table whatever it sees."""
     other = Path(shutil.copytree(bundle, tmp_path / 'constant'))
-    for name in PANDA_SAMPLERS:
+    for name in DIFFUSION_SAMPLERS:
         pruner = load_bundle(other).samplers[name][1]
         assert isinstance(pruner, Pruner)
         torch.nn.init.zeros_(pruner.cell)

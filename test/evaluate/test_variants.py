@@ -21,7 +21,8 @@ from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.plan import Plan, Reuse, make_plan, static_plan
 from tts_policy.policy.pruner import Pruner
-from tts_policy.sim.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS
+from tts_policy.policy.sampler import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
+from tts_policy.sim.panda import PANDA_CONTRACT
 
 TINY = NetworkSpec(width=16, layers=2, heads=2, encoder=CnnSpec(16))
 
@@ -29,7 +30,7 @@ TINY = NetworkSpec(width=16, layers=2, heads=2, encoder=CnnSpec(16))
 @pytest.fixture(scope='module')
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp('bundle')
-    save_random_bundle(folder, PANDA_CONTRACT, PANDA_SAMPLERS, TINY)
+    save_random_bundle(folder, PANDA_CONTRACT, DIFFUSION_SAMPLERS, TINY)
     return load_bundle(Path(folder))
 
 

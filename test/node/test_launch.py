@@ -82,7 +82,7 @@ def test_a_configuration_moves_nothing_and_bounds_every_joint(name: str) -> None
 
 def test_limits_of_the_panda_belong_to_the_joints_of_the_task() -> None:
     pytest.importorskip('rosbags', reason='rosbags is not installed')
-    from tts_policy.sim.panda_contract import PANDA_CONTRACT
+    from tts_policy.sim.panda import PANDA_CONTRACT
 
     values = config('panda_lift.yaml')
     assert sorted(values['limits.joints']) == sorted(PANDA_CONTRACT.action.joints)

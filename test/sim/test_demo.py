@@ -22,14 +22,15 @@ pytest.importorskip('torch', reason='torch is not installed')
 
 from processes import BUSY_FACTOR, END_LIMIT_S, child_environment, wait_until
 
-from tts_policy.sim.panda_contract import PANDA_CONTRACT, PANDA_SAMPLERS
+from tts_policy.policy.sampler import DIFFUSION_SAMPLERS
+from tts_policy.sim.panda import PANDA_CONTRACT
 
 pytestmark = pytest.mark.slow
 
 
 FRAMES = 25  # of an episode of 1.25 s
 TICKS = 3
-STEEP = PANDA_SAMPLERS['ddpm100'].recommended_sparsity
+STEEP = DIFFUSION_SAMPLERS['ddpm100'].recommended_sparsity
 ARMS = ('sparse', 'dense', 'sparse_ddpm100')
 
 
@@ -41,7 +42,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp('lift_bundle')
     network = NetworkSpec(width=32, layers=2, heads=2)
-    save_random_bundle(folder, PANDA_CONTRACT, PANDA_SAMPLERS, network)
+    save_random_bundle(folder, PANDA_CONTRACT, DIFFUSION_SAMPLERS, network)
     return folder
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
-from tts_policy.sim.panda_contract import JOINTS
+from tts_policy.sim.panda import COMMAND_JOINTS as JOINTS
 
 MS = 1_000_000
 STORE = get_typestore(Stores.ROS2_JAZZY)

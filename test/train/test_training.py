@@ -23,7 +23,7 @@ from tts_policy.policy.encoders.vit import ViTSpec
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.schedulers.scheduler import SchedulerSpec
-from tts_policy.sim.panda_contract import PANDA_CONTRACT
+from tts_policy.sim.panda import PANDA_CONTRACT
 from tts_policy.train import train_policy
 from tts_policy.train.stop_request import StopRequest
 

@@ -47,7 +47,6 @@ class EvaluationSpec:
     seed: int = 0
     threads: int = 1
     n_execute: int = 0
-    decoder: str = 'auto'
     image_fit: str = ImageFit.EXACT.value
     limits: BagLimits = field(default_factory=BagLimits)
 
@@ -230,7 +229,6 @@ def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
             BagReader(part.bag, spec.limits),
             arms.contract,
             Topics.of(arms.contract, spec.topics),
-            spec.decoder,
             ImageFit(spec.image_fit),
         )
         recorded_ticks = _recorded_ticks(samples, spec)

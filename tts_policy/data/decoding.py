@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recorded bytes to messages: by rclpy where it is present, otherwise by rosbags.
+"""Recorded bytes to messages, by rosbags: recordings are read without a ROS installation.
 
-Both give messages with the same fields, and everything downstream takes either.
+The messages have the fields of those of rclpy, so that live and recorded ones are read alike.
 """
 
 from __future__ import annotations
@@ -21,56 +21,32 @@ from rosbags.typesys import (
 )
 
 from tts_policy.data.reader import BagError, BagReader, RawMessage
-from tts_policy.node.message_types import message_class
 
-DECODERS = ('auto', 'rclpy', 'rosbags')
 _BIG_ENDIAN, _LITTLE_ENDIAN = b'\0\0', b'\0\1'
 
 Decode = Callable[[RawMessage], Any]
 
 
-def make_decoder(reader: BagReader, topics: list[str], kind: str = 'auto') -> Decode:
-    """Decoder of the messages on these topics of a bag.
+def make_decoder(reader: BagReader, topics: list[str]) -> Decode:
+    """Return a decoder for the messages on these topics of a bag.
 
     Raises
     ------
     BagError
-        if the type of a topic is unknown here and not defined in the bag; the decoder raises it
-        for bytes that are no message of their type.
+        if a topic has a type that is neither known nor defined in the bag. The decoder raises it
+        for bytes that are not a message of their type.
 
     """
     types = {reader.topics[topic].msgtype for topic in topics}
-    if kind == 'rosbags':
-        return _rosbags_decoder(reader, types)
-    try:
-        return _rclpy_decoder(reader, types)
-    except ImportError as error:
-        if kind == 'rclpy':
-            raise BagError(f'{reader.path}: {error}') from None
-        return _rosbags_decoder(reader, types)
-
-
-def _rclpy_decoder(reader: BagReader, types: set[str]) -> Decode:
-    from rclpy.serialization import deserialize_message
-
-    classes = {msgtype: message_class(msgtype) for msgtype in types}
-
-    def decode(message: RawMessage) -> Any:
-        try:
-            return deserialize_message(bytes(message.data), classes[message.msgtype])
-        except Exception as error:  # noqa: BLE001 - rclpy raises its C++ errors as they come
-            raise _undecodable(reader, message, error) from None
-
-    return decode
-
-
-def _rosbags_decoder(reader: BagReader, types: set[str]) -> Decode:
     store = get_typestore(Stores.ROS2_JAZZY)
     try:
         for msgtype in sorted(types - set(store.fielddefs)):
             definition = reader.definitions.get(msgtype)
             if definition is None or definition.format is MessageDefinitionFormat.NONE:
-                raise BagError(f'{reader.path}: type {msgtype!r} is unknown here, and not defined')
+                raise BagError(
+                    f'{reader.path}: type {msgtype!r}: expected a standard one or a definition in '
+                    'the bag, got neither'
+                )
             if definition.format is MessageDefinitionFormat.MSG:
                 found = get_types_from_msg(definition.data, msgtype)
             else:
@@ -89,8 +65,8 @@ def _rosbags_decoder(reader: BagReader, types: set[str]) -> Decode:
             _LITTLE_ENDIAN: definition.deserialize_cdr_le,
         }
         try:
-            # What is left behind the message is not looked at, as rclpy does: Fast CDR reserves
-            # room for every empty sequence and does not give it back.
+            # Bytes after the message are ignored, as rclpy ignores them: Fast CDR reserves room
+            # for every empty sequence and does not give it back.
             read = readers[bytes(data[:2])]
             return read(data[4:], 0, definition.cls, store)[0]
         except (SerdeError, struct.error, ValueError, IndexError, KeyError) as error:
@@ -101,6 +77,6 @@ def _rosbags_decoder(reader: BagReader, types: set[str]) -> Decode:
 
 def _undecodable(reader: BagReader, message: RawMessage, error: Exception) -> BagError:
     return BagError(
-        f'{reader.path}: {message.topic}: a {message.msgtype} expected, '
-        f'got {len(message.data)} bytes that are none: {" ".join(str(error).split())}'
+        f'{reader.path}: {message.topic}: expected a {message.msgtype}, '
+        f'got {len(message.data)} bytes that are not one: {" ".join(str(error).split())}'
     )

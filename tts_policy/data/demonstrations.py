@@ -26,7 +26,7 @@ from tts_policy.data.topic_arguments import (
     parse_pairs,
 )
 from tts_policy.data.windows import Windows, read_episodes
-from tts_policy.policy.contract import PolicyContract
+from tts_policy.policy.contract import CONTRACT_FILE, PolicyContract, read_contract
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,27 @@ def load_windows(
     with tqdm(demonstrations, desc='reading', unit='episode', disable=not progress) as bar:
         episodes = [episode for one in bar for episode in read_episodes(one.open(), check)]
     return Windows(episodes, demonstrations[0].contract)
+
+
+def demonstrated_contract(demonstrations: Sequence[Path], given: Path | None) -> PolicyContract:
+    """Contract of a training: the file that is given, or the one that lies with the recordings.
+
+    Raises
+    ------
+    ValueError
+        where neither is there, or the file holds no contract.
+
+    """
+    if given is not None:
+        return read_contract(given)
+    first = demonstrations[0]
+    for folder in (first, first.parent):
+        if (folder / CONTRACT_FILE).is_file():
+            return read_contract(folder / CONTRACT_FILE)
+    raise ValueError(
+        f'--contract: expected a YAML file with observation and action, got none, and no '
+        f'{CONTRACT_FILE} lies with {first}'
+    )
 
 
 def add_demonstration_arguments(parser: argparse.ArgumentParser) -> None:

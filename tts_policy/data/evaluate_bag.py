@@ -19,7 +19,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tts_policy.data.bag_evaluation import Arms, EvaluationSpec, Part, PartOutcome
-from tts_policy.data.decoding import DECODERS
 from tts_policy.data.parallel import ENGINES, run_parts
 from tts_policy.data.reader import BagError, BagReader, find_bags
 from tts_policy.data.report import write_report
@@ -125,7 +124,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='as the seed of the node')
     parser.add_argument('--threads', type=int, default=1, help='torch threads of a process')
     parser.add_argument('--n-execute', type=int, default=0, help='periods a tick; 0: the bundle')
-    parser.add_argument('--decoder', choices=DECODERS, default='auto')
     parser.add_argument('--processes', type=int, default=1)
     parser.add_argument('--engine', choices=ENGINES, default='local')
     return parser.parse_args(arguments)
@@ -163,7 +161,6 @@ def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]
         args.seed,
         args.threads,
         args.n_execute,
-        args.decoder,
         args.image_fit,
     )
     arms = Arms(spec)

@@ -135,7 +135,6 @@ class SampleReader:
     bag: BagReader
     contract: PolicyContract
     topics: Topics
-    decoder: str = 'auto'
     fit: ImageFit = ImageFit.EXACT
     refused: dict[str, Refusals] = field(default_factory=dict)
 
@@ -156,7 +155,7 @@ class SampleReader:
             optional[self.topics.commands] = {JOINT_TRAJECTORY}
         self._check(optional, optional=True)
         self._wanted = [*cameras, *joints, *optional]
-        self._decode = make_decoder(self.bag, self._wanted, self.decoder)
+        self._decode = make_decoder(self.bag, self._wanted)
         if self.topics.cut is not None:
             if self.topics.cut not in self.bag.topics:
                 raise BagError(f'{self.bag.path}: topic {self.topics.cut!r} expected, not there')

@@ -20,6 +20,9 @@ from typing_extensions import Self
 
 from tts_policy.policy.validation import WRITTEN_IF_SET, Flag, Integer, Mismatch, Spec, checked
 
+# Lies beside recordings and says what a policy that is trained on them sees and commands.
+CONTRACT_FILE = 'contract.yaml'
+
 
 def _distinct(names: Sequence[str]) -> Sequence[str]:
     if len(set(names)) != len(names):
@@ -133,6 +136,11 @@ def read_contract(path: Path) -> PolicyContract:
         return PolicyContract.from_dict(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f'{path}: {" ".join(str(error).split())}') from None
+
+
+def write_contract(path: Path, contract: PolicyContract) -> None:
+    """Write a YAML file that `read_contract` reads."""
+    path.write_text(yaml.safe_dump(contract.to_dict(), sort_keys=False))
 
 
 @dataclass(frozen=True)

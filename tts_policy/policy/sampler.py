@@ -46,3 +46,21 @@ class SamplerSpec(Spec):
         computes nothing would not depend on the observation.
         """
         return 1.0 - 1.0 / self.scheduler.steps
+
+
+# Samplers of a policy that is trained here, by the objective it is trained for.
+DIFFUSION_SAMPLERS = {
+    'ddim10': SamplerSpec(
+        scheduler=SchedulerSpec('ddim', 10), force_first_step=False, recommended_sparsity=0.8
+    ),
+    'ddpm100': SamplerSpec(
+        scheduler=SchedulerSpec('ddpm', 100), force_first_step=True, recommended_sparsity=0.95
+    ),
+}
+FLOW_SAMPLERS = {
+    'flow10': SamplerSpec(
+        scheduler=SchedulerSpec('flow', 10, prediction='velocity'),
+        force_first_step=False,
+        recommended_sparsity=0.8,
+    ),
+}

@@ -3,7 +3,8 @@
 
 One mcap bag per successful episode, `episode_SEED`, with the topics of the simulated robot and
 header stamps in simulated time. A bag appears under its name only when it is complete, so an
-interrupted run is continued by the same command. Needs no ROS installation.
+interrupted run is continued by the same command. `contract.yaml` beside the bags says what a
+policy trained on them sees and commands. Needs no ROS installation.
 
 With --lead a policy moves the arm first, and the expert is recorded from where that has led; an
 episode in which the policy was done before is left out.
@@ -28,11 +29,18 @@ from rosbags.typesys import Stores, get_typestore
 from tqdm import tqdm
 
 from tts_policy.data.worker_processes import worker_processes
+from tts_policy.policy.contract import CONTRACT_FILE, write_contract
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.sim.demonstration import STATES_PER_FRAME, Demonstration, demonstrate
 from tts_policy.sim.expert import Expert
 from tts_policy.sim.lead import PolicyLead
-from tts_policy.sim.panda import COMMAND_JOINTS, CONTROL_PERIOD_S, FRAME_S, STATE_JOINTS
+from tts_policy.sim.panda import (
+    COMMAND_JOINTS,
+    CONTROL_PERIOD_S,
+    FRAME_S,
+    PANDA_CONTRACT,
+    STATE_JOINTS,
+)
 from tts_policy.sim.tasks.registry import TASKS, Task, task_named
 from tts_policy.sim.world import World
 
@@ -271,6 +279,7 @@ def collect(
         )
     out.mkdir(parents=True, exist_ok=True)
     _refuse_other_task(out / 'summary.json', task)
+    write_contract(out / CONTRACT_FILE, PANDA_CONTRACT)
     started = time.monotonic()
     recorded: list[Outcome] = []
     failed: list[int] = []

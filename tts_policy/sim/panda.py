@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated Panda as its topics show it: joint names, rest pose, camera and control period."""
+"""The simulated Panda as a policy sees it: joints, rest pose, camera, periods and contract."""
 
 from __future__ import annotations
 
 import numpy as np
+
+from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 
 ARM_JOINTS = tuple(f'panda_joint{i}' for i in range(1, 8))
 FINGER_JOINT = 'panda_finger_joint1'
@@ -16,3 +18,13 @@ CONTROL_PERIOD_S = 0.01
 FRAME_S = 0.05
 CAMERA_KEY = 'camera'
 CAMERA_SIZE = 96
+
+PANDA_CONTRACT = PolicyContract(
+    ObservationSpec(
+        cameras=(CameraSpec(CAMERA_KEY, CAMERA_SIZE, CAMERA_SIZE),),
+        joints=COMMAND_JOINTS,
+        steps=2,
+        period_s=FRAME_S,
+    ),
+    ActionSpec(joints=COMMAND_JOINTS, horizon=16, execute=8, offset_steps=1),
+)

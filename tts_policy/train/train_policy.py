@@ -25,21 +25,21 @@ from tqdm import tqdm
 from tts_policy.data.data_check import DataCheck, write_check
 from tts_policy.data.demonstrations import (
     add_demonstration_arguments,
+    demonstrated_contract,
     load_windows,
     split_demonstrations,
 )
 from tts_policy.data.windows import Windows
 from tts_policy.policy.bundle import BundleError, load_bundle, save_bundle
-from tts_policy.policy.contract import PolicyContract, read_contract
+from tts_policy.policy.contract import PolicyContract
 from tts_policy.policy.denoisers.denoiser import DENOISERS
 from tts_policy.policy.device import set_threads
 from tts_policy.policy.encoders.camera_encoder import ENCODERS
 from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.network import OBJECTIVES, NetworkSpec, PolicyNetwork
-from tts_policy.policy.sampler import SamplerSpec
+from tts_policy.policy.sampler import DIFFUSION_SAMPLERS, FLOW_SAMPLERS, SamplerSpec
 from tts_policy.policy.schedulers.scheduler import FLOW
 from tts_policy.policy.validation import Mismatch, Spec
-from tts_policy.sim.panda_contract import FLOW_SAMPLERS, PANDA_CONTRACT, PANDA_SAMPLERS
 from tts_policy.train.policy_trainer import PolicyTrainer, TrainingSpec
 from tts_policy.train.stop_request import StopRequest
 
@@ -128,7 +128,7 @@ def network_spec(args: argparse.Namespace, initial: PolicyNetwork | None) -> Net
 
 def network_samplers(network: NetworkSpec, temperature: float) -> dict[str, SamplerSpec]:
     """Samplers of the network's objective and training schedule; raises ValueError if none fit."""
-    known = FLOW_SAMPLERS if network.objective == FLOW else PANDA_SAMPLERS
+    known = FLOW_SAMPLERS if network.objective == FLOW else DIFFUSION_SAMPLERS
     samplers = {}
     for name, spec in known.items():
         scheduler = spec.scheduler
@@ -146,7 +146,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--contract',
         type=Path,
-        help='yaml with observation and action, as in a model.yaml (default: those of the Panda)',
+        help='YAML file with observation and action, as in a model.yaml (default: contract.yaml '
+        'beside the recordings)',
     )
     parser.add_argument('--name', default='panda_lift', help='of the bundle')
     parser.add_argument('--steps', type=int, default=8000, help='optimiser steps in all')
@@ -214,7 +215,7 @@ def _set_up(args: argparse.Namespace) -> tuple[PolicyTrainer, Windows, dict[str,
     Raises ValueError, BagError and BundleError among them.
     """
     set_threads(args.threads)
-    contract = PANDA_CONTRACT if args.contract is None else read_contract(args.contract)
+    contract = demonstrated_contract(args.demonstrations, args.contract)
     initial = None if args.initial is None else initial_network(args.initial, contract)
     network = network_spec(args, initial)
     samplers = network_samplers(network, args.temperature)

@@ -25,7 +25,8 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
-from tts_policy.node.messages import CELL_PIXELS, COLOURS, ns_to_time
+from tts_policy.node.messages import CELL_PIXELS, ns_to_time
+from tts_policy.policy.plan import plan_rgb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -217,7 +218,7 @@ def test_the_plan_is_shown_while_somebody_looks(test_node: Node, small_bundle: P
         )
         pixels = np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
         cells = pixels[::CELL_PIXELS, ::CELL_PIXELS]
-        assert np.array_equal(cells, COLOURS[np.array(plan)])
+        assert np.array_equal(cells, plan_rgb(plan))
     finally:
         feeder.stop()
         assert process.stop() == 0

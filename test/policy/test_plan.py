@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tts_policy.policy.plan import (
+    REUSE_COLOURS,
     PlanError,
     Reuse,
     make_plan,
+    plan_rgb,
     realised_sparsity,
     resolve_sources,
     static_plan,
@@ -115,3 +117,10 @@ def test_static_schedule_is_denser_toward_the_end() -> None:
     gaps = np.diff(static_steps(100, 7))
     assert (np.diff(gaps) <= 0).all() and gaps[0] > 3 * gaps[-1]
     assert realised_sparsity(static_plan(100, 24, 5)) == pytest.approx(0.95)
+
+
+def test_every_class_has_a_colour_of_its_own() -> None:
+    colours = plan_rgb([list(Reuse)])
+    assert colours.shape == (1, 4, 3) and colours.dtype == np.uint8
+    assert [f'#{bytes(colour).hex().upper()}' for colour in colours[0]] == list(REUSE_COLOURS)
+    assert len(set(REUSE_COLOURS)) == len(Reuse)

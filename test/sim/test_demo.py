@@ -169,16 +169,18 @@ def test_the_plan_is_drawn_in_the_colours_of_its_classes(finished: tuple[Path, s
     from matplotlib.colors import to_rgb
     from PIL import Image
 
-    from tts_policy.sim.demo_pictures import CLASSES
+    from tts_policy.policy.plan import REUSE_COLOURS, Reuse
 
     pixels = np.asarray(Image.open(finished[0] / 'plan.png').convert('RGB')) / 255
     shares = {
-        name: float((np.abs(pixels - to_rgb(colour)).max(axis=2) < 0.01).mean())
-        for name, colour, _ in CLASSES
+        kind: float((np.abs(pixels - to_rgb(colour)).max(axis=2) < 0.01).mean())
+        for kind, colour in zip(Reuse, REUSE_COLOURS, strict=True)
     }
     assert min(shares.values()) > 0, 'the legend names every class'
-    assert shares['compute'] > 0.02
-    assert shares['timestep'] > 2 * shares['compute'], 'an untrained plan reuses earlier steps'
+    assert shares[Reuse.COMPUTE] > 0.02
+    assert shares[Reuse.TIMESTEP] > 2 * shares[Reuse.COMPUTE], (
+        'an untrained plan reuses earlier steps'
+    )
 
 
 def test_the_video_shows_every_frame_and_moves(finished: tuple[Path, str]) -> None:

@@ -7,7 +7,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip('rclpy', reason='rclpy is not installed')
@@ -142,17 +141,6 @@ def test_a_domain_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         other.bind(('', 7400 + 250 * free + 10))
         with pytest.raises(DemoError, match='a free ROS domain expected'):
             demo_process.private_domain()
-
-
-def test_classes_are_drawn_in_the_order_of_the_plan() -> None:
-    pytest.importorskip('torch', reason='torch is not installed')
-    from tts_policy.policy.plan import Reuse
-    from tts_policy.sim.demo_pictures import CLASSES, plan_colours
-
-    assert [name for name, _, _ in CLASSES] == [kind.name.lower() for kind in Reuse]
-    colours = plan_colours([[0, 1], [2, 3]])
-    assert colours.shape == (2, 2, 3)
-    assert len(np.unique(colours.reshape(4, 3), axis=0)) == 4
 
 
 def test_the_axes_of_a_plan_name_the_blocks_that_the_denoiser_declares() -> None:

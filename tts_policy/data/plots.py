@@ -13,15 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tts_policy.data.summary import Ticks, WorstTick
-from tts_policy.policy.plan import Reuse
+from tts_policy.policy.plan import REUSE_COLOURS, Reuse, plan_rgb
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
-# Distinguishable with every common colour blindness (Okabe and Ito).
-REUSE_COLOURS = ('#000000', '#56b4e9', '#e69f00', '#cc79a7')
 MAP_ROWS = 300
 SPARSE, DENSE, RECORDED = '#d55e00', '#0072b2', '#999999'
 
@@ -118,8 +115,7 @@ def plan_heat_map(plans: NDArray[np.int8]) -> bytes:
     Where there are more cells than rows to show, a row has the mean colour of its cells.
     """
     ticks, steps, blocks = plans.shape
-    palette = np.array([to_rgb(colour) for colour in REUSE_COLOURS], np.float32)
-    cells = palette[plans.reshape(ticks, -1).T]
+    cells = plan_rgb(plans.reshape(ticks, -1).T)
     if len(cells) > MAP_ROWS:
         cells = cv2.resize(cells, (ticks, MAP_ROWS), interpolation=cv2.INTER_AREA)
     figure, axes = plt.subplots(figsize=(10, 3.6))

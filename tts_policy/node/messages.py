@@ -5,21 +5,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 from builtin_interfaces.msg import Duration, Time
 from sensor_msgs.msg import Image
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from tts_policy.control.conversions import NS_PER_S
+from tts_policy.policy.plan import plan_rgb
 
 if TYPE_CHECKING:
     from tts_policy.control.trajectory import Trajectory
     from tts_policy.policy.plan import Plan
 
-# Compute stands out; the three kinds of reuse are cool colours. In the order of the classes.
-COLOURS = np.array(
-    [(230, 97, 0), (94, 201, 180), (64, 120, 192), (40, 46, 74)], dtype=np.uint8
-)  # fmt: skip
 CELL_PIXELS = 12
 
 
@@ -55,7 +51,7 @@ def trajectory_message(trajectory: Trajectory) -> JointTrajectory:
 
 def plan_image(plan: Plan, stamp_ns: int) -> Image:
     """rgb8 image of a plan int8 [K, N], a square per cell: COMPUTE, FORWARD, TIMESTEP, ROLLOUT."""
-    pixels = COLOURS[np.asarray(plan)].repeat(CELL_PIXELS, axis=0).repeat(CELL_PIXELS, axis=1)
+    pixels = plan_rgb(plan).repeat(CELL_PIXELS, axis=0).repeat(CELL_PIXELS, axis=1)
     # A dark line between cells keeps neighbours of the same class countable.
     pixels[CELL_PIXELS - 1 :: CELL_PIXELS] //= 2
     pixels[:, CELL_PIXELS - 1 :: CELL_PIXELS] //= 2

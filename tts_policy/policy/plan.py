@@ -32,8 +32,20 @@ class Reuse(IntEnum):
     ROLLOUT = 3
 
 
+# Every picture of a plan is drawn in these colours, in the order of the classes: Paul Tol's
+# high-contrast set on grey, which people with any colour vision tell apart, also in greyscale.
+REUSE_COLOURS = ('#004488', '#BB5566', '#DDAA33', '#D3D9E1')
+_REUSE_RGB = np.array([tuple(bytes.fromhex(colour[1:])) for colour in REUSE_COLOURS], np.uint8)
+
+
 class PlanError(ValueError):
     """A sparsity or a plan that cannot be executed."""
+
+
+def plan_rgb(plan: ArrayLike) -> NDArray[np.uint8]:
+    """Colours uint8 [K, N, 3] of a plan [K, N], see REUSE_COLOURS."""
+    colours: NDArray[np.uint8] = _REUSE_RGB[np.asarray(plan, np.int64)]
+    return colours
 
 
 def dense_plan(steps: int, blocks: int) -> Plan:

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from tts_policy.policy.plan import plan_rgb
 from tts_policy.sim.demo_arms import Arm, DemoBundle
 from tts_policy.sim.demo_driver import EpisodeRecord
 from tts_policy.sim.demo_pictures import (
@@ -24,7 +25,6 @@ from tts_policy.sim.demo_pictures import (
     INK,
     MUTED,
     class_legend,
-    plan_colours,
 )
 from tts_policy.sim.panda import FINGER_JOINT
 from tts_policy.sim.plan_axes import PlanColumns, grid_lines, label_plan_axes
@@ -225,7 +225,7 @@ class FrameRenderer:
         axes = self._plan_axes = self._axes(620, 478, 625, 156)
         axes.set_facecolor('#F4F6F8')
         self._cells = axes.imshow(
-            plan_colours(plan), aspect='auto', interpolation='nearest', animated=True
+            plan_rgb(plan), aspect='auto', interpolation='nearest', animated=True
         )
         self._grid = grid_lines(len(plan), columns)
         self._grid.set_animated(True)
@@ -291,7 +291,7 @@ class FrameRenderer:
         command = None
         if tick is not None:
             command = next((c for c in record.commands if c.stamp_ns == tick['stamp_ns']), None)
-            self._cells.set_data(plan_colours(tick['plan']))
+            self._cells.set_data(plan_rgb(tick['plan']))
         interval_ns = round(self._scene.bundle.deadline_s * 1e9)
         next_ns = stamp_ns if command is None else command.stamp_ns + interval_ns
         bounds_s = [(t['stamp_ns'] - start_ns) * 1e-9 for t in begun]

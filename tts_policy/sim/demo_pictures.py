@@ -16,23 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from numpy.typing import NDArray
 
+from tts_policy.policy.plan import REUSE_COLOURS, Reuse, plan_rgb
 from tts_policy.sim.demo_arms import Arm
 from tts_policy.sim.plan_axes import PlanColumns, grid_lines, label_plan_axes
 
 if TYPE_CHECKING:
     from tts_policy.sim.demo_driver import EpisodeRecord
 
-# In the order of core.plan.Reuse, which this process does not import: it would bring torch.
-CLASSES = (
-    ('compute', '#004488', 'computed'),
-    ('forward', '#BB5566', 'forward: last one of its kind, any layer'),
-    ('timestep', '#DDAA33', 'timestep: same block, earlier step'),
-    ('rollout', '#D3D9E1', 'rollout: same cell, earlier tick'),
+# What every class means, in the order of `Reuse`.
+MEANINGS = (
+    'computed',
+    'forward: last one of its kind, any layer',
+    'timestep: same block, earlier step',
+    'rollout: same cell, earlier tick',
 )
 INK, MUTED, GRID = '#1B2430', '#66717F', '#E4E8ED'
 STYLE = {
@@ -49,7 +48,6 @@ STYLE = {
     'legend.frameon': False,
     'figure.facecolor': 'white',
 }
-_PALETTE = np.array([to_rgb(colour) for _, colour, _ in CLASSES])
 
 
 @dataclass(frozen=True)
@@ -68,16 +66,11 @@ def steady_tick(record: EpisodeRecord) -> int | None:
     return max(1, ticks // 2) if ticks > 1 else None
 
 
-def plan_colours(plan: Any) -> NDArray[np.float64]:
-    """RGB [K, N, 3] in [0, 1] of a plan [K, N]."""
-    return _PALETTE[np.asarray(plan, np.int64)]
-
-
 def class_legend(shares: dict[str, float] | None = None) -> list[Patch]:
     """Legend entries of the classes, with their shares if given."""
     entries = []
-    for name, colour, text in CLASSES:
-        share = '' if shares is None else f'  ({100 * shares[name]:.1f} %)'
+    for kind, colour, text in zip(Reuse, REUSE_COLOURS, MEANINGS, strict=True):
+        share = '' if shares is None else f'  ({100 * shares[kind.name.lower()]:.1f} %)'
         entries.append(Patch(facecolor=colour, label=f'{text}{share}'))
     return entries
 
@@ -85,7 +78,7 @@ def class_legend(shares: dict[str, float] | None = None) -> list[Patch]:
 def _draw_panel(axes: Any, panel: PlanPanel) -> None:
     plan = np.asarray(panel.report['plan'])
     columns = PlanColumns.of(panel.report)
-    axes.imshow(plan_colours(plan), aspect='auto', interpolation='nearest')
+    axes.imshow(plan_rgb(plan), aspect='auto', interpolation='nearest')
     axes.add_collection(grid_lines(len(plan), columns))
     label_plan_axes(axes, len(plan), columns, 6.0, INK)
     axes.set_xlabel(f'residual block: kind, decoder layer\n({columns.legend})', labelpad=16)

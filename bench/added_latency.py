@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from tts_policy.control.limit_source import OFF, LimitSource
-from tts_policy.control.limits import JointLimits
+from tts_policy.control.limits import OFF, JointLimits, LimitSource
 from tts_policy.control.output import ChunkTiming, CommandOutput, HoldRule
 from tts_policy.control.trajectory import ChunkTooLate, Trajectory
 from tts_policy.evaluate.results import wilson_interval

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tts_policy.control.limit_source import LimitSource
-from tts_policy.control.limits import JointLimits
+from tts_policy.control.limits import JointLimits, LimitSource
 from tts_policy.control.output import ChunkTiming, CommandOutput, HoldRule
 from tts_policy.control.trajectory import Trajectory
 

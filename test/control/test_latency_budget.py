@@ -14,8 +14,8 @@ def run(governor: SparsityGovernor, requested: float, budget_s: float, full_s: f
     """Ticks of a policy whose latency falls with sparsity, until it settles."""
     sparsity = requested
     for _ in range(40 * TICKS):
-        governor.record(full_s * (1.0 - sparsity))
-        sparsity = governor.choose(requested, budget_s)
+        governor.record(full_s * (1.0 - sparsity), requested, budget_s)
+        sparsity = governor.choose(requested)
     return sparsity
 
 
@@ -64,6 +64,6 @@ def test_it_is_never_below_the_request_nor_above_the_larger_of_both(
 ) -> None:
     governor = SparsityGovernor(recommended)
     for latency_s in latencies_s:
-        governor.record(latency_s)
-        chosen = governor.choose(requested, budget_s)
+        governor.record(latency_s, requested, budget_s)
+        chosen = governor.choose(requested)
         assert requested <= chosen <= max(requested, recommended) + 1e-12

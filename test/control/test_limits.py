@@ -6,8 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tts_policy.control.limit_source import LimitSource
-from tts_policy.control.limits import JointLimits
+from tts_policy.control.limits import JointLimits, LimitSource
 from tts_policy.control.trajectory import Trajectory, TrajectoryRefused, plan_trajectory
 from tts_policy.control.urdf import UrdfLimits
 

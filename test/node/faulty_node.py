@@ -20,6 +20,7 @@ from std_msgs.msg import String
 
 from tts_policy.node.policy_node import PolicyNode
 from tts_policy.node.process import run_node
+from tts_policy.node.sinks import TopicSink
 from tts_policy.policy.policy import TestTimeSparsePolicy
 
 if TYPE_CHECKING:
@@ -80,14 +81,12 @@ def load(
     threads: int,
     engine: str,
     sparsity: float | None,
-    warmed: Callable[[float], None],
-) -> FaultyPolicy:
+) -> tuple[FaultyPolicy, float]:
     """Load the bundle within LOAD_S seconds; nothing is wrong with it yet."""
     get_logger('faulty_node').info('loading')
     time.sleep(float(os.environ.get('LOAD_S', '0')))
     policy = FaultyPolicy.from_bundle(path, sampler, device, seed, threads, engine)
-    warmed(0.01)
-    return policy
+    return policy, 0.01
 
 
 class FaultyNode(PolicyNode):
@@ -104,11 +103,15 @@ class FaultyNode(PolicyNode):
         else:
             FaultyPolicy.released.set()
 
-    def _deliver(self, delivery: Any) -> None:
-        if FaultyPolicy.fault == 'publish':
-            FaultyPolicy.released.wait(60.0)
-        super()._deliver(delivery)
 
+def hanging_send(sink: TopicSink, trajectory: Any) -> None:
+    """Publish, unless the fault says that the inference thread hangs in doing so."""
+    if FaultyPolicy.fault == 'publish' and threading.current_thread().name == 'inference':
+        FaultyPolicy.released.wait(60.0)
+    send(sink, trajectory)
+
+
+send, TopicSink.send = TopicSink.send, hanging_send  # type: ignore[method-assign]
 
 if __name__ == '__main__':
     sys.exit(run_node(FaultyNode, 'tts_policy'))

@@ -58,7 +58,7 @@ def test_a_configure_that_takes_long_is_no_silence_of_a_dead_mans_switch(ros: No
     pytest.importorskip('torch', reason='torch is not installed')
     from tts_policy.node.policy_node import PolicyNode
 
-    def load(*_: object, warmed: object) -> None:
+    def load(*_: object) -> None:
         raise ValueError('loaded for long, and in vain')
 
     node = PolicyNode(load=load)  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ def test_a_short_stop_while_the_policy_loads_closes_the_gate_whatever_follows(ro
     qos = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
     publisher = other.create_publisher(Bool, 'emergency_stop', qos)
 
-    def load(*_: object, warmed: object) -> None:
+    def load(*_: object) -> None:
         # More messages than the queue holds, at a pace that the node can take them.
         for count in range(600):
             publisher.publish(Bool(data=count == 0))

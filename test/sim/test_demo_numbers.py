@@ -145,7 +145,7 @@ def test_a_domain_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_axes_of_a_plan_name_the_blocks_that_the_denoiser_declares() -> None:
     pytest.importorskip('torch', reason='torch is not installed')
-    from tts_policy.node.diagnostics import blocks_report
+    from tts_policy.node.monitor import blocks_report
     from tts_policy.policy.denoisers.dit import DiTSpec
     from tts_policy.sim.plan_axes import PlanColumns
 

@@ -26,7 +26,7 @@ from tts_policy.policy.contract import CommittedActions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tts_policy.control.limit_source import LimitSource
+    from tts_policy.control.limits import LimitSource
 
 
 class TrajectorySink(Protocol):

@@ -15,6 +15,8 @@ from typing import Any
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.parameter import Parameter
 
+from tts_policy.node.outputs import ARM_OUTPUTS, GRIPPER_OUTPUTS
+
 Type = Parameter.Type
 
 
@@ -155,12 +157,12 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
            'Joints (a gripper) that hold the last command instead of the measured position'),
     _fixed('output', Type.STRING, 'topic', '',
            'Where commands go: joint_trajectory, or the action follow_joint_trajectory',
-           choices=('topic', 'action')),
+           choices=tuple(ARM_OUTPUTS)),
     _fixed('gripper.joints', Type.STRING_ARRAY, None, '',
            'Joints of the bundle that are not the arm controller\'s'),
     _fixed('gripper.output', Type.STRING, 'joint_trajectory', '',
            'What the gripper\'s joints are sent as',
-           choices=('joint_trajectory', 'float64_multi_array', 'none')),
+           choices=tuple(GRIPPER_OUTPUTS)),
     _fixed('limits.joints', Type.STRING_ARRAY, None, '',
            'Joints the limits belong to: all of the bundle, in any order'),
     _fixed('limits.lower', Type.DOUBLE_ARRAY, None, 'rad or m', 'Lowest position per joint'),

@@ -19,6 +19,7 @@ from tts_policy.control.output import ChunkTiming, HoldRule
 from tts_policy.control.trajectory import due_times_ns
 from tts_policy.node.parameter_table import PARAMETERS, Change, ParameterSpec, Type
 from tts_policy.node.sensors import SensorOptions
+from tts_policy.node.worker import TickSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -154,7 +155,7 @@ def check_with_policy(policy: TestTimeSparsePolicy, values: dict[str, Any]) -> N
 
 
 def model_options(settings: Settings) -> tuple[Any, ...]:
-    """What `inference.load_policy` is to load, and the sparsity that its latency counts for.
+    """What `worker.load_policy` is to load, and the sparsity that its latency counts for.
 
     With a latency budget that is the recommended one (None), which is within its reach.
     """
@@ -172,6 +173,17 @@ def window_spec(settings: Settings, contract: PolicyContract) -> WindowSpec:
         gap_limit_ns=settings.ns('gap_limit_s'),
         future_limit_ns=settings.ns('future_limit_s'),
         max_skew_ns=settings.ns('max_skew_s'),
+    )
+
+
+def tick_settings(settings: Settings, contract: PolicyContract) -> TickSettings:
+    """What the live parameters ask of the next tick."""
+    n_execute = settings['n_execute'] or contract.action.execute
+    return TickSettings(
+        sparsity=settings['sparsity'],
+        latency_budget_s=settings['latency_budget_s'],
+        interval_ns=n_execute * seconds_to_ns(contract.observation.period_s),
+        continuing=settings['hold_committed'],
     )
 
 

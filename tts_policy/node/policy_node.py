@@ -4,10 +4,18 @@
     unconfigured --configure--> inactive --activate--> active
 
 configure loads and warms up the bundle and checks every parameter against it, or stays
-unconfigured with the reason. activate starts a new episode. A command leaves the node only while
-it is active and its gate is open (`gate.OutputGate`); when either ends after a command was sent,
-one hold-position point follows and nothing after it. Callbacks only convert and store messages;
-`tts_policy.node.worker` runs the policy in a thread of its own, which a timer here watches.
+unconfigured and says why. activate starts a new episode. A command leaves the node only while it
+is active and its gate is open; when either ends after a command was sent, one hold follows and
+nothing after it. This file declares parameters, connects topics and reports. A message takes this
+way, and nothing comes back along it:
+
+    sensors.Sensors          converts and checks a message, in the executor's thread
+    worker.InferenceWorker   stores it in the observation window; runs the policy in its own thread
+    control.ticks            says which window is due
+    control.output           times, blends and limits the chunk, or holds
+    outputs, sinks           topics and actions that take the commands
+
+What happens on the way is reported to `monitor.Monitor`.
 """
 
 from __future__ import annotations
@@ -25,14 +33,13 @@ from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 
 from tts_policy.control.gate import OutputGate
-from tts_policy.control.limit_source import LimitSource
+from tts_policy.control.limits import LimitSource
 from tts_policy.control.observation import ObservationWindow
+from tts_policy.control.output import CommandOutput
 from tts_policy.node import parameters
-from tts_policy.node.chunk_delivery import ChunkDelivery
-from tts_policy.node.command_topics import CommandTopics
-from tts_policy.node.intake import Intake
 from tts_policy.node.interface import RESET
 from tts_policy.node.monitor import Monitor
+from tts_policy.node.outputs import Outputs
 from tts_policy.node.process import run_node
 from tts_policy.node.safety import SafetyInputs
 from tts_policy.node.sensors import Sensors
@@ -45,8 +52,6 @@ if TYPE_CHECKING:
     from rclpy.parameter import Parameter
     from std_srvs.srv import Trigger
 
-    from tts_policy.control.ticks import ScheduledTick
-    from tts_policy.policy.contract import CommittedActions
     from tts_policy.policy.policy import TestTimeSparsePolicy
 
     Transition = Callable[['PolicyNode', LifecycleState], TransitionCallbackReturn]
@@ -77,7 +82,7 @@ class PolicyNode(LifecycleNode):
     """ROS shell around one `InferenceWorker`; `load` is called in its thread at configure."""
 
     def __init__(
-        self, load: Callable[..., TestTimeSparsePolicy] = load_policy, **kwargs: Any
+        self, load: Callable[..., tuple[TestTimeSparsePolicy, float]] = load_policy, **kwargs: Any
     ) -> None:
         """Declare parameters; raises `parameters.ParameterError` for a bad override."""
         super().__init__('tts_policy', **kwargs)
@@ -88,13 +93,13 @@ class PolicyNode(LifecycleNode):
         self._state = 'unconfigured'
         self._settings = parameters.read(self)
         self._worker: InferenceWorker | None = None
-        self._delivery: ChunkDelivery | None = None
+        self._output: CommandOutput | None = None
+        self._limits: LimitSource | None = None
         self._entities: list[Callable[[], object]] = []
         self._watch_count = 0
-        self._warm_latency_s = 0.0
         self._monitor = Monitor(self)
         self._gate = OutputGate()
-        self._safety = SafetyInputs(self, self._gate, self._close_gate)
+        self._safety = SafetyInputs(self, self._gate, self._obey_gate)
         self.create_service(RESET.kind, RESET.name, self._on_reset_service)
         self.add_on_set_parameters_callback(self._on_set_parameters)
         self.add_post_set_parameters_callback(self._after_set_parameters)
@@ -121,12 +126,10 @@ class PolicyNode(LifecycleNode):
         self._monitor.begin()
         self._gate.listen_anew()
         worker = InferenceWorker(
-            partial(self._load, *parameters.model_options(settings), warmed=self._on_warm),
+            partial(self._load, *parameters.model_options(settings)),
             self._now_ns,
-            self._deliver,
-            self._count_reset,
+            self._monitor,
             settings['seed'],
-            self._committed,
             settings['inference_timeout_s'],
         )
         try:
@@ -152,18 +155,17 @@ class PolicyNode(LifecycleNode):
     @_logged
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin a new episode."""
-        assert self._worker is not None and self._delivery is not None
+        assert self._worker is not None and self._limits is not None
         self._safety.hear()
         reason = self._worker.fault()
         if reason is not None:
             self.get_logger().error(f'not activated: {reason}')
             return FAILURE
-        self._delivery.output.begin()
         result = super().on_activate(state)
         self._worker.activate()
         self._state = 'active'
         self._monitor.activated()
-        if unbounded := self._delivery.limits.unbounded():
+        if unbounded := self._limits.unbounded():
             self.get_logger().warning(unbounded)
         closed = self._gate.closed_by(time.monotonic())
         self.get_logger().info(f'active, {f"{closed} (dry run)" if closed else "output enabled"}')
@@ -211,7 +213,7 @@ class PolicyNode(LifecycleNode):
         if self._worker is not None and not self._worker.stop(STOP_TIMEOUT_S):
             self.get_logger().warning('inference thread is still busy, leaving it behind')
         self._worker = None
-        self._delivery = None
+        self._output = self._limits = None
         for destroy in self._entities:
             destroy()
         self._entities.clear()
@@ -223,7 +225,7 @@ class PolicyNode(LifecycleNode):
         return self.stopping()
 
     def _autostart(self) -> None:
-        """Do one transition a call: who stops the node while it loads wants no active one."""
+        """Do one transition a call: if shutdown is requested during loading, do not activate."""
         if self._state == 'unconfigured' and self.trigger_configure() == SUCCESS:
             return
         self.destroy_timer(self._autostart_timer)
@@ -233,44 +235,46 @@ class PolicyNode(LifecycleNode):
     def _connect(self, worker: InferenceWorker, policy: TestTimeSparsePolicy) -> None:
         """Create everything that depends on the bundle; raises ValueError with the reason."""
         settings, contract = self._settings, policy.contract
+        joints = contract.action.joints
         parameters.check_with_policy(policy, settings.values)
+        if self.get_parameter('use_sim_time').value:
+            # Simulated time may stand still during inference.
+            worker.warm_latency_s = 0.0
         if settings['check_latency']:
-            parameters.check_latency(contract, settings, self._latency_s())
-        limits = LimitSource(
-            parameters.joint_limits(settings, contract.action.joints),
-            settings['limits.urdf'],
-            settings['gripper.joints'] or (),
+            parameters.check_latency(contract, settings, worker.latency_s())
+        gripper_joints = settings['gripper.joints'] or ()
+        self._limits = LimitSource(
+            parameters.joint_limits(settings, joints), settings['limits.urdf'], gripper_joints
         )
-        topics = CommandTopics(
-            self, settings, contract.action.joints, partial(self._monitor.error, 'action')
+        outputs = Outputs(
+            self, contract.observation.period_s, partial(self._monitor.error, 'action')
         )
-        self._entities.append(topics.destroy)
-        self._delivery = ChunkDelivery(
-            policy, settings, limits, topics, self._gate, self._monitor, worker.configure_ticks
+        self._entities.append(outputs.close)
+        outputs.open(settings['output'], settings['gripper.output'], joints, gripper_joints)
+        self._output = CommandOutput(
+            parameters.chunk_timing(settings, contract),
+            self._limits,
+            parameters.hold_rule(settings, joints),
+            outputs.command,
+            outputs.proposed,
         )
-        worker.window = ObservationWindow(parameters.window_spec(settings, contract))
-        intake = Intake(
-            worker,
-            self._delivery.output,
-            self._monitor,
-            self._now_ns,
-            lambda: self._state == 'active',
+        self._monitor.open()
+        self._entities.append(self._monitor.close)
+        window = ObservationWindow(parameters.window_spec(settings, contract))
+        worker.connect(window, self._output, self._gate)
+        self._apply_settings()
+        sensors = Sensors(
+            self, contract, parameters.sensor_options(settings), worker, self._monitor
         )
-        sensors = Sensors(self, contract, parameters.sensor_options(settings), intake)
         self._entities.append(sensors.destroy)
-        self._apply_tick_settings()
         self._safety.listen(settings['limits.urdf'], self._on_robot_description)
         self._entities.append(self._safety.stop_listening)
-        if topics.stream is not None:
-            period_s = contract.observation.period_s
-            timer = self.create_timer(period_s, partial(self._stream, topics.stream.stream))
-            self._entities.append(partial(self.destroy_timer, timer))
 
     # Events
 
     def _on_robot_description(self, text: str) -> None:
-        assert self._worker is not None and self._delivery is not None
-        limits = self._delivery.limits
+        assert self._worker is not None and self._limits is not None
+        limits = self._limits
         with self._worker.exclusive():
             limits.describe(text)
         if limits.missing is not None:
@@ -299,74 +303,47 @@ class PolicyNode(LifecycleNode):
     # Parameters
 
     def _on_set_parameters(self, changes: list[Parameter]) -> SetParametersResult:
-        policy = None if self._worker is None else self._worker.policy
-        latency_s = self._latency_s() if self._settings['check_latency'] else 0.0
-        reason = parameters.refusal(changes, self._worker is not None, policy, latency_s)
+        worker = self._worker
+        policy = None if worker is None else worker.policy
+        latency_s = 0.0
+        if worker is not None and self._settings['check_latency']:
+            latency_s = worker.latency_s()
+        reason = parameters.refusal(changes, worker is not None, policy, latency_s)
         return SetParametersResult(successful=reason is None, reason=reason or '')
 
     def _after_set_parameters(self, changes: list[Parameter]) -> None:
         settings = parameters.read(self)
-        if self._worker is None or self._delivery is None:
-            self._settings = settings
-            return
+        self._settings = settings
+        if self._output is not None:
+            self._apply_settings()
+            self._obey_gate()
+
+    def _apply_settings(self) -> None:
+        """Let the live parameters take effect together, between two ticks."""
+        assert self._worker is not None and self._worker.policy is not None
+        assert self._output is not None and self._limits is not None
+        settings = self._settings
         with self._worker.exclusive():
-            self._settings = settings
-            self._apply_tick_settings()
-        if not settings['enable_output']:
-            self._close_gate()
+            self._worker.settings = parameters.tick_settings(
+                settings, self._worker.policy.contract
+            )
+            self._gate.enabled = settings['enable_output']
+            self._gate.timeout_s = settings['emergency_stop_timeout_s']
+            self._limits.scale = settings['limits_scale']
+            self._output.blend_ns = settings.ns('blend_s')
 
-    def _apply_tick_settings(self) -> None:
-        assert self._worker is not None and self._delivery is not None
-        sparsity, interval_ns = self._delivery.apply(self._settings)
-        self._worker.configure_ticks(sparsity, interval_ns)
-
-    def _on_warm(self, latency_s: float) -> None:
-        self._warm_latency_s = latency_s
-
-    def _latency_s(self) -> float:
-        """Time from an observation to its chunk, as far as it is known (ROS clock)."""
-        measured_s = self._monitor.statistics.age_p95_s()
-        if measured_s is not None:
-            return measured_s
-        # Simulated time may stand still during inference.
-        return 0.0 if self.get_parameter('use_sim_time').value else self._warm_latency_s
-
-    # Commands out
-
-    def _deliver(self, delivery: Any) -> None:
-        """Send a chunk; runs in the inference thread, with the worker held."""
-        assert self._delivery is not None
-        self._delivery.deliver(delivery)
-
-    def _committed(self, tick: ScheduledTick) -> CommittedActions | None:
-        """Say what a tick has to continue; runs in the inference thread, with the worker held."""
-        assert self._delivery is not None
-        return self._delivery.committed(tick.stamp_ns, self._latency_s())
-
-    def _stream(self, stream: Callable[[int], None]) -> None:
-        if self._worker is not None and self._state == 'active':
-            with self._worker.exclusive():
-                stream(self._now_ns())
-
-    def _close_gate(self) -> None:
-        """Hold the position if the gate is closed; what is in flight becomes a proposal."""
-        if self._worker is None:
-            return
-        with self._worker.exclusive():
-            closed = self._gate.closed_by(time.monotonic())
+    def _obey_gate(self) -> None:
+        """Hold the position if the gate is closed."""
+        if self._worker is not None and self._output is not None:
+            closed = self._worker.obey_gate()
             if closed is not None:
-                self._hold(closed)
+                self.get_logger().info(f'{closed}: holding position')
 
     def _hold(self, why: str) -> None:
-        hung = self._worker is not None and self._worker.fault() is not None
-        if self._delivery is not None and self._delivery.hold(self._now_ns(), hung):
+        if self._worker is not None and self._output is not None and self._worker.hold():
             self.get_logger().info(f'{why}: holding position')
 
     # Watch
-
-    def _count_reset(self, reason: str) -> None:
-        self._monitor.statistics.resets[reason] += 1
-        self.get_logger().info(f'new episode ({reason})')
 
     def _watch(self) -> None:
         worker = self._worker
@@ -376,7 +353,7 @@ class PolicyNode(LifecycleNode):
                 self._monitor.fail(reason)
                 self.trigger_deactivate()
             else:
-                self._close_gate()
+                self._obey_gate()
                 self._monitor.look_at_input(worker, self._settings['max_observation_age_s'])
         if self._gate.stopped is not None:
             self._monitor.error('gate', f'output closed: {self._gate.stopped}')
@@ -387,10 +364,11 @@ class PolicyNode(LifecycleNode):
     def _publish_report(self) -> None:
         gate = self._gate.values(time.monotonic())
         values = {'sparsity': self._settings['sparsity'], **gate}
-        if self._delivery is not None:
-            values['sparsity_chosen'] = round(self._delivery.sparsity, 4)
+        worker = None if self._output is None else self._worker
+        if worker is not None:
+            values['sparsity_chosen'] = round(worker.sparsity, 4)
         self._monitor.publish(
-            self._state, self._settings['bundle'], self._now_ns(), values, self._worker
+            self._state, self._settings['bundle'], self._now_ns(), values, worker
         )
 
     def _now_ns(self) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from tts_policy.control.limit_source import OFF
+from tts_policy.control.limits import OFF
 from tts_policy.node.interface import (
     BEST_EFFORT_STOP_QOS,
     CLEAR_STOP,

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Subscriptions of a contract's cameras and joints: convert, check, pass on.
+"""Subscriptions of a contract's cameras and joints: convert, check, store in the worker's window.
 
-Callbacks do no more than that. A message that does not fit is passed to `refuse` and goes nowhere
-else.
+A message that does not fit the contract is reported and goes nowhere else.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tts_policy.control.conversions import ConversionError, joint_positions, time_to_ns
 from tts_policy.control.images import ImageFit, compressed_to_rgb, raw_to_rgb
+from tts_policy.control.observation import Arrival
 from tts_policy.node.interface import (
     COMPRESSED_IMAGE,
     IMAGE,
@@ -23,10 +23,14 @@ from tts_policy.node.interface import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from rclpy.node import Node
     from sensor_msgs.msg import CompressedImage, Image, JointState
 
+    from tts_policy.node.monitor import Monitor
+    from tts_policy.node.worker import InferenceWorker
     from tts_policy.policy.contract import CameraSpec, PolicyContract
 
 JOINT_TOPIC = JOINT_STATES.name
@@ -41,19 +45,6 @@ class SensorOptions:
     fit: ImageFit = ImageFit.EXACT
 
 
-class SensorReceiver(Protocol):
-    """Who gets what the sensors send."""
-
-    def on_sample(self, key: str, topic: str, stamp_ns: int, value: np.ndarray) -> None:
-        """Take one sample of the observation: `key` as in the contract."""
-
-    def on_measured(self, stamp_ns: int, positions: np.ndarray) -> None:
-        """Take the measured positions [A] of the action's joints."""
-
-    def on_refused(self, topic: str, error: ConversionError) -> None:
-        """Hear of a message that does not fit the contract."""
-
-
 class Sensors:
     """The subscriptions of one contract."""
 
@@ -62,7 +53,8 @@ class Sensors:
         node: Node,
         contract: PolicyContract,
         options: SensorOptions,
-        receiver: SensorReceiver,
+        worker: InferenceWorker,
+        monitor: Monitor,
     ) -> None:
         """Subscribe.
 
@@ -81,20 +73,23 @@ class Sensors:
             )
         self._node = node
         self._fit = options.fit
-        self._receiver = receiver
+        self._worker = worker
+        self._monitor = monitor
         self._observed = len(contract.observation.joints)
         self._names = list(dict.fromkeys((*contract.observation.joints, *contract.action.joints)))
         self._acted = [self._names.index(name) for name in contract.action.joints]
-        topics: list[tuple[Any, str, Any]] = [
-            (COMPRESSED_IMAGE.kind, compressed_topic(key), partial(self._on_compressed, camera))
-            if key in options.compressed
-            else (IMAGE.kind, camera_topic(key), partial(self._on_image, camera))
-            for camera in cameras
-            for key in (camera.key,)
-        ]
-        topics.append((JOINT_STATES.kind, JOINT_TOPIC, self._on_joint_state))
         qos = RELIABLE_SENSOR_QOS if options.reliable else JOINT_STATES.qos
-        self._subscriptions = [node.create_subscription(*topic, qos) for topic in topics]
+        self._subscriptions = [
+            node.create_subscription(JOINT_STATES.kind, JOINT_TOPIC, self._on_joint_state, qos)
+        ]
+        for camera in cameras:
+            kind, topic, to_rgb = (
+                (COMPRESSED_IMAGE.kind, compressed_topic(camera.key), compressed_to_rgb)
+                if camera.key in options.compressed
+                else (IMAGE.kind, camera_topic(camera.key), raw_to_rgb)
+            )
+            callback = partial(self._on_image, camera, topic, to_rgb)
+            self._subscriptions.append(node.create_subscription(kind, topic, callback, qos))
 
     def destroy(self) -> None:
         """End the subscriptions."""
@@ -102,30 +97,37 @@ class Sensors:
             self._node.destroy_subscription(subscription)
         self._subscriptions.clear()
 
-    def _on_image(self, camera: CameraSpec, msg: Image) -> None:
-        topic = camera_topic(camera.key)
+    def _on_image(
+        self,
+        camera: CameraSpec,
+        topic: str,
+        to_rgb: Callable[..., np.ndarray],
+        msg: Image | CompressedImage,
+    ) -> None:
         try:
-            image = raw_to_rgb(msg, camera.height, camera.width, topic, self._fit)
+            image = to_rgb(msg, camera.height, camera.width, topic, self._fit)
         except ConversionError as error:
-            self._receiver.on_refused(topic, error)
+            self._refuse(topic, error)
             return
-        self._receiver.on_sample(camera.key, topic, time_to_ns(msg.header.stamp), image)
-
-    def _on_compressed(self, camera: CameraSpec, msg: CompressedImage) -> None:
-        topic = compressed_topic(camera.key)
-        try:
-            image = compressed_to_rgb(msg, camera.height, camera.width, topic, self._fit)
-        except ConversionError as error:
-            self._receiver.on_refused(topic, error)
-            return
-        self._receiver.on_sample(camera.key, topic, time_to_ns(msg.header.stamp), image)
+        self._store(camera.key, topic, msg, image)
 
     def _on_joint_state(self, msg: JointState) -> None:
         try:
             values = joint_positions(msg, self._names, JOINT_TOPIC)
         except ConversionError as error:
-            self._receiver.on_refused(JOINT_TOPIC, error)
+            self._refuse(JOINT_TOPIC, error)
             return
+        observed, measured = values[: self._observed], values[self._acted]
+        self._store('joints', JOINT_TOPIC, msg, observed, measured)
+
+    def _store(self, key: str, topic: str, msg: Any, *value: np.ndarray) -> None:
         stamp_ns = time_to_ns(msg.header.stamp)
-        self._receiver.on_measured(stamp_ns, values[self._acted])
-        self._receiver.on_sample('joints', JOINT_TOPIC, stamp_ns, values[: self._observed])
+        arrival = self._worker.store(key, stamp_ns, *value)
+        if arrival in (Arrival.LATE, Arrival.FUTURE):
+            ahead_s = (stamp_ns - int(self._node.get_clock().now().nanoseconds)) * 1e-9
+            text = f'{topic}: message is {arrival.value}, stamped {ahead_s:+.3f} s from now'
+            self._monitor.warn(topic, text)
+
+    def _refuse(self, topic: str, error: ConversionError) -> None:
+        if self._worker.active:
+            self._monitor.refuse_message(topic, str(error))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,7 @@ class GripperStream:
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
+        self._lock = threading.Lock()
         self._trajectory: Trajectory | None = None
 
     def send(self, trajectory: Trajectory) -> None:
@@ -145,17 +147,22 @@ class GripperStream:
 
     def finish(self, trajectory: Trajectory) -> None:
         """Send the last set-point and stream no more."""
-        self._trajectory = None
-        self._publish(trajectory.positions[-1])
+        with self._lock:
+            self._trajectory = None
+            self._publish(trajectory.positions[-1])
 
     def settle(self) -> None:
         """Do not wait: a gripper that misses a number keeps the one before."""
 
     def stream(self, now_ns: int) -> None:
-        """Send the set-point of this moment, if there is one."""
-        trajectory = self._trajectory
-        if trajectory is not None:
-            self._publish(trajectory.position_at(now_ns))
+        """Send the set-point of this moment, if there is one; never waits for `finish`."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._trajectory is not None:
+                self._publish(self._trajectory.position_at(now_ns))
+        finally:
+            self._lock.release()
 
     def _publish(self, positions: np.ndarray) -> None:
         self._publisher.publish(Float64MultiArray(data=positions.tolist()))

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inference thread: it alone loads, resets and runs the policy, one tick at a time.
+"""The inference thread: it owns the policy and takes every tick from its window to its command.
 
-Other threads only store messages, and say activate, deactivate or reset. One condition guards the
-observation window and every flag. A chunk is delivered while that condition is held and only if
-nothing happened since its tick began: once `deactivate` or `request_reset` has returned, no chunk
-of before can reach the robot. Only for a delivery that hangs nobody waits longer than a tick may
-take: the worker has failed then, for good, and the others go on without the condition.
-Stamps are nanoseconds of the ROS clock; latencies perf_counter.
+    store -> TickSchedule (when, on which window) -> policy -> CommandOutput -> Reports
+
+Other threads only store messages and ask for activation, deactivation, a reset or a hold. One
+condition guards the window, the output stage and every flag. A chunk is delivered while that
+condition is held, and only if nothing has happened since its tick began: once `deactivate` or
+`request_reset` has returned, no earlier chunk can reach the robot. If a delivery hangs for longer
+than a tick may take, the worker has failed for good and the other threads go on without the
+condition. Stamps are nanoseconds of the ROS clock; latencies are perf_counter.
 """
 
 from __future__ import annotations
@@ -15,28 +17,48 @@ import math
 import threading
 import time
 import traceback
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from tts_policy.control.conversions import seconds_to_ns
+from tts_policy.control.latency_budget import SparsityGovernor
 from tts_policy.control.ticks import ScheduledTick, TickSchedule
+from tts_policy.control.trajectory import ChunkTooLate, TrajectoryRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tts_policy.control.gate import OutputGate
     from tts_policy.control.observation import Arrival, ObservationWindow
+    from tts_policy.control.output import CommandOutput, Sent
     from tts_policy.policy.contract import CommittedActions
     from tts_policy.policy.policy import Chunk, TestTimeSparsePolicy
 
 
-# How often a wait for the policy looks whether it is still wanted.
+# Pause between two looks at whether a wait for the policy is still wanted.
 _LOOK_S = 0.05
+# How long a hold may take to go out after the inference thread has failed.
+_HOLD_TIMEOUT_S = 0.5
+# Ticks before a measured latency replaces the one measured while warming up.
+_ENOUGH_TICKS = 20
 
 
 class InferenceFailed(RuntimeError):
     """The thread ended: loading failed, or the policy raised."""
+
+
+@dataclass(frozen=True)
+class TickSettings:
+    """What is asked of the next tick; `continuing` is none, hard or soft (`hold_committed`)."""
+
+    sparsity: float = 0.0
+    latency_budget_s: float = 0.0
+    interval_ns: int = 1
+    continuing: str = 'none'
 
 
 @dataclass(frozen=True)
@@ -50,40 +72,33 @@ class Tick:
     began_s: float
     committed: CommittedActions | None = None
 
-    @property
-    def stamp_ns(self) -> int:
-        """Stamp of its newest observation."""
-        return self.scheduled.stamp_ns
-
-    @property
-    def reset(self) -> str | None:
-        """Why an episode starts with it, None where one goes on."""
-        return self.scheduled.reset
-
-    @property
-    def skipped(self) -> int:
-        """Ticks that were due before and had no window."""
-        return self.scheduled.skipped
-
 
 @dataclass(frozen=True)
-class Delivery:
-    """A chunk and its time: latency is wall clock from taking the window to delivery."""
+class TickReport:
+    """A finished tick: its chunk, its times, and what became of it.
+
+    latency_s: wall clock from taking the window to delivery; `sent` is None where the chunk was
+    `refused`, with the reason; over_budget_s: p95 latency in s where no sparsity is left to raise.
+    """
 
     tick: Tick
     chunk: Chunk
     now_ns: int
     latency_s: float
+    sent: Sent | None = None
+    refused: str | None = None
+    too_late: bool = False
+    over_budget_s: float | None = None
 
     @property
     def age_s(self) -> float:
         """Age of the newest observation at delivery (ROS clock)."""
-        return (self.now_ns - self.tick.stamp_ns) * 1e-9
+        return (self.now_ns - self.tick.scheduled.stamp_ns) * 1e-9
 
     @property
     def late(self) -> bool:
         """Whether the next tick's observation was due before this chunk arrived (ROS clock)."""
-        return self.now_ns - self.tick.stamp_ns > self.tick.interval_ns
+        return self.now_ns - self.tick.scheduled.stamp_ns > self.tick.interval_ns
 
     @property
     def late_wall(self) -> bool:
@@ -91,57 +106,49 @@ class Delivery:
         return self.latency_s * 1e9 > self.tick.interval_ns
 
 
+class Reports(Protocol):
+    """Hears what the worker does, with the worker held."""
+
+    def on_reset(self, reason: str) -> None:
+        """A new episode begins."""
+
+    def on_tick(self, report: TickReport) -> None:
+        """A tick is finished."""
+
+
 class InferenceWorker:
-    """Owner of the policy, the window and the thread."""
+    """Owner of the policy, the window, the output stage and the thread.
+
+    `load` returns a policy and the latency in s of one tick, which becomes `warm_latency_s`. A
+    tick that takes more than `limit_s`, delivery included, is a fault.
+    """
 
     def __init__(
         self,
-        load: Callable[[], TestTimeSparsePolicy],
+        load: Callable[[], tuple[TestTimeSparsePolicy, float]],
         now_ns: Callable[[], int],
-        deliver: Callable[[Delivery], None],
-        on_reset: Callable[[str], None],
+        reports: Reports,
         seed: int = 0,
-        commit: Callable[[ScheduledTick], CommittedActions | None] = lambda tick: None,
         limit_s: float = math.inf,
     ) -> None:
-        """`commit` is asked at every tick that goes on with an episode what it must continue.
-
-        A tick that takes more than `limit_s`, delivery included, is a fault.
-        """
         self.policy: TestTimeSparsePolicy | None = None
         self.failure: str | None = None
         self.discarded = 0
-        self._seed = seed
-        self._ticks: TickSchedule | None = None
+        self.settings = TickSettings()
+        self.warm_latency_s = 0.0
         self._load = load
         self._now_ns = now_ns
-        self._deliver = deliver
-        self._on_reset = on_reset
-        self._commit = commit
+        self._reports = reports
+        self._seed = seed
         self._limit_s = limit_s
+        self._ages_s: deque[float] = deque(maxlen=256)
         self._condition = threading.Condition()
         self._loaded = threading.Event()
         self._active = False
         self._stopping = False
         self._generation = 0
         self._began_s: float | None = None
-        self._sparsity = 0.0
-        self._interval_ns = 1
         self._thread = threading.Thread(target=self._main, name='inference', daemon=True)
-
-    @property
-    def window(self) -> ObservationWindow | None:
-        """The window that messages go to; set it before `activate`."""
-        return None if self._ticks is None else self._ticks.window
-
-    @window.setter
-    def window(self, window: ObservationWindow) -> None:
-        self._ticks = TickSchedule(window)
-
-    @property
-    def waiting_for(self) -> str:
-        """What the next tick lacks; empty when nothing."""
-        return '' if self._ticks is None else self._ticks.waiting_for
 
     def start(self, interrupted: Callable[[], bool] = lambda: False) -> TestTimeSparsePolicy:
         """Start the thread and wait until it has loaded the policy.
@@ -158,7 +165,33 @@ class InferenceWorker:
                 raise InferenceFailed('told to stop while loading')
         if self.policy is None:
             raise InferenceFailed(self.failure)
+        self._governor = SparsityGovernor(self.policy.recommended_sparsity)
         return self.policy
+
+    def connect(self, window: ObservationWindow, output: CommandOutput, gate: OutputGate) -> None:
+        """Say where samples go and where commands leave; to be called before `activate`."""
+        self._ticks = TickSchedule(window)
+        self._output = output
+        self._gate = gate
+
+    # What other threads ask for
+
+    @property
+    def active(self) -> bool:
+        """Whether ticks are made."""
+        return self._active
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity of the next tick: as requested, or raised to keep the latency budget."""
+        return self._governor.choose(self.settings.sparsity)
+
+    def latency_s(self) -> float:
+        """Time from an observation to its chunk: measured p95 (ROS clock), first as warmed up."""
+        with self.exclusive():
+            if len(self._ages_s) < _ENOUGH_TICKS:
+                return self.warm_latency_s
+            return float(np.percentile(self._ages_s, 95))
 
     def fault(self) -> str | None:
         """Why the thread cannot be relied on: it ended, or a tick takes too long. Never waits."""
@@ -175,7 +208,7 @@ class InferenceWorker:
     def stop(self, timeout_s: float) -> bool:
         """End the thread; False when it is still inside the policy after the timeout.
 
-        One that still loads is not waited for.
+        A thread that is still loading is not waited for.
         """
         with self.exclusive() as held:
             self._stopping = True
@@ -187,14 +220,14 @@ class InferenceWorker:
         return not self._thread.is_alive()
 
     def activate(self) -> None:
-        """Begin a new episode with an empty window."""
+        """Begin a new episode with an empty window; nothing has been commanded yet."""
         with self.exclusive() as held:
             if not held:
                 return
+            self._output.begin()
             self._active = True
             self._generation += 1
-            if self._ticks is not None:
-                self._ticks.begin('activate')
+            self._ticks.begin('activate')
             self._condition.notify_all()
 
     def deactivate(self) -> None:
@@ -202,12 +235,6 @@ class InferenceWorker:
         with self.exclusive():
             self._active = False
             self._generation += 1
-
-    def configure_ticks(self, sparsity: float, interval_ns: int) -> None:
-        """Take effect together, at the next tick."""
-        with self.exclusive():
-            self._sparsity = sparsity
-            self._interval_ns = interval_ns
 
     def request_reset(self, reason: str) -> bool:
         """Forget the episode before the next tick; the window and the rhythm of ticks stay.
@@ -219,27 +246,61 @@ class InferenceWorker:
                 self._restart(reason, keep_rhythm=True)
             return held
 
-    def store(self, key: str, stamp_ns: int, value: Any) -> Arrival | None:
-        """Put a message into the window; None when the node is not active."""
+    def store(
+        self, key: str, stamp_ns: int, value: Any, measured: np.ndarray | None = None
+    ) -> Arrival | None:
+        """Put a sample into the window; None when the node is not active.
+
+        `measured`: positions [A] of the commanded joints, where the sample holds them.
+        """
         with self.exclusive() as held:
-            if not held or not self._active or self._ticks is None:
+            if not held or not self._active:
                 return None
             now_ns = self._now_ns()
+            if measured is not None:
+                self._output.measured(stamp_ns, measured, now_ns)
             arrival = self._ticks.store(key, stamp_ns, value, now_ns)
             self._generation += arrival.breaks_continuity
             self._advance(now_ns)
             return arrival
 
     def clock_moved(self, backward: bool) -> None:
-        """Tell of a step of a simulated clock."""
+        """Report a jump of simulated time."""
         with self.exclusive() as held:
-            if not held or self._ticks is None:
+            if not held or not self._active:
                 return
             now_ns = self._now_ns()
             if backward:
                 self._ticks.window.rewind(now_ns)
                 self._restart('clock: backward', keep_rhythm=False)
             self._advance(now_ns)
+
+    def hold(self) -> bool:
+        """Bring the arm to rest, once; False when nothing was commanded or the hold is stuck.
+
+        Once the inference thread has failed, the way out may be what it hangs in: then the hold is
+        sent from a thread of its own, which is waited for only briefly.
+        """
+        if self.fault() is None:
+            with self.exclusive() as held:
+                if held:
+                    return self._output.hold(self._now_ns())
+        sent: list[bool] = []
+        thread = threading.Thread(
+            target=lambda: sent.append(self._output.hold(self._now_ns())), name='hold', daemon=True
+        )
+        thread.start()
+        thread.join(_HOLD_TIMEOUT_S)
+        return any(sent)
+
+    def obey_gate(self) -> str | None:
+        """Hold if the gate is closed; why, where that sent a hold. Chunks in flight are proposed.
+
+        Nothing happens before `connect`.
+        """
+        with self.exclusive():
+            closed = self._gate.closed_by(time.monotonic())
+            return closed if closed is not None and self.hold() else None
 
     @contextmanager
     def exclusive(self) -> Iterator[bool]:
@@ -251,19 +312,11 @@ class InferenceWorker:
             if held:
                 self._condition.release()
 
-    def inspect(self) -> tuple[dict[str, float | None], list[str]]:
-        """Ages of the newest samples in seconds, and a reason per key that is stale."""
+    def inspect(self) -> tuple[dict[str, float | None], list[str], str]:
+        """Ages of the newest samples in s, a reason per stale key, what the next tick lacks."""
         with self.exclusive():
-            if self.window is None:
-                return {}, []
-            now_ns = self._now_ns()
-            return self.window.ages_s(now_ns), self.window.stale(now_ns)
-
-    def latest(self, key: str) -> np.ndarray | None:
-        """Value of the newest sample of a key."""
-        with self.exclusive():
-            newest = None if self.window is None else self.window.latest(key)
-            return None if newest is None else newest[1]
+            window, now_ns = self._ticks.window, self._now_ns()
+            return window.ages_s(now_ns), window.stale(now_ns), self._ticks.waiting_for
 
     def _acquire(self) -> bool:
         """Wait for the condition until the tick that holds it takes too long."""
@@ -276,19 +329,19 @@ class InferenceWorker:
         return True
 
     def _advance(self, now_ns: int) -> None:
-        assert self._ticks is not None
         self._generation += self._ticks.advance(now_ns)
         self._condition.notify_all()
 
     def _restart(self, reason: str, keep_rhythm: bool) -> None:
         self._generation += 1
-        if self._ticks is not None:
-            self._ticks.restart(reason, keep_rhythm)
+        self._ticks.restart(reason, keep_rhythm)
         self._condition.notify_all()
+
+    # The thread
 
     def _main(self) -> None:
         try:
-            self.policy = self._load()
+            self.policy, self.warm_latency_s = self._load()
         except Exception as error:  # noqa: BLE001 - the reason must reach the node, whatever it is
             self.failure = f'{type(error).__name__}: {error}'
             return
@@ -312,42 +365,68 @@ class InferenceWorker:
             if tick is None or self._stopping:
                 return False
             self._began_s = tick.began_s
-        if tick.reset is not None:
+        if tick.scheduled.reset is not None:
             # A seed per episode: a replayed recording draws the same noise wherever it starts.
             self.policy.reset(self._seed + tick.scheduled.episode)
         chunk = self.policy.act(
             tick.scheduled.observation, sparsity=tick.sparsity, committed=tick.committed
         )
         with self._condition:
-            if tick.generation != self._generation:
+            if tick.generation == self._generation:
+                self._ticks.finish(tick.scheduled, tick.interval_ns)
+                self._deliver(tick, chunk)
+            else:
                 self.discarded += 1
-                self._began_s = None
-                return not self._stopping
-            assert self._ticks is not None
-            self._ticks.finish(tick.scheduled, tick.interval_ns)
-            self._deliver(
-                Delivery(tick, chunk, self._now_ns(), time.perf_counter() - tick.began_s)
-            )
             self._began_s = None
-        return True
+            return not self._stopping
 
     def _next_tick(self) -> Tick | None:
         """Take the next tick if there is one."""
-        if not self._active or self._stopping or self._ticks is None:
+        if not self._active or self._stopping:
             return None
-        scheduled = self._ticks.take(self._now_ns(), self._interval_ns)
+        settings = self.settings
+        scheduled = self._ticks.take(self._now_ns(), settings.interval_ns)
         if scheduled is None:
             return None
+        committed = None
         if scheduled.reset is not None:
-            self._on_reset(scheduled.reset)
+            self._reports.on_reset(scheduled.reset)
+        elif settings.continuing != 'none':
+            delay_ns = seconds_to_ns(self.latency_s())
+            committed = self._output.committed(
+                scheduled.stamp_ns, delay_ns, self._enabled(), settings.continuing == 'soft'
+            )
         return Tick(
             scheduled,
-            self._sparsity,
-            self._interval_ns,
+            self.sparsity,
+            settings.interval_ns,
             self._generation,
             time.perf_counter(),
-            self._commit(scheduled) if scheduled.reset is None else None,
+            committed,
         )
+
+    def _enabled(self) -> bool:
+        return self._gate.closed_by(time.monotonic()) is None
+
+    def _deliver(self, tick: Tick, chunk: Chunk) -> None:
+        """Command or propose a chunk, and report the tick."""
+        now_ns, latency_s = self._now_ns(), time.perf_counter() - tick.began_s
+        sent, refused, too_late = None, None, False
+        try:
+            sent = self._output.send(
+                chunk.actions, tick.scheduled.stamp_ns, now_ns, self._enabled()
+            )
+        except TrajectoryRefused as error:
+            refused, too_late = str(error), isinstance(error, ChunkTooLate)
+        if tick.scheduled.reset is None:
+            self._governor.record(
+                latency_s, self.settings.sparsity, self.settings.latency_budget_s
+            )
+        report = TickReport(
+            tick, chunk, now_ns, latency_s, sent, refused, too_late, self._governor.short_s
+        )
+        self._ages_s.append(report.age_s)
+        self._reports.on_tick(report)
 
 
 def load_policy(
@@ -358,11 +437,10 @@ def load_policy(
     threads: int,
     engine: str,
     sparsity: float | None = None,
-    warmed: Callable[[float], None] = lambda latency_s: None,
-) -> TestTimeSparsePolicy:
+) -> tuple[TestTimeSparsePolicy, float]:
     """Load a bundle and warm it up; to be called by the thread that will run it.
 
-    `warmed` is told the latency in seconds of a tick at that sparsity, None for the recommended.
+    Returns the policy and the latency in s of a tick at that sparsity (None: the recommended one).
 
     Raises
     ------
@@ -385,6 +463,5 @@ def load_policy(
     # The first tick is dense; of the sparse ones the first is slower than what follows.
     share = policy.recommended_sparsity if sparsity is None else sparsity
     chunks = [policy.act(grey, sparsity=share) for _ in range(3)]
-    warmed(chunks[-1].stats.latency_s)
     policy.reset()
-    return policy
+    return policy, chunks[-1].stats.latency_s

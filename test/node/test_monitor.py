@@ -12,15 +12,17 @@ import pytest
 pytest.importorskip('rclpy', reason='rclpy is not installed')
 
 from tts_policy.control.ticks import ScheduledTick
-from tts_policy.node import diagnostics
-from tts_policy.node.diagnostics import Faults, TickStatistics, chunk_report, report
-from tts_policy.node.worker import Delivery, Tick
+from tts_policy.node import monitor
+from tts_policy.node.monitor import Faults, TickStatistics, chunk_report, status_report
+from tts_policy.node.worker import Tick, TickReport
 from tts_policy.policy.denoisers.blocks import FEED_FORWARD, SELF_ATTENTION, BlockSpec, BlockStack
 
 INTERVAL_NS = 400_000_000
 
 
-def delivery(latency_s: float = 0.02, age_ns: int = 30_000_000, skipped: int = 0) -> Delivery:
+def report(
+    latency_s: float = 0.02, age_ns: int = 30_000_000, skipped: int = 0, refused: str | None = None
+) -> TickReport:
     stats = SimpleNamespace(
         sparsity=0.8,
         flops=10,
@@ -34,15 +36,15 @@ def delivery(latency_s: float = 0.02, age_ns: int = 30_000_000, skipped: int = 0
     plan = np.array([[0, 3], [1, 2]], np.int8)
     chunk = SimpleNamespace(stats=stats, plan=plan, blocks=stack)
     tick = Tick(ScheduledTick(7, {}, None, 0, skipped), 0.8, INTERVAL_NS, 0, 0.0)
-    return Delivery(tick, chunk, 7 + age_ns, latency_s)  # type: ignore[arg-type]
+    return TickReport(tick, chunk, 7 + age_ns, latency_s, None, refused)  # type: ignore[arg-type]
 
 
 def test_statistics_give_percentiles_and_totals() -> None:
     statistics = TickStatistics()
     assert 'realised_sparsity' not in statistics.values()
     for ms in range(1, 101):
-        statistics.record(delivery(ms * 1e-3), None)
-    statistics.record(delivery(0.5, age_ns=INTERVAL_NS + 1, skipped=2), None)
+        statistics.record(report(ms * 1e-3))
+    statistics.record(report(0.5, age_ns=INTERVAL_NS + 1, skipped=2))
     values = statistics.values()
     assert values['ticks'] == 101
     assert values['latency_p50_ms'] == 51.0
@@ -55,10 +57,10 @@ def test_statistics_give_percentiles_and_totals() -> None:
 
 def test_report_has_the_worst_level_and_every_reason() -> None:
     faults = Faults()
-    assert faults.raise_(diagnostics.WARN, 'deadline', 'deadline missed')
-    assert faults.raise_(diagnostics.ERROR, 'camera', 'camera: nothing for 1.0 s')
-    assert not faults.raise_(diagnostics.ERROR, 'camera', 'camera: nothing for 1.1 s')
-    message = report(
+    assert faults.raise_(monitor.WARN, 'deadline', 'deadline missed')
+    assert faults.raise_(monitor.ERROR, 'camera', 'camera: nothing for 1.0 s')
+    assert not faults.raise_(monitor.ERROR, 'camera', 'camera: nothing for 1.1 s')
+    message = status_report(
         node_name='tts_policy',
         hardware_id='bundle',
         now_ns=1_500_000_000,
@@ -68,7 +70,7 @@ def test_report_has_the_worst_level_and_every_reason() -> None:
         values={'ticks': 3},
     )
     (status,) = message.status
-    assert status.level == diagnostics.ERROR
+    assert status.level == monitor.ERROR
     assert status.message == 'camera: nothing for 1.1 s; deadline missed'
     values = {pair.key: pair.value for pair in status.values}
     assert values == {
@@ -84,17 +86,17 @@ def test_faults_are_forgotten_when_they_are_not_raised_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now_s = [100.0]
-    monkeypatch.setattr(diagnostics.time, 'monotonic', lambda: now_s[0])
+    monkeypatch.setattr(monitor.time, 'monotonic', lambda: now_s[0])
     faults = Faults()
-    faults.raise_(diagnostics.ERROR, 'camera', 'gone')
+    faults.raise_(monitor.ERROR, 'camera', 'gone')
     now_s[0] += Faults.HOLD_S
-    assert faults.current() == [(diagnostics.ERROR, 'gone')]
+    assert faults.current() == [(monitor.ERROR, 'gone')]
     now_s[0] += 0.01
     assert faults.current() == []
 
 
 def test_chunk_report_survives_json() -> None:
-    got = json.loads(json.dumps(chunk_report(delivery(), None, 'too fast')))
+    got = json.loads(json.dumps(chunk_report(report(refused='too fast'))))
     assert got['plan'] == [[0, 3], [1, 2]]
     assert got['blocks'] == {
         'symbols': ['SA', 'FF'],

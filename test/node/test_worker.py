@@ -1,21 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inference thread: what it delivers, what it discards, and how it ends.
+"""The inference thread: what it commands, what it discards, and how it ends.
 
 The policy here is scripted, so that a tick can be held in flight; the node's tests use a real one.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from output_bench import Bench as OutputBench
+from output_bench import Recorder
 from processes import BUSY_FACTOR, wait_until
 
+from tts_policy.control.gate import OutputGate
 from tts_policy.control.observation import ObservationWindow, WindowSpec
-from tts_policy.node.worker import Delivery, InferenceFailed, InferenceWorker, load_policy
+from tts_policy.node.worker import (
+    InferenceFailed,
+    InferenceWorker,
+    TickReport,
+    TickSettings,
+    load_policy,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +46,9 @@ SPEC = WindowSpec(
 
 
 class ScriptedPolicy:
-    """Counts calls; `act` waits while `hold` is set, and raises `error` if there is one."""
+    """Counts calls; `act` waits until `go` is set, and raises `error` if there is one."""
+
+    recommended_sparsity = 0.8
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -56,34 +68,44 @@ class ScriptedPolicy:
         assert self.go.wait(BUSY_FACTOR * 5.0)
         if self.error is not None:
             raise self.error
-        return SimpleNamespace(last=int(observation['camera'][-1]), sparsity=sparsity)
+        last = int(observation['camera'][-1])
+        return SimpleNamespace(last=last, sparsity=sparsity, actions=np.zeros((15, 3)))
 
 
 class Bench:
-    """A worker on a clock that the test sets."""
+    """A worker on a clock that the test sets; it keeps the reports that it gets."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float = math.inf, command: Any = None) -> None:
         self.policy = ScriptedPolicy()
         self.now_ns = T0
-        self.delivered: list[Delivery] = []
+        self.delivered: list[TickReport] = []
         self.resets: list[str] = []
+        self.output = OutputBench(command=command)
+        self.gate = OutputGate()
+        self.gate.enabled = True
         self.worker = InferenceWorker(
-            lambda: self.policy,  # type: ignore[arg-type, return-value]
+            lambda: (self.policy, 0.0),  # type: ignore[arg-type, return-value]
             lambda: self.now_ns,
-            self.delivered.append,
-            self.resets.append,
+            self,
             seed=7,
+            limit_s=limit_s,
         )
         self.worker.start()
-        self.worker.window = ObservationWindow(SPEC)
-        self.worker.configure_ticks(0.8, INTERVAL)
+        self.worker.connect(ObservationWindow(SPEC), self.output.output, self.gate)
+        self.worker.settings = TickSettings(0.8, interval_ns=INTERVAL)
+
+    def on_tick(self, report: TickReport) -> None:
+        self.delivered.append(report)
+
+    def on_reset(self, reason: str) -> None:
+        self.resets.append(reason)
 
     def frames(self, first: int, last: int) -> None:
         """Store joints and camera frames of these indices; the clock follows."""
         for frame in range(first, last + 1):
             self.now_ns = T0 + frame * PERIOD
-            for key in ('joints', 'camera'):
-                self.worker.store(key, self.now_ns, np.array(frame))
+            self.worker.store('joints', self.now_ns, np.array(frame), measured=np.zeros(3))
+            self.worker.store('camera', self.now_ns, np.array(frame))
 
     def wait(self, deliveries: int) -> None:
         wait_until(lambda: len(self.delivered) >= deliveries, 5, f'{deliveries} deliveries')
@@ -99,7 +121,7 @@ def bench() -> Iterator[Bench]:
 
 
 def stamps(bench: Bench) -> list[int]:
-    return [(d.tick.stamp_ns - T0) // PERIOD for d in bench.delivered]
+    return [(d.tick.scheduled.stamp_ns - T0) // PERIOD for d in bench.delivered]
 
 
 def test_ticks_come_every_interval_from_the_second_frame_on(bench: Bench) -> None:
@@ -117,7 +139,7 @@ def test_ticks_come_every_interval_from_the_second_frame_on(bench: Bench) -> Non
 def test_nothing_is_stored_and_nothing_runs_before_activate() -> None:
     bench = Bench()
     bench.frames(0, 5)
-    assert bench.worker.latest('camera') is None
+    assert bench.worker.inspect()[0] == {'camera': None, 'joints': None}
     assert bench.worker.stop(5.0)
     assert bench.policy.calls == []
 
@@ -166,7 +188,7 @@ def test_a_slow_tick_is_late_and_the_next_takes_the_newest_frame(bench: Bench) -
     bench.wait(2)
     assert stamps(bench) == [1, 28]
     assert [d.late for d in bench.delivered] == [True, False]
-    assert bench.delivered[1].tick.skipped == 2
+    assert bench.delivered[1].tick.scheduled.skipped == 2
 
 
 def test_a_chunk_exactly_one_interval_later_is_still_in_time(bench: Bench) -> None:
@@ -214,7 +236,7 @@ def test_loading_that_fails_is_raised_with_the_reason() -> None:
     def load() -> Any:
         raise ValueError('model.yaml expected')
 
-    worker = InferenceWorker(load, lambda: T0, lambda _: None, lambda _: None)
+    worker = InferenceWorker(load, lambda: T0, SimpleNamespace())
     with pytest.raises(InferenceFailed, match=r'ValueError: model\.yaml expected'):
         worker.start()
     assert worker.stop(1.0)
@@ -230,7 +252,7 @@ def test_the_latency_before_the_first_tick_is_that_of_the_sparsity_asked_for(
     pytest.importorskip('torch', reason='torch is not installed')
     from tts_policy.policy.policy import TestTimeSparsePolicy
 
-    asked, act, latencies_s = [], TestTimeSparsePolicy.act, list[float]()
+    asked, act = [], TestTimeSparsePolicy.act
 
     def recorded(policy: TestTimeSparsePolicy, window: Any, sparsity: float) -> Any:
         asked.append(sparsity)
@@ -238,9 +260,9 @@ def test_the_latency_before_the_first_tick_is_that_of_the_sparsity_asked_for(
 
     monkeypatch.setattr(TestTimeSparsePolicy, 'act', recorded)
     model = (str(small_bundle), 'ddim10', 'cpu', 0, 1, 'auto')
-    load_policy(*model, sparsity, warmed=latencies_s.append)
+    _, latency_s = load_policy(*model, sparsity)
     assert set(asked) == {expected}
-    assert len(latencies_s) == 1 and latencies_s[0] > 0.0
+    assert latency_s > 0.0
 
 
 def test_stop_says_when_the_thread_is_still_busy(bench: Bench) -> None:
@@ -255,25 +277,15 @@ def test_a_delivery_that_hangs_is_a_fault_and_blocks_nobody() -> None:
     """A publish that hangs does so with the worker held: messages and timers must go on."""
     go, hangs = threading.Event(), threading.Event()
 
-    def deliver(delivery: Delivery) -> None:
-        hangs.set()
-        assert go.wait(BUSY_FACTOR * 5.0)
+    class Hanging(Recorder):
+        def send(self, trajectory: Any) -> None:
+            hangs.set()
+            assert go.wait(BUSY_FACTOR * 5.0)
 
-    policy = ScriptedPolicy()
-    worker = InferenceWorker(
-        lambda: policy,  # type: ignore[arg-type, return-value]
-        lambda: T0 + PERIOD,
-        deliver,
-        lambda reason: None,
-        limit_s=0.3,
-    )
-    worker.start()
-    worker.window = ObservationWindow(SPEC)
-    worker.configure_ticks(0.8, INTERVAL)
+    bench = Bench(limit_s=0.3, command=Hanging())
+    worker = bench.worker
     worker.activate()
-    for frame in (0, 1):
-        for key in ('joints', 'camera'):
-            worker.store(key, T0 + frame * PERIOD, np.array(frame))
+    bench.frames(0, 1)
     assert hangs.wait(BUSY_FACTOR * 5.0)
     done = threading.Event()
 
@@ -285,6 +297,7 @@ def test_a_delivery_that_hangs_is_a_fault_and_blocks_nobody() -> None:
         worker.request_reset('service')
         worker.clock_moved(backward=True)
         worker.inspect()
+        worker.obey_gate()
         assert not worker.stop(0.0)
         done.set()
 
@@ -295,4 +308,4 @@ def test_a_delivery_that_hangs_is_a_fault_and_blocks_nobody() -> None:
     finally:
         go.set()
     assert worker.stop(BUSY_FACTOR * 5.0)
-    assert policy.calls.count('act') == 1
+    assert bench.policy.calls.count('act') == 1

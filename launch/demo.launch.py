@@ -32,6 +32,8 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 SHARE = Path(get_package_share_directory('tts_policy'))
+# A task has a bundle of its name.
+TASKS = sorted(path.name.removeprefix('panda_') for path in (SHARE / 'models').glob('panda_*'))
 # Passed on as they are; policy.launch.py says what they mean and what an empty one does.
 FORWARDED = {
     'params_file': (str(SHARE / 'config' / 'panda_lift.yaml'), 'Parameter file of the policy.'),
@@ -86,7 +88,7 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument(
             'task',
             default_value='lift',
-            choices=['lift', 'stack', 'can'],
+            choices=TASKS,
             description='Task of the robot; the bundle has to be one for it.',
         ),
     ]

@@ -5,9 +5,8 @@
 
 In lockstep the recording waits for every chunk, and the ticks are those of evaluate_bag. Paced, it
 begins when the policy is active; player:=ros2 is `ros2 bag play`, which waits for nobody and so
-begins after delay:=. What was recorded of the policy's command topics is played below /recorded,
-where no controller listens. A recording of a robot that was commanded on other topics must not be
-played whole: name what is to be played with topics:=.
+begins after delay:=. Only what the policy subscribes to is played, and the clock. Other topics are
+played if they are named with topics:=, below /recorded, where no controller listens.
 """
 
 from __future__ import annotations
@@ -29,9 +28,11 @@ from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
+from tts_policy.data.reader import BagReader
+from tts_policy.node.interface import replayed_topics
+from tts_policy.policy.contract import read_contract
+
 SHARE = Path(get_package_share_directory('tts_policy'))
-# A recorded command must not move an arm.
-COMMANDS = ('joint_trajectory', 'gripper/joint_trajectory', 'gripper/commands')
 # Passed on as they are; policy.launch.py says what they mean and what an empty one does.
 FORWARDED = {
     'params_file': (str(SHARE / 'config' / 'panda_lift.yaml'), 'Parameter file of the policy.'),
@@ -40,6 +41,7 @@ FORWARDED = {
     'device': ('', 'Torch device; empty: as params_file says.'),
     'sampler': ('', 'Sampler of the bundle; empty: as params_file says.'),
     'sparsity': ('', 'Share of reused computation; empty: as params_file says.'),
+    'remap': ('', 'Topics under other names, separated by spaces: camera/image:=/front/image.'),
 }
 
 
@@ -53,20 +55,32 @@ def _player(context: LaunchContext) -> list[Node | ExecuteProcess]:
     bag = LaunchConfiguration('bag').perform(context)
     rate = LaunchConfiguration('rate').perform(context)
     player = LaunchConfiguration('player').perform(context)
-    topics = LaunchConfiguration('topics').perform(context).split()
     namespace = LaunchConfiguration('namespace').perform(context).strip('/')
     root = f'/{namespace}' if namespace else ''
-    arguments = [bag, '--rate', rate]
-    arguments += ['--remap', *(f'{root}/{topic}:=/recorded{root}/{topic}' for topic in COMMANDS)]
-    if topics:
-        arguments += ['--topics', *topics]
+    bundle = Path(LaunchConfiguration('bundle').perform(context))
+    replayed = replayed_topics(
+        BagReader(Path(bag)).topics,
+        [camera.key for camera in read_contract(bundle / 'model.yaml').observation.cameras],
+        namespace,
+        dict(
+            pair.split(':=', 1) for pair in LaunchConfiguration('remap').perform(context).split()
+        ),
+        LaunchConfiguration('topics').perform(context).split(),
+    )
+    arguments = [bag, '--rate', rate, '--topics', *replayed.topics]
+    if replayed.moved:
+        arguments += ['--remap', *(f'{old}:={new}' for old, new in replayed.moved.items())]
     if player == 'ros2':
         if shutil.which('ros2') is None:
-            raise RuntimeError('player:=ros2: the command ros2 expected on PATH, found none')
+            raise RuntimeError(
+                'player: expected the command ros2 on PATH for player:=ros2, got none'
+            )
         delay = LaunchConfiguration('delay').perform(context)
         command = ['ros2', 'bag', 'play', *arguments, '--clock', '100', '--delay', delay]
         return [ExecuteProcess(cmd=command, output='screen', on_exit=_end)]
     wait = '--lockstep' if player == 'lockstep' else '--after'
+    for key, topic in replayed.cameras.items():
+        arguments += ['--topic', f'{key}:={topic}']
     return [
         Node(
             package='tts_policy',
@@ -98,7 +112,9 @@ def generate_launch_description() -> LaunchDescription:
             'delay', default_value='10', description='Seconds that ros2 bag play gives the policy.'
         ),
         DeclareLaunchArgument(
-            'topics', default_value='', description='Topics to play, space separated; empty: all.'
+            'topics',
+            default_value='',
+            description='Topics to play, separated by spaces; empty: those of the policy.',
         ),
     ]
     policy = IncludeLaunchDescription(

@@ -19,6 +19,8 @@ import pytest
 import yaml
 from processes import BUSY_FACTOR, END_LIMIT_S, REPOSITORY, child_environment
 
+from tts_policy.policy.contract import read_contract
+
 LAUNCH_FILES = ('policy.launch.py', 'demo.launch.py')
 EXPECTED_ARGUMENTS = {
     'params_file',
@@ -78,6 +80,16 @@ def test_a_configuration_moves_nothing_and_bounds_every_joint(name: str) -> None
         assert np.isfinite(bound).all()
     assert set(values.get('hold_last_command', [])) <= set(limits.joints)
     assert set(values.get('gripper.joints', [])) <= set(limits.joints)
+
+
+def test_the_contract_of_the_example_robot_agrees_with_its_parameters() -> None:
+    """Adding a robot is these two files."""
+    contract = read_contract(REPOSITORY / 'config' / 'ur5e.contract.yaml')
+    values = config('ur5e.yaml')
+    assert sorted(values['limits.joints']) == sorted(contract.action.joints)
+    assert set(values['gripper.joints']) < set(contract.action.joints)
+    assert values['min_points'] <= contract.usable_actions - contract.action.execute
+    assert values['max_observation_age_s'] >= contract.observation.period_s
 
 
 def test_limits_of_the_panda_belong_to_the_joints_of_the_task() -> None:
@@ -154,6 +166,22 @@ def test_what_is_passed_on_is_an_argument_of_the_policy(name: str) -> None:
 
 def test_the_demo_can_run_the_policy_under_a_realtime_priority() -> None:
     assert {'realtime_priority', 'log_level'} <= forwarded('demo.launch.py')
+
+
+@pytest.mark.fault
+def test_a_replay_plays_what_the_policy_subscribes_to_and_no_recorded_command() -> None:
+    pytest.importorskip('rclpy', reason='rclpy is not installed')
+    from tts_policy.node.interface import replayed_topics
+
+    commands = ['/joint_trajectory', '/joint_trajectory_controller/joint_trajectory']
+    recorded = ['/camera/image', '/front/image', '/joint_states', '/clock', *commands]
+    played = replayed_topics(recorded, ['camera'])
+    assert played.topics == ['/camera/image', '/joint_states'] and not played.moved
+    remapped = {'camera/image': '/front/image', 'joint_trajectory': commands[1]}
+    played = replayed_topics(recorded, ['camera'], 'left', remapped)
+    assert played.topics == ['/front/image'] and played.cameras == {'camera': '/front/image'}
+    asked = replayed_topics(recorded, ['camera'], requested=['/joint_states', *commands])
+    assert asked.moved == {command: f'/recorded{command}' for command in commands}
 
 
 LAUNCH = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -12,6 +13,9 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 # Best effort takes from every kind of publisher; `reliable_sensors` asks for reliable.
 SENSOR_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -139,3 +143,50 @@ ENDPOINTS = (
     RESET,
     CLEAR_STOP,
 )
+
+
+@dataclass(frozen=True)
+class ReplayedTopics:
+    """What is played of a recording for a policy: `topics`, some of them `moved` to other names.
+
+    `cameras` are the recorded topics of the cameras whose names differ from the node's own.
+    """
+
+    topics: list[str]
+    moved: dict[str, str]
+    cameras: dict[str, str]
+
+
+def replayed_topics(
+    recorded: Iterable[str],
+    cameras: Iterable[str],
+    namespace: str = '',
+    remappings: Mapping[str, str] | None = None,
+    requested: Sequence[str] = (),
+) -> ReplayedTopics:
+    """Play what the policy subscribes to, or what is requested; nothing that could move an arm.
+
+    A requested topic that the policy does not subscribe to, a recorded command above all, is
+    played below /recorded, where no controller listens. `remappings` are those of the policy.
+    """
+    root = f'/{namespace.strip("/")}' if namespace.strip('/') else ''
+
+    def resolved(name: str) -> str:
+        name = (remappings or {}).get(name, name)
+        return name if name.startswith('/') else f'{root}/{name}'
+
+    heard = {
+        resolved(endpoint.name.replace('KEY', key))
+        for endpoint in ENDPOINTS
+        if endpoint.direction is Direction.IN
+        for key in cameras
+    }
+    topics = list(requested) or sorted(heard & set(recorded))
+    moved = {topic: f'/recorded{topic}' for topic in topics if topic not in heard}
+    renamed = {
+        key: resolved(name)
+        for key in cameras
+        for name in (camera_topic(key), compressed_topic(key))
+        if resolved(name) != f'{root}/{name}' and resolved(name) in topics
+    }
+    return ReplayedTopics(topics, moved, renamed)

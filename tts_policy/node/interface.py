@@ -71,11 +71,11 @@ def compressed_topic(key: str) -> str:
 
 IMAGE = _topic(
     Direction.IN, 'KEY/image', Image, SENSOR_QOS,
-    'a camera of the bundle, KEY as it is called there; rgb8, bgr8, rgba8, bgra8 or mono8',
+    'images of the camera that the bundle calls KEY: rgb8, bgr8, rgba8, bgra8 or mono8',
 )  # fmt: skip
 COMPRESSED_IMAGE = _topic(
     Direction.IN, 'KEY/image/compressed', CompressedImage, SENSOR_QOS,
-    'the same as jpeg or png, for the cameras in `compressed_cameras`',
+    'the same as jpeg or png, for `compressed_cameras`',
 )  # fmt: skip
 JOINT_STATES = _topic(
     Direction.IN, 'joint_states', JointState, SENSOR_QOS,
@@ -83,48 +83,49 @@ JOINT_STATES = _topic(
 )  # fmt: skip
 EMERGENCY_STOP = _topic(
     Direction.IN, 'emergency_stop', Bool, STOP_QOS,
-    'true closes the output gate until ~/clear_stop; so does silence, if a timeout is set; '
-    'best-effort publishers are heard too',
+    'true closes the output until ~/clear_stop is called; so does silence if a timeout is set. '
+    'Publishers may be reliable or best effort',
 )  # fmt: skip
 ROBOT_DESCRIPTION = _topic(
     Direction.IN, 'robot_description', String, LATCHED_QOS,
-    'URDF; its limits are taken where they are tighter (see `limits.urdf`); volatile publishers '
-    'are heard too',
+    'URDF whose limits tighten those of the parameters (see `limits.urdf`). Publishers may be '
+    'latched or volatile',
 )  # fmt: skip
 JOINT_TRAJECTORY = _topic(
     Direction.OUT, 'joint_trajectory', JointTrajectory, COMMAND_QOS,
-    'a chunk every tick while the gate is open; one point at rest when it closes',
+    'a chunk every tick while the output is open; one point at rest when it closes',
 )  # fmt: skip
 GRIPPER_TRAJECTORY = _topic(
     Direction.OUT, 'gripper/joint_trajectory', JointTrajectory, COMMAND_QOS,
-    'the joints in `gripper.joints`, if `gripper.output` is joint_trajectory',
+    'commands of `gripper.joints` if `gripper.output` is joint_trajectory',
 )  # fmt: skip
 GRIPPER_COMMANDS = _topic(
     Direction.OUT, 'gripper/commands', Float64MultiArray, COMMAND_QOS,
-    'their set-points every period, if `gripper.output` is float64_multi_array',
+    'set-points of `gripper.joints` every period if `gripper.output` is float64_multi_array',
 )  # fmt: skip
 PROPOSED_TRAJECTORY = _topic(
     Direction.OUT, '~/proposed_trajectory', JointTrajectory, COMMAND_QOS,
-    'the same chunk for all joints while the gate is closed: a dry run',
+    'the chunk of all joints while the output is closed: a dry run',
 )  # fmt: skip
 CHUNK_STATS = _topic(
-    Direction.OUT, '~/chunk_stats', String, REPORT_QOS, 'JSON of every tick, with the plan',
+    Direction.OUT, '~/chunk_stats', String, REPORT_QOS,
+    'statistics of every tick as JSON, with the plan',
 )  # fmt: skip
 PLAN_IMAGE = _topic(
     Direction.OUT, '~/plan_image', Image, COMMAND_QOS,
-    'the plan, a row per denoising step, coloured by class; only while somebody subscribes',
+    'the plan as a picture, a row per denoising step; published while somebody subscribes',
 )  # fmt: skip
 DIAGNOSTICS = _topic(
     Direction.OUT, '/diagnostics', DiagnosticArray, DIAGNOSTICS_QOS,
-    'once a second: level, reasons, latency, ages, sparsity, reuse',
+    'state, faults, latency, ages, sparsity and reuse, once a second',
 )  # fmt: skip
 RESET = Endpoint(
     '~/reset', Trigger, Direction.SERVICE, None,
-    'begin a new episode: every cached feature is forgotten',
+    'begin a new episode: the policy forgets every cached feature',
 )  # fmt: skip
 CLEAR_STOP = Endpoint(
     '~/clear_stop', Trigger, Direction.SERVICE, None,
-    'open the gate that an emergency stop closed; refused while its cause lasts',
+    'open the output that an emergency stop closed; refused while the cause lasts',
 )  # fmt: skip
 
 ENDPOINTS = (

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,14 @@ class ParameterError(ValueError):
     """A parameter value that cannot work; one line: name, expected, got."""
 
 
+# Parameters under `limits.` with the value that bounds nothing; None: limits.first_point_default.
+_LIMITS = {
+    'lower': -np.inf,
+    'upper': np.inf,
+    'velocity': np.inf,
+    'acceleration': np.inf,
+    'first_point': None,
+}
 _BY_NAME = {spec.name: spec for spec in PARAMETERS}
 
 
@@ -68,7 +76,8 @@ def declare(node: Node) -> None:
         except (InvalidParameterTypeException, InvalidParameterValueException) as error:
             hint = ' (off is a boolean in YAML: quote it)' if 'off' in spec.choices else ''
             raise ParameterError(
-                f'{spec.name}: expected {spec.expected}, got another value at start: {error}{hint}'
+                f'{spec.name}: expected {spec.expected}, got an override that does not fit: '
+                f'{error}{hint}'
             ) from error
         if declared.type_ is Parameter.Type.NOT_SET:
             # Left unset, one array would keep `ros2 param dump` from getting any value at all.
@@ -120,7 +129,10 @@ def refusal(
         if spec is None:
             continue
         if spec.change is Change.STRUCTURAL and configured:
-            return f'{spec.name} is fixed while the node is configured: clean up, set, configure'
+            return (
+                f'{spec.name}: expected an unconfigured node, as it is fixed while the node is '
+                'configured: clean up, set it, configure again'
+            )
         reason = _bad_value(spec, change.value)
         if reason is not None:
             return reason
@@ -294,53 +306,42 @@ def joint_limits(settings: Settings, joints: Sequence[str]) -> JointLimits:
 
     """
     names = settings['limits.joints']
-    arrays = {
-        key: settings[f'limits.{key}']
-        for key in ('lower', 'upper', 'velocity', 'acceleration', 'first_point')
-    }
-    if not names:
-        given = [f'limits.{key}' for key, value in arrays.items() if value]
-        if given:
-            raise ParameterError(
-                f'limits.joints: expected the joints that {given} belong to, got none'
-            )
-        return replace(
-            JointLimits.unbounded(joints),
-            first_distance=np.full(len(joints), settings['limits.first_point_default']),
-            tolerance=settings['limits.tolerance'],
-        )
-    if sorted(names) != sorted(joints):
+    given = {key: settings[f'limits.{key}'] or [] for key in _LIMITS}
+    if not names and any(given.values()):
+        of = [f'limits.{key}' for key, values in given.items() if values]
+        raise ParameterError(f'limits.joints: expected the joints that {of} belong to, got none')
+    if names and sorted(names) != sorted(joints):
         raise ParameterError(
             f'limits.joints: expected exactly the joints of the bundle {list(joints)}, '
             f'got {list(names)}'
         )
-    order = [list(names).index(joint) for joint in joints]
-    fill = {'lower': -np.inf, 'first_point': settings['limits.first_point_default']}
+    order = [list(names or joints).index(joint) for joint in joints]
     columns = {}
-    for key, value in arrays.items():
-        given_values = value or [fill.get(key, np.inf)] * len(joints)
-        column = np.asarray(given_values, dtype=np.float64)
+    for key, default in _LIMITS.items():
+        if default is None:
+            default = settings['limits.first_point_default']
+        column = np.asarray(given[key] or [default] * len(joints), dtype=np.float64)
         if column.shape != (len(joints),) or np.isnan(column).any():
             raise ParameterError(
                 f'limits.{key}: expected {len(joints)} numbers, one per limits.joints, '
-                f'got {list(value)}'
+                f'got {given[key]}'
             )
+        if default > 0.0 and key != 'upper' and not (column > 0.0).all():
+            raise ParameterError(f'limits.{key}: expected positive numbers, got {given[key]}')
         columns[key] = column[order]
     if not (columns['lower'] < columns['upper']).all():
-        raise ParameterError('limits.lower: expected less than limits.upper for every joint')
-    for key in ('velocity', 'acceleration', 'first_point'):
-        if not (columns[key] > 0.0).all():
-            raise ParameterError(f'limits.{key}: expected positive numbers, got {arrays[key]}')
+        raise ParameterError(
+            f'limits.lower: expected less than limits.upper for every joint, '
+            f'got {given["lower"]} and {given["upper"]}'
+        )
     if not np.isfinite(columns['first_point']).all():
         raise ParameterError(
-            f'limits.first_point: expected finite numbers, got {arrays["first_point"]}'
+            f'limits.first_point: expected finite numbers, got {given["first_point"]}'
         )
+    first_distance = columns.pop('first_point')
     return JointLimits(
         tuple(joints),
-        columns['lower'],
-        columns['upper'],
-        columns['velocity'],
-        columns['acceleration'],
-        columns['first_point'],
-        settings['limits.tolerance'],
+        **columns,
+        first_distance=first_distance,
+        tolerance=settings['limits.tolerance'],
     )

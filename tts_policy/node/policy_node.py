@@ -65,7 +65,7 @@ STOP_TIMEOUT_S = 1.5
 
 
 def _logged(transition: Transition) -> Transition:
-    """Log what a transition raises: rclpy turns it into ERROR without a word."""
+    """Log what a transition raises, which rclpy turns into ERROR silently."""
 
     @wraps(transition)
     def logged(node: PolicyNode, state: LifecycleState) -> TransitionCallbackReturn:
@@ -211,7 +211,7 @@ class PolicyNode(LifecycleNode):
 
     def _release(self) -> None:
         if self._worker is not None and not self._worker.stop(STOP_TIMEOUT_S):
-            self.get_logger().warning('inference thread is still busy, leaving it behind')
+            self.get_logger().warning('the inference thread is still busy and is left behind')
         self._worker = None
         self._output = self._limits = None
         for destroy in self._entities:
@@ -292,12 +292,14 @@ class PolicyNode(LifecycleNode):
         self, request: Trigger.Request, response: Trigger.Response
     ) -> Trigger.Response:
         if self._worker is None:
-            response.message = f'expected a configured node, it is {self._state}'
+            response.message = f'reset: expected a configured node, got {self._state}'
             return response
         response.success = self._worker.request_reset('service')
         response.message = 'the next tick starts a new episode'
         if not response.success:
-            response.message = f'expected an inference thread, {self._worker.fault()}'
+            response.message = (
+                f'reset: expected a running inference thread, got: {self._worker.fault()}'
+            )
         return response
 
     # Parameters

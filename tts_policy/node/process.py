@@ -45,8 +45,8 @@ def run_node(
 ) -> int:
     """Create a node and spin it to its end; 1 with one logged line if something goes wrong.
 
-    A `ValueError` of `create` is what it says about bad parameters. What a callback raises ends
-    the node in order: it cannot be relied on any more, but it still holds the arm.
+    `create` raises `ValueError` for bad parameters. An exception in a callback ends the node in
+    order: it cannot be relied on any more, but it still holds the arm.
     """
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -84,5 +84,5 @@ class SafetyInputs:
     def _on_clear(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         refused = self._gate.reopen(time.monotonic())
         response.success = refused is None
-        response.message = refused or 'the stop is forgotten; enable_output counts again'
+        response.message = refused or 'the stop is cleared; enable_output decides again'
         return response

@@ -84,22 +84,3 @@ def test_overlapping_windows_give_the_chunks_of_a_policy_that_saw_no_overlap(
     after, expected = used.act(windows[-1], 0.6), fresh.act(windows[-1], 0.6)
     assert used._frames.encoded == 5 + 2
     assert np.array_equal(after.actions, expected.actions)
-
-
-def test_a_policy_gives_the_same_chunks_with_any_engine(
-    bundle: Path, frames: NDArray[np.uint8]
-) -> None:
-    policies = [
-        TestTimeSparsePolicy.from_bundle(bundle, 'ddim5', engine=engine)
-        for engine in ('packed', 'eager')
-    ]
-    for end in range(2, 7):
-        window = {'camera': frames[end - 2 : end], 'joints': np.full((2, 3), 0.1 * end)}
-        expected, got = (policy.act(window, 0.6) for policy in policies)
-        np.testing.assert_allclose(got.actions, expected.actions, rtol=0, atol=1e-4)
-        np.testing.assert_array_equal(got.plan, expected.plan)
-
-
-def test_an_engine_that_cannot_run_here_is_refused(bundle: Path) -> None:
-    with pytest.raises(ValueError, match='engine: expected one of auto, eager, packed'):
-        TestTimeSparsePolicy.from_bundle(bundle, engine='warp')

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_policy import CONTRACT, NETWORK
+from small_policy import CONTRACT, NETWORK, SAMPLERS
 
 from tts_policy.policy.bundle import Bundle, BundleError, load_bundle, save_random_bundle
 from tts_policy.policy.denoisers.transformer import TransformerSpec
@@ -63,17 +63,20 @@ def test_after_reset_nothing_of_the_old_episode_is_read(
         assert after.stats.oldest_rollout_ticks == expected.stats.oldest_rollout_ticks
 
 
-def test_a_bundle_can_name_a_scheduler_with_history(tmp_path: Path, windows: Windows) -> None:
-    spec = SamplerSpec(SchedulerSpec('dpm_solver', 5, 20), False, recommended_sparsity=0.6)
-    save_random_bundle(tmp_path, CONTRACT, {'dpm5': spec}, NETWORK, seed=1)
-    assert load_bundle(tmp_path).sampler('dpm5')[0] == spec
-    chunks = []
-    for engine in ('eager', 'packed'):
-        policy = TestTimeSparsePolicy.from_bundle(tmp_path, engine=engine)
-        chunks.append([policy.act(window, 0.6) for window in windows[:4]])
-    for eager, packed in zip(*chunks, strict=True):
-        assert np.array_equal(eager.plan, packed.plan)
-        assert np.abs(eager.actions - packed.actions).max() < 1e-3
+@pytest.mark.parametrize('sampler', ['ddim5', 'ddpm20', 'dpm5'])
+def test_every_engine_gives_the_same_chunks(
+    tmp_path: Path, windows: Windows, sampler: str
+) -> None:
+    dpm = SamplerSpec(SchedulerSpec('dpm_solver', 5, 20), False, recommended_sparsity=0.6)
+    save_random_bundle(tmp_path, CONTRACT, {**SAMPLERS, 'dpm5': dpm}, NETWORK, seed=1)
+    eager, packed = (
+        TestTimeSparsePolicy.from_bundle(tmp_path, sampler, engine=engine)
+        for engine in ('eager', 'packed')
+    )
+    for window in windows:
+        expected, chunk = eager.act(window, 0.6), packed.act(window, 0.6)
+        assert np.array_equal(chunk.plan, expected.plan)
+        assert np.abs(chunk.actions - expected.actions).max() < 1e-4
 
 
 def test_noise_is_held_within_an_episode_and_drawn_anew_by_reset(
@@ -198,7 +201,7 @@ def test_windows_off_the_contract_are_refused(
         TestTimeSparsePolicy.from_bundle(bundle).act(window, 0.0)
 
 
-def test_unknown_sampler_and_absent_device_are_refused(bundle: Path) -> None:
+def test_unknown_samplers_devices_and_engines_are_refused(bundle: Path) -> None:
     with pytest.raises(BundleError, match="expected one of ddim5, ddpm20, got 'euler'"):
         TestTimeSparsePolicy.from_bundle(bundle, 'euler')
     if not torch.cuda.is_available():
@@ -207,6 +210,8 @@ def test_unknown_sampler_and_absent_device_are_refused(bundle: Path) -> None:
     for device in ('gpu', 'meta', 'cuda:1', 'cpu:x', ''):
         with pytest.raises(ValueError, match=f'device: expected one of .*, got {device!r}'):
             TestTimeSparsePolicy.from_bundle(bundle, device=device)
+    with pytest.raises(ValueError, match='engine: expected one of auto, eager, packed'):
+        TestTimeSparsePolicy.from_bundle(bundle, engine='warp')
 
 
 @pytest.mark.gpu

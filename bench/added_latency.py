@@ -34,7 +34,7 @@ from tts_policy.evaluate.results import wilson_interval
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.sim.episode import FRAME_NS, Episode, Timeline
 from tts_policy.sim.panda import CAMERA_KEY
-from tts_policy.sim.tasks.registry import TASKS, task_named
+from tts_policy.sim.tasks import PANDA_TASKS, panda_task
 from tts_policy.sim.trajectory_player import TrajectoryPoint
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def main() -> int:
         Arm(mode, ms * 1_000_000) for ms in (0, 100, 200, 300) for mode in MODES
         if ms or mode == 'dropped'
     ])  # fmt: skip
-    parser.add_argument('--task', choices=list(TASKS), default='lift')
+    parser.add_argument('--task', choices=list(PANDA_TASKS), default='lift')
     parser.add_argument(
         '--within', nargs='+', type=float, default=[2.0, 2.5, 3.0, 4.0], metavar='S',
         help='count the successes within shorter limits too',
@@ -223,7 +223,7 @@ def main() -> int:
                 done[episode['arm'], episode['seed']] = episode
     seeds = range(args.seed, args.seed + args.episodes)
     jobs = [(arm, s) for s in seeds for arm in args.arms if (arm.name, s) not in done]
-    task = task_named(args.task)
+    task = panda_task(args.task)
     world, limit_ns = task.world(), task.frame_limit * FRAME_NS
     try:
         with log.open('a') as handle:

@@ -31,9 +31,9 @@ from launch.substitutions import (
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
+from tts_policy.sim.tasks import PANDA_TASKS
+
 SHARE = Path(get_package_share_directory('tts_policy'))
-# A task has a bundle of its name.
-TASKS = sorted(path.name.removeprefix('panda_') for path in (SHARE / 'models').glob('panda_*'))
 # Passed on as they are; policy.launch.py says what they mean and what an empty one does.
 FORWARDED = {
     'params_file': (str(SHARE / 'config' / 'panda_lift.yaml'), 'Parameter file of the policy.'),
@@ -88,7 +88,7 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument(
             'task',
             default_value='lift',
-            choices=TASKS,
+            choices=list(PANDA_TASKS),
             description='Task of the robot; the bundle has to be one for it.',
         ),
     ]

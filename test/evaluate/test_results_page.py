@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip('robosuite', reason='robosuite is not installed')
 pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
 
-from tts_policy.evaluate.benchmark import benchmark_named
 from tts_policy.evaluate.digest import ExpectedDigests
 from tts_policy.policy.bundle import load_bundle
+from tts_policy.sim.tasks import task_named
 
 RESULTS = Path(__file__).parents[2] / 'docs' / 'results.json'
 
@@ -22,6 +22,6 @@ def test_every_row_was_measured_with_the_plans_of_the_bundle_of_its_task() -> No
     rows = json.loads(RESULTS.read_text())
     tasks = {row['task'] for row in rows}
     assert tasks >= {'lift', 'stack', 'can'}
-    expected = ExpectedDigests({task: load_bundle(benchmark_named(task).bundle) for task in tasks})
+    expected = ExpectedDigests({task: load_bundle(task_named(task).bundle) for task in tasks})
     others = [(row['task'], row['arm']) for row in rows if expected.matching([row]) != [row]]
     assert others == []

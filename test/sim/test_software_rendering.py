@@ -14,9 +14,9 @@ import pytest
 @pytest.mark.skipif(find_spec('robosuite') is None, reason='robosuite is not installed')
 def test_the_simulated_camera_and_triton_live_in_one_process() -> None:
     script = """
-from tts_policy.sim.tasks.registry import TASKS
+from tts_policy.sim.tasks import PANDA_TASKS
 import torch.utils.flop_counter  # imports triton where it can
-world = TASKS['lift'].world()
+world = PANDA_TASKS['lift'].world()
 world.reset(0)
 assert world.render().max() > 0
 """

@@ -24,7 +24,6 @@ from typing import Any
 from tqdm import tqdm
 
 from tts_policy.data.worker_processes import worker_processes
-from tts_policy.evaluate.benchmark import BENCHMARKS, EXPERT_SEED, benchmark_named
 from tts_policy.evaluate.digest import ExpectedDigests
 from tts_policy.evaluate.page import markdown_table, write_page, write_plot
 from tts_policy.evaluate.results import (
@@ -45,6 +44,8 @@ from tts_policy.evaluate.worker import (
     stop_worker,
 )
 from tts_policy.policy.bundle import Bundle, BundleError, load_bundle
+from tts_policy.sim.task import EXPERT_SEED, TaskError
+from tts_policy.sim.tasks import TASKS, task_named
 
 FIRST_SEED = 100_000
 INTERRUPTED = 130
@@ -84,9 +85,9 @@ def read_earlier(path: Path) -> list[Row]:
         isinstance(r, dict) and needed <= set(r) for r in rows
     ):
         raise EvaluationError(f'{path}: a list of rows with {sorted(needed)} expected')
-    unknown = sorted({row['task'] for row in rows} - set(BENCHMARKS))
+    unknown = sorted({row['task'] for row in rows} - set(TASKS))
     if unknown:
-        raise EvaluationError(f'{path}: tasks of {list(BENCHMARKS)} expected, got {unknown}')
+        raise EvaluationError(f'{path}: tasks of {list(TASKS)} expected, got {unknown}')
     return rows
 
 
@@ -105,7 +106,7 @@ def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
     """Arms that the bundle can run; says which it cannot, and why."""
     import torch
 
-    benchmark_named(task).check(bundle.network.contract)
+    task_named(task).check(bundle.network.contract)
     able: list[Arm] = []
     known: dict[tuple[object, ...], Arm] = {}
     for arm in arms:
@@ -156,7 +157,7 @@ def plan_jobs(
 
 
 def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()) -> list[Row]:
-    """Rows of everything measured: tasks as registered, arms as in the set of all of them.
+    """Rows of everything measured, by task as they come and by arm as in the set of all.
 
     An earlier row stands until all of its seeds, or more episodes than it has, are in the log.
     """
@@ -173,7 +174,7 @@ def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()
         if row is None or set(of) >= row_seeds(row) or len(of) > row['episodes']:
             rows[task, name] = make_row(task, Arm.parse(name), of, errors.get((task, name)))
     rank = {name: index for index, name in enumerate(ARM_SETS['all'])}
-    tasks = list(BENCHMARKS)
+    tasks = list(dict.fromkeys(task for task, _ in rows))
     order = sorted(rows, key=lambda e: (tasks.index(e[0]), rank.get(e[1], len(rank)), e[1]))
     return [
         compared(rows[task, name], rows.get((task, Arm.parse(name).reference)))
@@ -234,7 +235,7 @@ def timed_in_turns(rows: Sequence[Row], bundles: dict[str, Path], episodes: int)
 def _task_bundle(text: str) -> tuple[str, Path]:
     name, _, bundle = text.partition('=')
     try:
-        default = benchmark_named(name).bundle
+        default = task_named(name).bundle
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return name, Path(bundle) if bundle else default
@@ -250,7 +251,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         nargs='+',
         type=_task_bundle,
         metavar='TASK[=BUNDLE]',
-        help=f'of {", ".join(BENCHMARKS)}; the bundle is the one in models/ if it is not named',
+        help=f'of {", ".join(TASKS)}; the bundle is the one in models/ if it is not named',
     )
     parser.add_argument(
         '--arms',
@@ -330,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         return _evaluate(args)
-    except (BundleError, ArmError, EvaluationError, ChildProcessError) as error:
+    except (BundleError, TaskError, ArmError, EvaluationError, ChildProcessError) as error:
         print(f'evaluate_policy: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tts_policy.evaluate.benchmark import EXPERT_SEED, Benchmark, Window, benchmark_named
 from tts_policy.evaluate.digest import ArmDigests
 from tts_policy.evaluate.plan_sources import PlanSource
 from tts_policy.evaluate.variants import NOISE, Arm, Setting
@@ -30,6 +29,8 @@ from tts_policy.policy.contract import PolicyContract
 from tts_policy.policy.denoisers.denoiser import DenoiserSpec
 from tts_policy.policy.plan import Plan, Reuse, reuse_mix
 from tts_policy.policy.policy import Chunk, TestTimeSparsePolicy
+from tts_policy.sim.task import EXPERT_SEED, Window
+from tts_policy.sim.tasks import task_named
 
 KEPT_POLICIES = 3
 Made = TypeVar('Made')
@@ -113,9 +114,8 @@ class Worker:
 
         A renderer that is only forgotten is freed in the context of another one that is in use.
         """
-        for made in self._made.values():
-            if isinstance(made, Benchmark):
-                made.close()
+        for task in self._bundles:
+            task_named(task).close()
 
     def _once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         if key not in self._made:
@@ -127,9 +127,6 @@ class Worker:
 
     def _digests(self, task: str) -> ArmDigests:
         return self._once(('digests', task), lambda: ArmDigests(self._bundle(task)))
-
-    def _benchmark(self, task: str) -> Benchmark:
-        return self._once(('benchmark', task), lambda: benchmark_named(task))
 
     def _policy(self, task: str, arm: Arm) -> ArmPolicy:
         key = task, arm.name
@@ -152,7 +149,7 @@ class Worker:
         ready = self._policy(task, arm)
         execute = ready.setting.execute
         ready.reset(seed)
-        rollout = self._benchmark(task).run(
+        rollout = task_named(task).run(
             ready.policy, seed, arm.asked_sparsity, execute, ready.setting.blind
         )
         plans = [chunk.plan for chunk in rollout.chunks]
@@ -183,7 +180,7 @@ class Worker:
         """Windows of the ticks of other episodes, `execute` frames apart (0: the contract's)."""
         bundle = self._bundle(task)
         stride = execute or bundle.network.contract.action.execute
-        return self._benchmark(task).windows(bundle, self._sequences, stride)
+        return task_named(task).windows(bundle, self._sequences, stride)
 
     def _tokens(self, task: str) -> Tensor:
         """Observation tokens [M, To, D] of the ticks of other episodes."""

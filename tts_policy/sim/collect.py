@@ -41,7 +41,8 @@ from tts_policy.sim.panda import (
     PANDA_CONTRACT,
     STATE_JOINTS,
 )
-from tts_policy.sim.tasks.registry import TASKS, Task, task_named
+from tts_policy.sim.task import PandaTask
+from tts_policy.sim.tasks import PANDA_TASKS, panda_task
 from tts_policy.sim.world import World
 
 IMAGE_TOPIC = '/camera/image'
@@ -179,7 +180,7 @@ def recorded_frames(bag: Path) -> int:
 class _Worker:
     """One process: a world, its expert and a writer, made once."""
 
-    task: Task
+    task: PandaTask
     world: World
     expert: Expert
     writer: _BagWriter
@@ -188,7 +189,7 @@ class _Worker:
     @classmethod
     def start(cls, task: str, lead: LeadChoice | None) -> None:
         torch.set_num_threads(1)
-        cls.task = task_named(task)
+        cls.task = panda_task(task)
         cls.world = cls.task.world()
         cls.expert = cls.task.expert(cls.world)
         cls.writer = _BagWriter()
@@ -267,7 +268,7 @@ def collect(
     The summary is written to out/summary.json as well. Seeds from EVALUATION_SEEDS_FROM on are
     refused with a ValueError: they are kept for evaluation.
     """
-    named = task_named(task)
+    named = panda_task(task)
     if lead is not None:
         lead.load(named.frame_limit)  # refused here, not in a process of the pool
     if episodes < 1 or workers < 1:
@@ -312,7 +313,7 @@ def collect(
 def main(arguments: list[str] | None = None) -> int:
     """Console command collect_demos."""
     parser = argparse.ArgumentParser(prog='collect_demos', description=__doc__.splitlines()[0])
-    parser.add_argument('--task', choices=list(TASKS), default='lift')
+    parser.add_argument('--task', choices=list(PANDA_TASKS), default='lift')
     parser.add_argument('--episodes', type=int, default=200, help='successful episodes to record')
     parser.add_argument('--seed', type=int, default=0, help='first seed')
     parser.add_argument('--out', type=Path, required=True, help='directory of the bags')

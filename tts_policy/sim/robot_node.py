@@ -41,7 +41,8 @@ from tts_policy.sim.robot_messages import (
     to_stamp,
     trajectory_points,
 )
-from tts_policy.sim.tasks.registry import TASKS, Task, task_named
+from tts_policy.sim.task import PandaTask
+from tts_policy.sim.tasks import PANDA_TASKS, panda_task
 from tts_policy.sim.trajectory_player import NS_PER_S, TrajectoryError
 
 REALTIME, LOCKSTEP = 'realtime', 'lockstep'
@@ -85,9 +86,11 @@ class RobotNode(Node):
             f'ready, task {task.name}, {self._clock_mode()} clock; held until ~/reset'
         )
 
-    def _declare_task(self) -> Task:
-        description = ParameterDescriptor(description=f'one of {", ".join(TASKS)}', read_only=True)
-        return task_named(str(self.declare_parameter('task', 'lift', description).value))
+    def _declare_task(self) -> PandaTask:
+        description = ParameterDescriptor(
+            description=f'one of {", ".join(PANDA_TASKS)}', read_only=True
+        )
+        return panda_task(str(self.declare_parameter('task', 'lift', description).value))
 
     def _declare(self, episode_s: float) -> None:
         for name, description, most in (

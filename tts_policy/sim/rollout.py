@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tts_policy.control.trajectory import plan_trajectory
-from tts_policy.policy.contract import PolicyContract
-from tts_policy.policy.policy import Chunk, TestTimeSparsePolicy
 from tts_policy.sim.episode import FRAME_NS, Episode, Robot, Timeline
 from tts_policy.sim.panda import CAMERA_KEY
 from tts_policy.sim.trajectory_player import TrajectoryPoint
+
+if TYPE_CHECKING:
+    from tts_policy.policy.contract import PolicyContract
+    from tts_policy.policy.policy import Chunk, TestTimeSparsePolicy
 
 OTHER_EPISODE = 500_000
 

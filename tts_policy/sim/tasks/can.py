@@ -9,6 +9,7 @@ import numpy as np
 
 from tts_policy.sim.expert import Expert, Goal, Grasp, Gripper, nearest_turn, pointing_down
 from tts_policy.sim.panda import FINGER_OPEN_M
+from tts_policy.sim.task import PandaTask
 from tts_policy.sim.world import HIDDEN_BODIES, HIDDEN_GROUP, CameraPose, World
 
 START_CENTRE_M = (0.1, -0.25)
@@ -99,3 +100,6 @@ class CanExpert(Expert):
         elif can[2] < CLEAR_HEIGHT_M:
             target[:2] = can[:2]
         return Goal(gripper.position + target - can, rotation, gripper.closing)
+
+
+TASK = PandaTask('can', CanWorld, CanExpert, frame_limit=240)

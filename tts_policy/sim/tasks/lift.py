@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tts_policy.sim.expert import Expert, Goal, Grasp, Gripper, nearest_turn, pointing_down
+from tts_policy.sim.task import PandaTask
 from tts_policy.sim.world import CameraPose, World
 
 CUBE_RANGE_M = 0.10
@@ -60,3 +61,6 @@ class LiftExpert(Expert):
         x, y, _ = gripper.position
         lifted = np.array([x, y, world.cube_rest_height_m + LIFT_M])
         return Goal(lifted, rotation, gripper.closing)
+
+
+TASK = PandaTask('lift', LiftWorld, LiftExpert, frame_limit=120)

@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tts_policy.data.replay_buffer import ReplayBufferError, load_replay_buffer
-from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.sim.rollout import Rollout
+from tts_policy.sim.task import EXPERT_SEED, Task, TaskError, Window
 
-CAMERA_KEY = 'camera'
+if TYPE_CHECKING:
+    from tts_policy.policy.bundle import Bundle
+    from tts_policy.policy.contract import PolicyContract
+    from tts_policy.policy.policy import TestTimeSparsePolicy
+
 AGENT_AXES = ('agent_x', 'agent_y')
 FRAME_S = 0.1
 EPISODE_FRAMES = 300
@@ -106,37 +112,85 @@ def replay(world: PushTWorld, state: NDArray[np.floating], actions: NDArray[np.f
     return world.score
 
 
-def run_pusht(
-    policy: TestTimeSparsePolicy, world: PushTWorld, seed: int, sparsity: float, execute: int
-) -> tuple[Rollout, NDArray[np.float64]]:
-    """Episode of `seed`, and what was observed in it [F, J]; the first frame is seen To times.
+class PushTTask(Task):
+    """Push-T from key points of the block; its score is the largest reward of the episode.
 
-    Every action of a chunk is the finger's target for a frame. The episode ends with the block on
-    its outline, or after EPISODE_FRAMES.
+    There is no scripted expert: the observations are those of the policy itself, run dense.
     """
-    observation = policy.contract.observation
-    policy.reset(seed)
-    world.reset(seed)
 
-    def observe() -> list[float]:
-        positions = world.positions()
-        return [positions[name] for name in observation.joints]
+    def __init__(self) -> None:
+        super().__init__('pusht', (*BLOCK_AXES, *AGENT_AXES), AGENT_AXES, 'pusht_lowdim')
+        self._world: PushTWorld | None = None
+        self._shown: list[NDArray[np.float64]] = []
 
-    order = [policy.contract.action.joints.index(axis) for axis in AGENT_AXES]
-    rollout, seen = Rollout(seed), [observe()] * observation.steps
-    frames = 0
-    while frames < EPISODE_FRAMES and not rollout.success:
-        chunk = policy.act({'joints': np.array(seen[-observation.steps :])}, sparsity)
-        rollout.chunks.append(chunk)
-        for target in chunk.actions[: min(execute, EPISODE_FRAMES - frames)]:
-            world.step(target[order])
-            seen.append(observe())
-            frames += 1
-            rollout.success = world.score >= 1.0
-            if rollout.success:
-                break
-    rollout.duration_s, rollout.score = frames * FRAME_S, world.score
-    return rollout, np.array(seen)
+    def check(self, contract: PolicyContract) -> None:
+        """Raise TaskError for other names, cameras, and without gym-pusht."""
+        super().check(contract)
+        if contract.observation.cameras:
+            keys = [camera.key for camera in contract.observation.cameras]
+            raise TaskError(f'pusht: expected a policy without cameras, got {keys}')
+        if find_spec('gym_pusht') is None:
+            raise TaskError('pusht: expected gym-pusht (requirements/pusht.txt), got none')
+
+    def run(
+        self, policy: TestTimeSparsePolicy, seed: int, sparsity: float, execute: int, blind: bool
+    ) -> Rollout:
+        """Run one episode; it ends with the block on its outline, or after EPISODE_FRAMES."""
+        if blind:
+            raise TaskError('pusht: expected an episode that sees, got blind and no camera')
+        return self._episode(policy, seed, sparsity, execute)[0]
+
+    def windows(self, bundle: Bundle, episodes: int, stride: int) -> list[list[Window]]:
+        """Windows of dense episodes of the bundle's default sampler."""
+        from tts_policy.policy.policy import TestTimeSparsePolicy
+
+        contract = bundle.network.contract
+        back = contract.observation.steps
+        if not self._shown:
+            policy = TestTimeSparsePolicy(bundle, bundle.default_sampler)
+            seeds = range(EXPERT_SEED, EXPERT_SEED + episodes)
+            execute = contract.action.execute
+            self._shown = [self._episode(policy, seed, 0.0, execute)[1] for seed in seeds]
+        return [
+            [{'joints': joints[end - back : end]} for end in range(back, len(joints) + 1, stride)]
+            for joints in self._shown
+        ]
+
+    def _episode(
+        self, policy: TestTimeSparsePolicy, seed: int, sparsity: float, execute: int
+    ) -> tuple[Rollout, NDArray[np.float64]]:
+        """Episode of `seed`, and what was observed [F, J]; the first frame is seen To times.
+
+        Every action of a chunk is the finger's target for one frame.
+        """
+        if self._world is None:
+            self._world = PushTWorld()
+        world, observation = self._world, policy.contract.observation
+        policy.reset(seed)
+        world.reset(seed)
+
+        def observe() -> list[float]:
+            positions = world.positions()
+            return [positions[name] for name in observation.joints]
+
+        order = [policy.contract.action.joints.index(axis) for axis in AGENT_AXES]
+        rollout, seen = Rollout(seed), [observe()] * observation.steps
+        frames = 0
+        while frames < EPISODE_FRAMES and not rollout.success:
+            chunk = policy.act({'joints': np.array(seen[-observation.steps :])}, sparsity)
+            rollout.chunks.append(chunk)
+            for target in chunk.actions[: min(execute, EPISODE_FRAMES - frames)]:
+                world.step(target[order])
+                seen.append(observe())
+                frames += 1
+                rollout.success = world.score >= 1.0
+                if rollout.success:
+                    break
+        rollout.duration_s, rollout.score = frames * FRAME_S, world.score
+        return rollout, np.array(seen)
+
+
+TASK = PushTTask()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from tts_policy.sim.expert import (
     pointing_down,
 )
 from tts_policy.sim.panda import FINGER_OPEN_M
+from tts_policy.sim.task import PandaTask
 from tts_policy.sim.world import CameraPose, World
 
 RANGE_M = 0.08
@@ -127,3 +128,6 @@ class StackExpert(Expert):
             yaw = nearest_turn(np.arctan2(y, x) + np.pi / 2, yaw, np.pi / 2)
             return pointing_down(nearest_turn(gripper.yaw, yaw, np.pi))
         return pointing_down(nearest_turn(gripper.yaw, yaw, np.pi / 2))
+
+
+TASK = PandaTask('stack', StackWorld, StackExpert, frame_limit=240)

@@ -14,14 +14,15 @@ pytest.importorskip('robosuite', reason='robosuite is not installed')
 pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
 
 from tts_policy.evaluate import evaluate_policy
-from tts_policy.evaluate.benchmark import BENCHMARKS, benchmark_named
-from tts_policy.policy.bundle import BundleError, save_random_bundle
+from tts_policy.policy.bundle import save_random_bundle
 from tts_policy.policy.contract import ActionSpec, ObservationSpec, PolicyContract
 from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 from tts_policy.sim.panda import PANDA_CONTRACT
+from tts_policy.sim.task import TaskError
+from tts_policy.sim.tasks import TASKS, task_named
 from tts_policy.sim.tasks.pusht import AGENT_AXES, BLOCK_AXES
 
 CONTRACT = PolicyContract(
@@ -40,15 +41,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize('name', ['lift', 'stack', 'can'])
 def test_every_task_of_the_arm_takes_its_contract(name: str) -> None:
-    benchmark_named(name).check(PANDA_CONTRACT)
-    assert benchmark_named(name).bundle == Path(f'models/panda_{name}')
+    task_named(name).check(PANDA_CONTRACT)
+    assert task_named(name).bundle == Path(f'models/panda_{name}')
 
 
-@pytest.mark.parametrize('name', list(BENCHMARKS))
+@pytest.mark.parametrize('name', list(TASKS))
 def test_a_policy_of_another_robot_is_refused(name: str) -> None:
     other = replace(PANDA_CONTRACT, action=replace(PANDA_CONTRACT.action, joints=('wheel',)))
-    with pytest.raises(BundleError, match=r'joints of .* expected'):
-        benchmark_named(name).check(other)
+    with pytest.raises(TaskError, match=r'joints: expected some of .*, got'):
+        task_named(name).check(other)
 
 
 def test_a_policy_of_another_robot_ends_the_command_in_one_line(
@@ -61,11 +62,11 @@ def test_a_policy_of_another_robot_ends_the_command_in_one_line(
 
 def test_an_episode_depends_on_its_seed_alone(bundle: Path) -> None:
     pytest.importorskip('gym_pusht', reason='gym-pusht is not installed')
-    benchmark = benchmark_named('pusht')
+    task = task_named('pusht')
     policy = TestTimeSparsePolicy.from_bundle(bundle, threads=1)
-    first = benchmark.run(policy, 7, 0.5, 8, False)
-    other = benchmark.run(policy, 8, 0.5, 8, False)
-    again = benchmark.run(policy, 7, 0.5, 8, False)
+    first = task.run(policy, 7, 0.5, 8, False)
+    other = task.run(policy, 8, 0.5, 8, False)
+    again = task.run(policy, 7, 0.5, 8, False)
     assert len(first.chunks) == 38 and first.duration_s == pytest.approx(30.0)
     assert first.score == again.score and not first.success
     for a, b in zip(first.chunks, again.chunks, strict=True):

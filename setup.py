@@ -53,7 +53,7 @@ setup(
             'record_bag = tts_policy.node.record_bag:main',
             'convert_checkpoint = tts_policy.convert.convert_checkpoint:main',
             'evaluate_policy = tts_policy.evaluate.evaluate_policy:main',
-            'demo = tts_policy.sim.demo:main',
+            'demo = tts_policy.sim.demo.command:main',
         ],
     },
 )

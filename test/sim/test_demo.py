@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 FRAMES = 25  # of an episode of 1.25 s
 TICKS = 3
 STEEP = DIFFUSION_SAMPLERS['ddpm100'].recommended_sparsity
-ARMS = ('sparse', 'dense', 'sparse_ddpm100')
+VARIANTS = ('sparse', 'dense', 'sparse_ddpm100')
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +53,7 @@ class DemoRun:
         self.out = folder / 'out'
         self._marker = f'ROS_LOG_DIR={folder}'.encode()
         self._process = subprocess.Popen(
-            [sys.executable, '-m', 'tts_policy.sim.demo', '--out', self.out]
+            [sys.executable, '-m', 'tts_policy.sim.demo.command', '--out', self.out]
             + [str(argument) for argument in arguments],
             env=child_environment(ROS_LOG_DIR=str(folder)),
             stdout=subprocess.PIPE,
@@ -110,7 +110,7 @@ def start_demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
 
 @pytest.fixture(scope='module')
 def finished(start_demo: Callable[..., DemoRun], bundle: Path) -> tuple[Path, str]:
-    """Run one episode of 1.25 s in every arm; gives the output folder and what was printed."""
+    """Run one episode of 1.25 s in every variant; gives the output folder and what was printed."""
     run = start_demo(
         '--bundle', bundle, '--episodes', 1, '--dense-episodes', 1, '--episode-s', 1.25
     )
@@ -127,34 +127,34 @@ def summary(finished: tuple[Path, str]) -> dict[str, Any]:
     return parsed
 
 
-def test_the_summary_holds_the_numbers_of_every_arm(summary: dict[str, Any]) -> None:
-    for name in ARMS:
-        arm = summary[name]
-        assert (arm['episodes'], arm['successes'], arm['ticks']) == (1, 0, TICKS)
-        assert 0 < arm['latency_ms']['p50'] <= arm['latency_ms']['p95']
-        assert 0 <= arm['deadline_misses'] <= TICKS
-        assert arm['refused_chunks'] == 0
-        (episode,) = arm['per_episode']
+def test_the_summary_holds_the_numbers_of_every_variant(summary: dict[str, Any]) -> None:
+    for name in VARIANTS:
+        variant = summary[name]
+        assert (variant['episodes'], variant['successes'], variant['ticks']) == (1, 0, TICKS)
+        assert 0 < variant['latency_ms']['p50'] <= variant['latency_ms']['p95']
+        assert 0 <= variant['deadline_misses'] <= TICKS
+        assert variant['refused_chunks'] == 0
+        (episode,) = variant['per_episode']
         assert (episode['seed'], episode['frames']) == (200_000, FRAMES)
         assert episode['trajectories'] == TICKS
     assert summary['setup']['deadline_ms'] == 400.0
 
 
 def test_sparsity_and_flops_are_those_that_ran(summary: dict[str, Any]) -> None:
-    sparse, dense, steep = (summary[name] for name in ARMS)
+    sparse, dense, steep = (summary[name] for name in VARIANTS)
     assert (dense['sparsity'], dense['flops_ratio'], dense['flops_ratio_steady']) == (0, 1, 1)
     assert sparse['sparsity'] == pytest.approx(0.8, abs=0.01)
     assert steep['sparsity'] == pytest.approx(STEEP, abs=0.01)
-    for arm in (sparse, steep):
+    for variant in (sparse, steep):
         # The first tick of an episode is dense, the other two are not.
-        assert arm['sparsity_all_ticks'] == pytest.approx(arm['sparsity'] * 2 / 3)
-        assert arm['flops_ratio'] == pytest.approx((1 + 2 * arm['flops_ratio_steady']) / 3)
-        assert arm['flops_ratio_steady'] < 1
+        assert variant['sparsity_all_ticks'] == pytest.approx(variant['sparsity'] * 2 / 3)
+        assert variant['flops_ratio'] == pytest.approx((1 + 2 * variant['flops_ratio_steady']) / 3)
+        assert variant['flops_ratio_steady'] < 1
 
 
 def test_the_table_and_a_line_per_episode_are_printed(finished: tuple[Path, str]) -> None:
     output = finished[1]
-    assert output.count('seed 200000  failed (time limit) after 1.25 s, 3 ticks') == len(ARMS)
+    assert output.count('seed 200000  failed (time limit) after 1.25 s, 3 ticks') == len(VARIANTS)
     for title in (
         'sparse DDIM-10 at 80 %',
         'dense DDPM-100',
@@ -187,7 +187,7 @@ def test_the_video_shows_every_frame_and_moves(finished: tuple[Path, str]) -> No
     import cv2
     from PIL import Image
 
-    from tts_policy.sim.demo_video import GIF_BYTES
+    from tts_policy.sim.demo.video import GIF_BYTES
 
     video = cv2.VideoCapture(str(finished[0] / 'demo.mp4'))
     frames = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo makes of its records: arms, sums, table, colours, and the domain it picks."""
+"""What the demo makes of its records: variants, sums, table, colours, and the domain it picks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ import pytest
 pytest.importorskip('rclpy', reason='rclpy is not installed')
 
 from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
-from tts_policy.sim import demo_process
-from tts_policy.sim.demo_arms import Arm, DemoBundle, Sampler, choose_arms, read_bundle
-from tts_policy.sim.demo_driver import EpisodeRecord
-from tts_policy.sim.demo_process import DemoError
-from tts_policy.sim.demo_table import deadline_lines, summarise, table
+from tts_policy.sim.demo import processes
+from tts_policy.sim.demo.driver import EpisodeRecord
+from tts_policy.sim.demo.processes import DemoError
+from tts_policy.sim.demo.variants import (
+    DemoBundle,
+    Sampler,
+    Variant,
+    choose_variants,
+    deadline_lines,
+    read_bundle,
+    summarise,
+    table,
+)
 
 JOINTS = ('shoulder', 'finger')
 DDIM = Sampler('ddim10', 'DDIM-10', 10, 0.8)
 DDPM = Sampler('ddpm100', 'DDPM-100', 100, 0.95)
-SPARSE = Arm('sparse', DDIM, 0.8, 2)
+SPARSE = Variant('sparse', DDIM, 0.8, 2)
 
 
 @pytest.fixture
@@ -100,14 +108,14 @@ def test_a_table_shows_a_dash_where_there_was_no_tick(bundle: DemoBundle) -> Non
     assert len({len(line) for line in lines[1:]}) == 1
 
 
-def test_arms_follow_the_bundle(bundle: DemoBundle) -> None:
-    arms = choose_arms(bundle, 'ddim10', None, 10, 3)
-    assert [(a.key, a.sampler.name, a.sparsity, a.episodes) for a in arms] == [
+def test_variants_follow_the_bundle(bundle: DemoBundle) -> None:
+    variants = choose_variants(bundle, 'ddim10', None, 10, 3)
+    assert [(a.key, a.sampler.name, a.sparsity, a.episodes) for a in variants] == [
         ('sparse', 'ddim10', 0.8, 10),
         ('dense', 'ddpm100', 0.0, 3),
         ('sparse_ddpm100', 'ddpm100', 0.95, 1),
     ]
-    assert [a.key for a in choose_arms(bundle, 'ddpm100', 0.9, 1, 1)] == ['sparse', 'dense']
+    assert [a.key for a in choose_variants(bundle, 'ddpm100', 0.9, 1, 1)] == ['sparse', 'dense']
     assert bundle.deadline_s == pytest.approx(0.4)
 
 
@@ -120,11 +128,11 @@ def test_arms_follow_the_bundle(bundle: DemoBundle) -> None:
         (('ddim10', None, 1, 0), 'must be at least 1, got 1 and 0'),
     ],
 )
-def test_impossible_arms_are_refused_by_name(
+def test_impossible_variants_are_refused_by_name(
     bundle: DemoBundle, arguments: tuple[Any, ...], reason: str
 ) -> None:
     with pytest.raises(DemoError, match=reason):
-        choose_arms(bundle, *arguments)
+        choose_variants(bundle, *arguments)
 
 
 @pytest.mark.parametrize('text', ['[1, 2', 'samplers: 3', 'samplers: {a: {}}'])
@@ -135,19 +143,19 @@ def test_a_malformed_model_file_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_a_domain_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = demo_process.private_domain()
-    monkeypatch.setattr(demo_process, 'DOMAINS', [free])
+    free = processes.private_domain()
+    monkeypatch.setattr(processes, 'DOMAINS', [free])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind(('', 7400 + 250 * free + 10))
         with pytest.raises(DemoError, match='a free ROS domain expected'):
-            demo_process.private_domain()
+            processes.private_domain()
 
 
 def test_the_axes_of_a_plan_name_the_blocks_that_the_denoiser_declares() -> None:
     pytest.importorskip('torch', reason='torch is not installed')
     from tts_policy.node.monitor import blocks_report
     from tts_policy.policy.denoisers.dit import DiTSpec
-    from tts_policy.sim.plan_axes import PlanColumns
+    from tts_policy.sim.demo.pictures import PlanColumns
 
     spec = DiTSpec(2, 4, 1, 3, width=16, layers=2, heads=2)
     columns = PlanColumns.of({'blocks': blocks_report(spec.stack)})

@@ -42,7 +42,7 @@ def share_directory() -> Path:
         if neither holds them.
 
     """
-    candidates = [Path(__file__).resolve().parents[2]]
+    candidates = [Path(__file__).resolve().parents[3]]
     prefixes = [*os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep), sys.prefix]
     candidates += [Path(prefix) / 'share' / 'tts_policy' for prefix in prefixes if prefix]
     for candidate in candidates:

@@ -29,7 +29,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from tts_policy.control.conversions import joint_positions, time_to_ns
 from tts_policy.control.images import raw_to_rgb
-from tts_policy.sim.demo_process import DemoError
+from tts_policy.sim.demo.processes import DemoError
 
 ROBOT, POLICY = 'robot', 'tts_policy'
 CAMERA, STATES, COMMANDS = 'camera/image', 'joint_states', 'joint_trajectory'

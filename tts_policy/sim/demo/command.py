@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from tts_policy.sim.demo_arms import Arm, DemoBundle, choose_arms, read_bundle
-from tts_policy.sim.demo_process import (
+from tts_policy.sim.demo.processes import (
     HURRIED_S,
     PATIENT_S,
     DemoError,
@@ -34,14 +33,15 @@ from tts_policy.sim.demo_process import (
     share_directory,
     stop_all,
 )
+from tts_policy.sim.demo.variants import DemoBundle, Variant, choose_variants, read_bundle
 
 if TYPE_CHECKING:
-    from tts_policy.sim.demo_driver import EpisodeRecord
+    from tts_policy.sim.demo.driver import EpisodeRecord
 
 UNSEEN_SEED = 200_000
 INTERRUPTED = 130
 MOST_DROPPED = 0.1
-# More than any arm can turn: no bound.
+# More than any variant can turn: no bound.
 FIRST_POINT_RAD = 100.0
 BAR_FORMAT = '{desc}: episode {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}'
 
@@ -51,7 +51,7 @@ class Demo:
 
     def __init__(self, options: argparse.Namespace, bundle: DemoBundle, share: Path) -> None:
         """Start the robot and the driver."""
-        from tts_policy.sim.demo_driver import EpisodeDriver
+        from tts_policy.sim.demo.driver import EpisodeDriver
 
         self._options = options
         self._bundle = bundle
@@ -76,7 +76,7 @@ class Demo:
         self._undo.__exit__(*error)
 
     def _start_robot(self) -> NodeProcess:
-        from tts_policy.sim.demo_driver import OWED_LIMIT_S
+        from tts_policy.sim.demo.driver import OWED_LIMIT_S
 
         parameters = {
             'clock': 'realtime' if self._options.realtime else 'lockstep',
@@ -90,9 +90,9 @@ class Demo:
             parameters['episode_s'] = float(self._options.episode_s)
         return NodeProcess('tts_policy.sim.robot_node', parameters, self._log / 'robot_node.log')
 
-    def start_policy(self, arm: Arm) -> None:
-        """Run the policy node with the arm's sampler and sparsity, in place of the last one."""
-        from tts_policy.sim.demo_driver import OWED_LIMIT_S
+    def start_policy(self, variant: Variant) -> None:
+        """Replace the running policy node by one with the variant's sampler and sparsity."""
+        from tts_policy.sim.demo.driver import OWED_LIMIT_S
 
         if self._policy is not None:
             stop_all([self._policy], PATIENT_S)
@@ -100,8 +100,8 @@ class Demo:
             self._driver.await_policy_gone()
         parameters = {
             'bundle': str(self._bundle.path),
-            'sampler': arm.sampler.name,
-            'sparsity': float(arm.sparsity),
+            'sampler': variant.sampler.name,
+            'sparsity': float(variant.sparsity),
             'enable_output': True,
             'use_sim_time': not self._options.realtime,
             # In lockstep nothing is published again, so nothing may be lost.
@@ -112,21 +112,21 @@ class Demo:
             'limits.first_point_default': FIRST_POINT_RAD,
             'inference_timeout_s': OWED_LIMIT_S,
         }
-        log = self._log / f'policy_node_{arm.sampler.name}.log'
+        log = self._log / f'policy_node_{variant.sampler.name}.log'
         self._policy = NodeProcess('tts_policy.node.policy_node', parameters, log)
         if not self._driver.start_policy():
             raise self._policy.failure('policy_node could not be started')
 
-    def raise_sparsity(self, arm: Arm) -> None:
-        """Set the running policy's sparsity to the arm's."""
-        self._driver.set_parameter('tts_policy', 'sparsity', float(arm.sparsity))
+    def raise_sparsity(self, variant: Variant) -> None:
+        """Set the running policy's sparsity to the variant's."""
+        self._driver.set_parameter('tts_policy', 'sparsity', float(variant.sparsity))
 
-    def run_arm(self, arm: Arm) -> list[EpisodeRecord]:
-        """Run the arm's episodes with a progress bar; returns their records."""
+    def run_variant(self, variant: Variant) -> list[EpisodeRecord]:
+        """Run the variant's episodes with a progress bar; returns their records."""
         self._driver.set_parameter('robot', 'seed', self._options.seed)
         records: list[EpisodeRecord] = []
-        with tqdm(total=arm.episodes, desc=arm.title, bar_format=BAR_FORMAT) as bar:
-            for _ in range(arm.episodes):
+        with tqdm(total=variant.episodes, desc=variant.title, bar_format=BAR_FORMAT) as bar:
+            for _ in range(variant.episodes):
                 seed = self._options.seed + len(records)
 
                 def show(record: EpisodeRecord, seed: int = seed) -> None:
@@ -138,7 +138,7 @@ class Demo:
                 records.append(self._driver.run_episode(show))
                 show(records[-1])
                 bar.update()
-                tqdm.write(_episode_line(len(records), arm.episodes, records[-1]))
+                tqdm.write(_episode_line(len(records), variant.episodes, records[-1]))
         return records
 
     def _check(self) -> None:
@@ -170,7 +170,7 @@ def run(options: argparse.Namespace) -> None:
     share = share_directory()
     path = options.bundle or share / 'models' / f'panda_{options.task}'
     bundle = read_bundle(path.resolve())
-    arms = choose_arms(
+    variants = choose_variants(
         bundle, options.sampler, options.sparsity, options.episodes, options.dense_episodes
     )
     options.out.mkdir(parents=True, exist_ok=True)
@@ -178,33 +178,36 @@ def run(options: argparse.Namespace) -> None:
     print(f'bundle {path}, {clock}, seeds from {options.seed} on; logs in {options.out / "log"}')
     records = []
     with Demo(options, bundle, share) as demo:
-        for index, arm in enumerate(arms):
-            if index == 0 or arm.sampler != arms[index - 1].sampler:
-                print(f'starting the nodes for {arm.title} ...', flush=True)
-                demo.start_policy(arm)
+        for index, variant in enumerate(variants):
+            if index == 0 or variant.sampler != variants[index - 1].sampler:
+                print(f'starting the nodes for {variant.title} ...', flush=True)
+                demo.start_policy(variant)
             else:
-                demo.raise_sparsity(arm)
-            records.append(demo.run_arm(arm))
+                demo.raise_sparsity(variant)
+            records.append(demo.run_variant(variant))
     ran_s = time.monotonic() - began_s
-    _report(options, bundle, arms, records, ran_s)
-    _draw(options, bundle, arms, records)
+    _report(options, bundle, variants, records, ran_s)
+    _draw(options, bundle, variants, records)
     print(f'\n{time.monotonic() - began_s:.0f} s in all, episodes took {ran_s:.0f} s of it.')
 
 
 def _report(
     options: argparse.Namespace,
     bundle: DemoBundle,
-    arms: Sequence[Arm],
+    variants: Sequence[Variant],
     records: Sequence[list[EpisodeRecord]],
     ran_s: float,
 ) -> None:
     """Print the table and write summary.json."""
-    from tts_policy.sim.demo_table import deadline_lines, summarise, table
+    from tts_policy.sim.demo.variants import deadline_lines, summarise, table
 
     rows = [
-        summarise(arm, of, bundle, options.realtime) for arm, of in zip(arms, records, strict=True)
+        summarise(variant, of, bundle, options.realtime)
+        for variant, of in zip(variants, records, strict=True)
     ]
-    summary: dict[str, Any] = {arm.key: row for arm, row in zip(arms, rows, strict=True)}
+    summary: dict[str, Any] = {
+        variant.key: row for variant, row in zip(variants, rows, strict=True)
+    }
     summary['setup'] = {
         'bundle': str(bundle.path),
         'clock': 'realtime' if options.realtime else 'lockstep',
@@ -215,14 +218,14 @@ def _report(
         'wall_s': round(ran_s, 1),
     }
     (options.out / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
-    print(f'\n{table(arms, rows)}')
-    print('\n' + deadline_lines(arms, rows, bundle.deadline_s, options.realtime))
-    for arm, row in zip(arms, rows, strict=True):
+    print(f'\n{table(variants, rows)}')
+    print('\n' + deadline_lines(variants, rows, bundle.deadline_s, options.realtime))
+    for variant, row in zip(variants, rows, strict=True):
         frames = sum(episode['frames'] for episode in row['per_episode'])
         dropped = sum(episode['dropped_frames'] for episode in row['per_episode'])
         if dropped > MOST_DROPPED * (frames + dropped):
             print(
-                f'{arm.title}: the simulated camera dropped {dropped} of {frames + dropped} '
+                f'{variant.title}: the simulated camera dropped {dropped} of {frames + dropped} '
                 f'frames, this machine is too busy for the real clock'
             )
 
@@ -230,27 +233,26 @@ def _report(
 def _draw(
     options: argparse.Namespace,
     bundle: DemoBundle,
-    arms: Sequence[Arm],
+    variants: Sequence[Variant],
     records: Sequence[list[EpisodeRecord]],
 ) -> None:
     """Write plan.png and the video of a sparse episode."""
-    from tts_policy.sim.demo_frames import Scene
-    from tts_policy.sim.demo_pictures import PlanPanel, steady_tick, write_plans
-    from tts_policy.sim.demo_video import write_video
+    from tts_policy.sim.demo.pictures import PlanPanel, steady_tick, write_plans
+    from tts_policy.sim.demo.video import Scene, write_video
 
     panels = []
-    for arm, of in zip(arms, records, strict=True):
+    for variant, of in zip(variants, records, strict=True):
         shown = _shown(of)
         tick = steady_tick(shown)
-        if arm.sparsity > 0.0 and tick is not None:
-            panels.append(PlanPanel(arm, shown.seed, tick, shown.ticks[tick]))
+        if variant.sparsity > 0.0 and tick is not None:
+            panels.append(PlanPanel(variant, shown.seed, tick, shown.ticks[tick]))
     written = []
     if panels:
         written.append(write_plans(panels, options.out / 'plan.png'))
     else:
         print('no plan to draw: no sparse episode had a second tick', file=sys.stderr)
     shown = _shown(records[0])
-    scene = Scene(shown, arms[0], bundle, 'real clock' if options.realtime else 'lockstep')
+    scene = Scene(shown, variants[0], bundle, 'real clock' if options.realtime else 'lockstep')
     written += write_video(scene, options.out)
     for path in (options.out / 'summary.json', *written):
         print(f'wrote {path}')

@@ -7,6 +7,7 @@ from glob import glob
 from setuptools import find_packages, setup
 
 PACKAGE = 'tts_policy'
+URL = 'https://github.com/tts-policy/tts_policy'
 SHARE = f'share/{PACKAGE}'
 
 
@@ -24,17 +25,19 @@ setup(
     name=PACKAGE,
     version='0.1.0',
     description='Diffusion policies with test-time sparsity on ROS 2',
+    url=URL,
+    project_urls={'Source': URL, 'Tracker': f'{URL}/issues'},
     license='Apache-2.0',
     maintainer='tts_policy maintainers',
-    maintainer_email='maintainers@tts-policy.example',
+    maintainer_email='maintainers@tts-policy.org',
     python_requires='>=3.10',
     packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
+    package_data={'': ['*.html', 'templates/*.html']},
     data_files=[
         ('share/ament_index/resource_index/packages', [f'resource/{PACKAGE}']),
         (SHARE, ['package.xml']),
         *below_share('launch/*.launch.py', 'config/*', 'models/*/*'),
     ],
-    install_requires=['setuptools'],
     extras_require={
         'test': ['pytest'],
         'ray': ['ray'],

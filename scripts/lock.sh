@@ -6,8 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-files=(requirements/base.txt requirements/ros.txt requirements/sim.txt requirements/test.txt
-       requirements/bench.txt)
+files=(requirements/{base,build,ros,sim,test,bench}.txt)
 locked=$(mktemp)
 trap 'rm -f "$locked"' EXIT
 [ ! -f requirements/constraints.txt ] || cp requirements/constraints.txt "$locked"

@@ -98,7 +98,8 @@ pip_install() {
 }
 
 install_requirements() {
-    local want files=(requirements/base.txt requirements/sim.txt requirements/test.txt) args=()
+    local want args=()
+    local files=(requirements/{base,build,sim,test}.txt)
     [ "$ros" != wheels ] || files+=(requirements/ros.txt)
     want=$(cat requirements/*.txt | sha256sum)
     is_done requirements "$want $PIP_ARGS" && return 0

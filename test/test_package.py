@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the package promises about itself: version, commands, installed files, layers, headers."""
+"""What the package promises about itself: version, commands, installed files, headers."""
 
 from __future__ import annotations
 
@@ -80,6 +80,16 @@ def test_the_manifest_names_the_package_and_its_build_type(manifest: ElementTree
     assert manifest.get('format') == '3'
     assert manifest.findtext('name') == 'tts_policy'
     assert manifest.findtext('export/build_type') == 'ament_python'
+    assert {url.get('type') for url in manifest.findall('url')} == {
+        'website',
+        'repository',
+        'bugtracker',
+    }
+
+
+def test_the_requirements_of_a_ros_workspace_leave_its_setuptools_alone() -> None:
+    base = (ROOT / 'requirements' / 'base.txt').read_text(encoding='utf-8')
+    assert not re.search(r'^setuptools\b', base, re.MULTILINE)
 
 
 def test_the_manifest_declares_every_ros_package_that_is_imported(
@@ -122,22 +132,6 @@ def test_everything_a_user_edits_or_loads_is_installed(distribution: Distributio
         assert found, f'the repository has no {pattern}'
         expected |= {f'share/tts_policy/{path}': str(path) for path in found}
     assert installed == expected
-
-
-@pytest.mark.parametrize(
-    ('layer', 'forbidden'),
-    [
-        ('core', ROS_MODULES | {'mujoco', 'robosuite', 'rosbags'}),
-        ('ros', {'torch', 'mujoco', 'robosuite', 'rosbags', 'safetensors'}),
-        ('bag', {'mujoco', 'robosuite'}),
-    ],
-)
-def test_a_layer_does_not_import_what_it_is_kept_free_of(layer: str, forbidden: set[str]) -> None:
-    files = python_files(f'tts_policy/{layer}')
-    assert files
-    for path in files:
-        found = forbidden & set(imported_modules(path))
-        assert not found, f'{path.relative_to(ROOT)} imports {sorted(found)}'
 
 
 def test_every_python_file_begins_with_the_licence_line() -> None:

@@ -32,8 +32,8 @@ from tts_policy.control.output import ChunkTiming, CommandOutput, HoldRule
 from tts_policy.control.trajectory import ChunkTooLate, Trajectory
 from tts_policy.evaluate.results import wilson_interval
 from tts_policy.policy.policy import TestTimeSparsePolicy
-from tts_policy.sim.episode import FRAME_NS, Episode, Timeline
-from tts_policy.sim.panda import CAMERA_KEY
+from tts_policy.sim.episode import Episode, Timeline
+from tts_policy.sim.panda import CAMERA_KEY, FRAME_NS
 from tts_policy.sim.tasks import PANDA_TASKS, panda_task
 from tts_policy.sim.trajectory_player import TrajectoryPoint
 

@@ -27,8 +27,8 @@ from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.pruner import Pruner
 from tts_policy.policy.sampler import DIFFUSION_SAMPLERS
-from tts_policy.sim.episode import FRAME_NS, Timeline
-from tts_policy.sim.panda import PANDA_CONTRACT
+from tts_policy.sim.episode import Timeline
+from tts_policy.sim.panda import FRAME_NS, PANDA_CONTRACT
 from tts_policy.sim.rollout import DeceivedRobot, run_episode
 from tts_policy.sim.tasks.lift import LiftWorld
 

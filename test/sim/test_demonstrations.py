@@ -70,7 +70,7 @@ def test_the_recorded_command_is_free_of_the_disturbance(world, expert):
 
 
 def test_noise_beyond_recovery_is_refused(world, expert):
-    with pytest.raises(ValueError, match=r'noise_rad must be in \[0, 0.1\] rad, got 1.0'):
+    with pytest.raises(ValueError, match=r'noise_rad: expected 0 to 0.1 rad, got 1.0'):
         demonstrate(world, expert, 0, 1.0)
 
 
@@ -124,7 +124,7 @@ def test_a_lead_is_at_most_half_an_episode_or_as_long_as_was_asked(asked, longes
 def test_a_lead_too_short_to_lead_anywhere_is_refused(tmp_path, capsys):
     arguments = ['--lead', str(BUNDLE), '--lead-frames', '3', '--episodes', '1']
     assert collect.main([*arguments, '--out', str(tmp_path / 'out')]) == 1
-    assert 'a lead takes at least 8 frames, got 3' in capsys.readouterr().err
+    assert 'lead: expected at least 8 frames, got 3' in capsys.readouterr().err
 
 
 @pytest.fixture(scope='module')
@@ -180,7 +180,7 @@ def test_an_interrupted_collection_goes_on_where_it_stopped(bags):
 
 def test_a_folder_of_one_task_is_not_continued_with_another(bags):
     out, _ = bags
-    with pytest.raises(ValueError, match="holds demonstrations of 'lift', got 'can'"):
+    with pytest.raises(ValueError, match="expected more demonstrations of 'lift', got 'can'"):
         collect.collect(3, 40, out, workers=1, task='can')
 
 

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip('robosuite', reason='robosuite is not installed')
 
-from tts_policy.sim.episode import FRAME_NS, Episode, Timeline
-from tts_policy.sim.panda import COMMAND_JOINTS, HOME_RAD, STATE_JOINTS
+from tts_policy.sim.episode import Episode, Timeline
+from tts_policy.sim.panda import COMMAND_JOINTS, FRAME_NS, HOME_RAD, STATE_JOINTS
 from tts_policy.sim.tasks.lift import CUBE_RANGE_M, LiftWorld
 from tts_policy.sim.trajectory_player import TrajectoryPoint
 
@@ -133,5 +133,5 @@ def test_an_episode_follows_an_accepted_trajectory(world):
 
 @pytest.mark.parametrize('seconds', [0.0, 0.43, -1.0])
 def test_a_period_that_no_camera_stamp_meets_is_refused(seconds):
-    with pytest.raises(ValueError, match='action_period_ns must be a positive multiple'):
+    with pytest.raises(ValueError, match='action_period_ns: expected a positive multiple'):
         Timeline.from_seconds(seconds, 6.0)

@@ -31,15 +31,16 @@ from tqdm import tqdm
 from tts_policy.data.worker_processes import worker_processes
 from tts_policy.policy.contract import CONTRACT_FILE, write_contract
 from tts_policy.policy.policy import TestTimeSparsePolicy
-from tts_policy.sim.demonstration import STATES_PER_FRAME, Demonstration, demonstrate
+from tts_policy.sim.demonstration import Demonstration, demonstrate
 from tts_policy.sim.expert import Expert
 from tts_policy.sim.lead import PolicyLead
 from tts_policy.sim.panda import (
     COMMAND_JOINTS,
-    CONTROL_PERIOD_S,
-    FRAME_S,
+    FRAME_NS,
     PANDA_CONTRACT,
     STATE_JOINTS,
+    STATES_PER_FRAME,
+    STEP_NS,
 )
 from tts_policy.sim.task import PandaTask
 from tts_policy.sim.tasks import PANDA_TASKS, panda_task
@@ -50,8 +51,6 @@ STATE_TOPIC = '/joint_states'
 COMMAND_TOPIC = '/joint_trajectory'
 CAMERA_FRAME = 'camera'
 START_NS = 1_000_000_000
-FRAME_NS = round(FRAME_S * 1e9)
-STATE_NS = round(CONTROL_PERIOD_S * 1e9)
 EVALUATION_SEEDS_FROM = 100_000
 DEFAULT_NOISE_RAD = 0.01
 
@@ -108,7 +107,7 @@ class _BagWriter:
 
     def _messages(self, demonstration: Demonstration) -> Iterator[tuple[str, int, Any]]:
         for index, state in enumerate(demonstration.states):
-            stamp_ns = START_NS + index * STATE_NS
+            stamp_ns = START_NS + index * STEP_NS
             yield STATE_TOPIC, stamp_ns, self._joint_state(stamp_ns, state)
             frame, rest = divmod(index, STATES_PER_FRAME)
             if rest == 0:
@@ -174,7 +173,7 @@ def recorded_frames(bag: Path) -> int:
     for topic in information['rosbag2_bagfile_information']['topics_with_message_count']:
         if topic['topic_metadata']['name'] == IMAGE_TOPIC:
             return int(topic['message_count'])
-    raise ValueError(f'{bag}: topic {IMAGE_TOPIC} expected, not found')
+    raise ValueError(f'{bag}: expected the topic {IMAGE_TOPIC}, got none')
 
 
 class _Worker:
@@ -251,7 +250,9 @@ def _outcomes(
 def _refuse_other_task(summary: Path, task: str) -> None:
     before = json.loads(summary.read_text()).get('task', task) if summary.is_file() else task
     if before != task:
-        raise ValueError(f'{summary.parent} holds demonstrations of {before!r}, got {task!r}')
+        raise ValueError(
+            f'{summary.parent}: expected more demonstrations of {before!r}, got {task!r}'
+        )
 
 
 def collect(
@@ -272,11 +273,11 @@ def collect(
     if lead is not None:
         lead.load(named.frame_limit)  # refused here, not in a process of the pool
     if episodes < 1 or workers < 1:
-        raise ValueError(f'episodes and workers must be at least 1, got {episodes} and {workers}')
+        raise ValueError(f'episodes, workers: expected at least 1, got {episodes}, {workers}')
     if not 0 <= seed <= EVALUATION_SEEDS_FROM - 2 * episodes:
         raise ValueError(
-            f'seed must be in [0, {EVALUATION_SEEDS_FROM} - 2 episodes], got {seed}; '
-            f'seeds from {EVALUATION_SEEDS_FROM} on are kept for evaluation'
+            f'seed: expected 0 to {EVALUATION_SEEDS_FROM} - 2 episodes (those from '
+            f'{EVALUATION_SEEDS_FROM} on are kept for evaluation), got {seed}'
         )
     out.mkdir(parents=True, exist_ok=True)
     _refuse_other_task(out / 'summary.json', task)

@@ -6,7 +6,7 @@ at frame 1. The command of a frame is the set-point to be reached one frame late
 linearly towards it. With `noise` the executed command is disturbed for a few frames at a time and
 the arm starts near its home pose, but the recorded command is always the expert's own correction.
 
-With a `lead` (see `lead.py`) a policy has moved the arm before, and the expert acts from frame 0.
+With a `lead` (see `lead.py`) a policy has moved the arm first, and the expert acts from frame 0.
 """
 
 from __future__ import annotations
@@ -21,17 +21,14 @@ from tts_policy.sim.expert import Expert
 from tts_policy.sim.panda import (
     ARM_JOINTS,
     COMMAND_JOINTS,
-    CONTROL_PERIOD_S,
-    FRAME_S,
     STATE_JOINTS,
+    STATES_PER_FRAME,
 )
 from tts_policy.sim.world import World
 
-FRAME_LIMIT = 120
 FRAMES_AFTER_SUCCESS = 16
 DISTURBANCE_FRAMES = 4
 NOISE_STREAM = 1  # keeps the disturbances of a seed independent of its object poses
-STATES_PER_FRAME = round(FRAME_S / CONTROL_PERIOD_S)
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Demonstration:
 
     @staticmethod
     def nothing(seed: int) -> Demonstration:
-        """What there is to see where there was nothing left to do."""
+        """Return the empty demonstration of an episode in which nothing was left to do."""
         return Demonstration(
             seed,
             False,
@@ -90,17 +87,17 @@ def demonstrate(
     seed: int,
     noise_rad: float = 0.0,
     pictures: bool = True,
-    frame_limit: int = FRAME_LIMIT,
+    frame_limit: int = 120,
     lead: Callable[[World, int], bool] | None = None,
 ) -> Demonstration:
     """Run one episode; it ends FRAMES_AFTER_SUCCESS after success or at frame_limit.
 
     noise_rad is the standard deviation of the disturbance of each arm joint. Without pictures
-    the images are empty and the episode costs only its physics. After a lead that did the task by
-    itself there is nothing to show: the demonstration is empty and no success.
+    the images are empty and the episode costs only its physics. If the lead has finished the task
+    itself, the demonstration is empty and no success.
     """
     if not 0.0 <= noise_rad <= 0.1:
-        raise ValueError(f'noise_rad must be in [0, 0.1] rad, got {noise_rad}')
+        raise ValueError(f'noise_rad: expected 0 to 0.1 rad, got {noise_rad}')
     disturbance = _Disturbance(seed, noise_rad)
     if lead is None:
         world.reset(seed, disturbance.start_jitter_rad)

@@ -16,11 +16,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tts_policy.sim.panda import COMMAND_JOINTS, CONTROL_PERIOD_S
-from tts_policy.sim.trajectory_player import NS_PER_S, TrajectoryPlayer, TrajectoryPoint
-
-STEP_NS = round(CONTROL_PERIOD_S * NS_PER_S)
-FRAME_NS = 5 * STEP_NS
+from tts_policy.sim.panda import COMMAND_JOINTS, FRAME_NS, STEP_NS
+from tts_policy.sim.trajectory_player import TrajectoryPlayer, TrajectoryPoint
 
 SUCCESS = 'success'
 TIME_LIMIT = 'time limit'
@@ -28,18 +25,18 @@ TIME_LIMIT = 'time limit'
 
 @dataclass(frozen=True)
 class Timeline:
-    """When ticks are due and when an episode is over, both whole multiples of the frame period."""
+    """When ticks are due and when an episode ends, both in whole multiples of the frame period."""
 
     action_period_ns: int = 8 * FRAME_NS
     limit_ns: int = 120 * FRAME_NS
 
     def __post_init__(self) -> None:
-        """Refuse a period that no camera stamp could meet."""
+        """Raise ValueError for a period that no camera stamp could meet."""
         for what in ('action_period_ns', 'limit_ns'):
             value = getattr(self, what)
             if value <= 0 or value % FRAME_NS:
                 raise ValueError(
-                    f'{what} must be a positive multiple of the frame period {FRAME_NS} ns, '
+                    f'{what}: expected a positive multiple of the frame period, {FRAME_NS} ns, '
                     f'got {value} ns'
                 )
 

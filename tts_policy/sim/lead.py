@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tts_policy.policy.policy import TestTimeSparsePolicy
-from tts_policy.sim.episode import FRAME_NS, Timeline
+from tts_policy.sim.episode import Timeline
+from tts_policy.sim.panda import FRAME_NS
 from tts_policy.sim.rollout import run_episode
 from tts_policy.sim.world import World
 
@@ -31,9 +32,9 @@ class PolicyLead:
     max_frames: int
 
     def __post_init__(self) -> None:
-        """Refuse a lead that is shorter than the least."""
+        """Raise ValueError for a lead that is too short to move the arm."""
         if self.max_frames < MIN_FRAMES:
-            raise ValueError(f'a lead takes at least {MIN_FRAMES} frames, got {self.max_frames}')
+            raise ValueError(f'lead: expected at least {MIN_FRAMES} frames, got {self.max_frames}')
 
     def frames(self, seed: int) -> int:
         """How long the policy leads in the episode of this seed."""
@@ -41,7 +42,7 @@ class PolicyLead:
         return int(rng.integers(MIN_FRAMES, self.max_frames + 1))
 
     def __call__(self, world: World, seed: int) -> bool:
-        """Reset the world to `seed` and lead; whether the policy was done before it was time."""
+        """Reset the world to `seed` and lead; return whether the policy has finished the task."""
         execute = self.policy.contract.action.execute
         timeline = Timeline(execute * FRAME_NS, self.frames(seed) * FRAME_NS)
         return run_episode(self.policy, world, seed, self.sparsity, timeline).success

@@ -12,10 +12,12 @@ has ended the world is held: nothing is published and the clock stands still.
 
 from __future__ import annotations
 
+import array
 import json
 import sys
 import time
 
+import numpy as np
 import rclpy
 from rcl_interfaces.msg import (
     FloatingPointRange,
@@ -32,18 +34,14 @@ from std_msgs.msg import Bool, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
+from tts_policy.control.conversions import NS_PER_S, seconds_to_ns, time_to_ns
 from tts_policy.node.interface import COMMAND_QOS, LATCHED_QOS, RELIABLE_SENSOR_QOS
-from tts_policy.sim.episode import FRAME_NS, STEP_NS, Episode, Timeline
-from tts_policy.sim.robot_messages import (
-    from_stamp,
-    image_message,
-    joint_state_message,
-    to_stamp,
-    trajectory_points,
-)
+from tts_policy.node.messages import ns_to_time
+from tts_policy.sim.episode import Episode, Timeline
+from tts_policy.sim.panda import FRAME_NS, STEP_NS
 from tts_policy.sim.task import PandaTask
 from tts_policy.sim.tasks import PANDA_TASKS, panda_task
-from tts_policy.sim.trajectory_player import NS_PER_S, TrajectoryError
+from tts_policy.sim.trajectory_player import TrajectoryError, TrajectoryPoint
 
 REALTIME, LOCKSTEP = 'realtime', 'lockstep'
 LOCKSTEP_START_NS = NS_PER_S
@@ -60,6 +58,32 @@ def _number(description: str, low: float, high: float, read_only: bool) -> Param
     )
 
 
+def _image(rgb: np.ndarray, stamp_ns: int) -> Image:
+    """Image message of uint8 [H, W, 3]."""
+    height, width, _ = rgb.shape
+    message = Image(height=height, width=width, encoding='rgb8', step=3 * width)
+    message.header.stamp = ns_to_time(stamp_ns)
+    message.header.frame_id = CAMERA_FRAME
+    # Assigning bytes or a numpy array makes rclpy convert element by element.
+    message.data = array.array('B', rgb.tobytes())
+    return message
+
+
+def _joint_state(positions: dict[str, float], stamp_ns: int) -> JointState:
+    """Joint state message of positions by name (rad, m), without velocity and effort."""
+    message = JointState(name=list(positions), position=list(positions.values()))
+    message.header.stamp = ns_to_time(stamp_ns)
+    return message
+
+
+def _points(message: JointTrajectory) -> list[TrajectoryPoint]:
+    """Points of a trajectory message as they are; the player validates them."""
+    return [
+        TrajectoryPoint(time_to_ns(p.time_from_start), list(p.positions), list(p.velocities))
+        for p in message.points
+    ]
+
+
 class RobotNode(Node):
     """The simulated robot. `advance` does what is due and says how long it may wait then."""
 
@@ -69,7 +93,7 @@ class RobotNode(Node):
         task = self._declare_task()
         self._declare(task.frame_limit * FRAME_NS / NS_PER_S)
         self._lockstep = self._clock_mode() == LOCKSTEP
-        self._gap_ns = round(self._double('reset_gap_s') * NS_PER_S)
+        self._gap_ns = seconds_to_ns(self._double('reset_gap_s'))
         self._timeline()
         self._world = task.world()
         # The first picture takes seconds; it must not cost the first episode its frames.
@@ -139,7 +163,7 @@ class RobotNode(Node):
     def _clock_mode(self) -> str:
         mode = str(self.get_parameter('clock').value)
         if mode not in (REALTIME, LOCKSTEP):
-            raise ValueError(f'clock must be {REALTIME} or {LOCKSTEP}, got {mode!r}')
+            raise ValueError(f'clock: expected {REALTIME} or {LOCKSTEP}, got {mode!r}')
         return mode
 
     def _timeline(self) -> Timeline:
@@ -186,9 +210,9 @@ class RobotNode(Node):
                 throttle_duration_sec=5.0,
             )
             return
-        stamp_ns = from_stamp(message.header.stamp)
+        stamp_ns = time_to_ns(message.header.stamp)
         try:
-            episode.accept(message.joint_names, trajectory_points(message), stamp_ns)
+            episode.accept(message.joint_names, _points(message), stamp_ns)
         except TrajectoryError as error:
             self._refused += 1
             self.get_logger().error(f'trajectory refused: {error}')
@@ -260,14 +284,14 @@ class RobotNode(Node):
         stamp_ns = episode.now_ns
         self._published_ns = stamp_ns
         self._publish_clock(stamp_ns)
-        self._state_pub.publish(joint_state_message(self._world.joint_positions(), stamp_ns))
+        self._state_pub.publish(_joint_state(self._world.joint_positions(), stamp_ns))
         if picture:
-            self._image_pub.publish(image_message(self._world.render(), stamp_ns, CAMERA_FRAME))
+            self._image_pub.publish(_image(self._world.render(), stamp_ns))
             self._frames += 1
 
     def _publish_clock(self, stamp_ns: int) -> None:
         if self._clock_pub is not None:
-            self._clock_pub.publish(Clock(clock=to_stamp(stamp_ns)))
+            self._clock_pub.publish(Clock(clock=ns_to_time(stamp_ns)))
 
     def _report(self, episode: Episode) -> None:
         self._owed_ns = None

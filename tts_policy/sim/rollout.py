@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tts_policy.control.trajectory import plan_trajectory
-from tts_policy.sim.episode import FRAME_NS, Episode, Robot, Timeline
-from tts_policy.sim.panda import CAMERA_KEY
+from tts_policy.sim.episode import Episode, Robot, Timeline
+from tts_policy.sim.panda import CAMERA_KEY, FRAME_NS
 from tts_policy.sim.trajectory_player import TrajectoryPoint
 
 if TYPE_CHECKING:

@@ -15,9 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from tts_policy.sim.demonstration import STATES_PER_FRAME, Demonstration, demonstrate
-from tts_policy.sim.episode import FRAME_NS, Robot, Timeline
-from tts_policy.sim.panda import CAMERA_KEY, COMMAND_JOINTS, STATE_JOINTS
+from tts_policy.sim.demonstration import Demonstration, demonstrate
+from tts_policy.sim.episode import Robot, Timeline
+from tts_policy.sim.panda import (
+    CAMERA_KEY,
+    COMMAND_JOINTS,
+    FRAME_NS,
+    STATE_JOINTS,
+    STATES_PER_FRAME,
+)
 from tts_policy.sim.rollout import DeceivedRobot, Rollout, run_episode
 
 if TYPE_CHECKING:  # They bring torch, which the robot and the demo do without.

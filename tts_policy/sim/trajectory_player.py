@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-NS_PER_S = 1_000_000_000
+from tts_policy.control.conversions import NS_PER_S
+
 STOPPED_RAD_S = 1e-3
 
 
@@ -70,7 +71,7 @@ class TrajectoryPlayer:
         """
         order = self._order(joint_names)
         if not points:
-            raise TrajectoryError('trajectory: at least one point expected, got none')
+            raise TrajectoryError('trajectory: expected at least one point, got none')
         start_ns = start_ns or now_ns
         knots = []
         for index, point in enumerate(points):
@@ -78,8 +79,8 @@ class TrajectoryPlayer:
             before_ns = points[index - 1].time_from_start_ns if index else -1
             if point.time_from_start_ns <= before_ns:
                 raise TrajectoryError(
-                    f'point {index}: time_from_start must increase strictly, '
-                    f'got {point.time_from_start_ns} ns after {before_ns} ns'
+                    f'point {index}: expected a time_from_start above {before_ns} ns, '
+                    f'got {point.time_from_start_ns} ns'
                 )
         self._check_end(knots[-1], now_ns)
         if knots[0].due_ns > now_ns:
@@ -91,20 +92,16 @@ class TrajectoryPlayer:
         return dict(zip(self.joints, self._sample(now_ns).positions.tolist(), strict=True))
 
     def _order(self, names: Sequence[str]) -> list[int]:
-        unknown = sorted(set(names) - set(self.joints))
-        if unknown:
-            raise TrajectoryError(f'joint_names: unknown {unknown}, expected {list(self.joints)}')
-        missing = [name for name in self.joints if name not in names]
-        if missing:
-            raise TrajectoryError(f'joint_names: {missing} expected as well, got {list(names)}')
-        if len(names) != len(self.joints):
-            raise TrajectoryError(f'joint_names: each once expected, got {list(names)}')
+        if sorted(names) != sorted(self.joints):
+            raise TrajectoryError(
+                f'joint_names: expected each of {list(self.joints)} once, got {list(names)}'
+            )
         return [list(names).index(name) for name in self.joints]
 
     def _knot(self, index: int, point: TrajectoryPoint, order: list[int], start_ns: int) -> _Knot:
         if point.time_from_start_ns < 0:
             raise TrajectoryError(
-                f'point {index}: time_from_start must not be negative, '
+                f'point {index}: expected a time_from_start of at least 0, '
                 f'got {point.time_from_start_ns} ns'
             )
         positions = self._values(index, 'positions', point.positions)[order]
@@ -116,20 +113,22 @@ class TrajectoryPlayer:
     def _values(self, index: int, what: str, values: Sequence[float]) -> NDArray[np.float64]:
         if len(values) != len(self.joints):
             raise TrajectoryError(
-                f'point {index}: {len(self.joints)} {what} expected, got {len(values)}'
+                f'point {index}: expected {len(self.joints)} {what}, got {len(values)}'
             )
         array = np.array(values, np.float64)
         if not np.isfinite(array).all():
-            raise TrajectoryError(f'point {index}: finite {what} expected, got {array.tolist()}')
+            raise TrajectoryError(f'point {index}: expected finite {what}, got {array.tolist()}')
         return array
 
     def _check_end(self, last: _Knot, now_ns: int) -> None:
         if last.due_ns < now_ns:
             late_s = (now_ns - last.due_ns) / NS_PER_S
-            raise TrajectoryError(f'trajectory: ended {late_s:.3f} s ago, expected not yet ended')
+            raise TrajectoryError(
+                f'trajectory: expected an end to come, got one {late_s:.3f} s ago'
+            )
         if last.velocities is not None and np.abs(last.velocities).max() > STOPPED_RAD_S:
             raise TrajectoryError(
-                'last point: zero velocities expected, because it is held, '
+                'last point: expected zero velocities, because it is held, '
                 f'got {last.velocities.tolist()}'
             )
 

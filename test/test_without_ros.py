@@ -66,7 +66,7 @@ def test_from_demonstrations_to_an_evaluated_bundle(
         *f'--bundle {bundle} --sampler ddim10 --out {tmp_path / "pruner"} --held-out 1'.split(),
         *['--sparsities', '0.8', '--steps', '1', '--threads', '1'],
     )
-    options = '--arms ddim10:learned:0.8 --episodes 1 --sequences 1'
+    options = '--variants ddim10:learned:0.8 --episodes 1 --sequences 1'
     run('tts_policy.evaluate.evaluate_policy', f'lift={bundle}', '--out', out, *options.split())
     assert 'ddim10' in (out / 'results.json').read_text()
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip('robosuite', reason='robosuite is not installed')
 pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
 
-from tts_policy.evaluate.variants import Arm
+from tts_policy.evaluate.variants import Variant
 from tts_policy.evaluate.worker import Job, Worker
 
 BUNDLE = Path(__file__).parents[2] / 'models' / 'panda_lift'
@@ -20,7 +20,9 @@ def test_more_computing_than_the_nearest_table_has_does_not_hurt() -> None:
     worker = Worker({'lift': BUNDLE}, sequences=1)
     try:
         at = {
-            sparsity: worker.run(Job('lift', Arm.parse(f'ddim10:learned:{sparsity}')))['l1_error']
+            sparsity: worker.run(Job('lift', Variant.parse(f'ddim10:learned:{sparsity}')))[
+                'l1_error'
+            ]
             for sparsity in (0.3, 0.5, 0.75, 0.8)
         }
     finally:

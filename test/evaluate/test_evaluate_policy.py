@@ -19,7 +19,7 @@ pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
 
 from tts_policy.evaluate import evaluate_policy
 from tts_policy.evaluate.digest import ExpectedDigests
-from tts_policy.evaluate.variants import Arm
+from tts_policy.evaluate.variants import Variant
 from tts_policy.evaluate.worker import Job, Worker
 from tts_policy.policy.bundle import load_bundle, save_bundle, save_pruner, save_random_bundle
 from tts_policy.policy.encoders.cnn import CnnSpec
@@ -86,8 +86,8 @@ def test_the_deceived_camera_shows_the_same_arm_and_another_cube(world: Any) -> 
 
 
 def test_costs_are_counted_from_the_plans(worker: Worker) -> None:
-    dense = worker.run(Job('lift', Arm.parse('ddim10'), 100_000))
-    sparse = worker.run(Job('lift', Arm.parse('ddim10:learned:0.8+execute15'), 100_000))
+    dense = worker.run(Job('lift', Variant.parse('ddim10'), 100_000))
+    sparse = worker.run(Job('lift', Variant.parse('ddim10:learned:0.8+execute15'), 100_000))
     assert (dense['ticks'], sparse['ticks']) == (15, 8)
     assert set(dense['fe']) == {10.0} and sparse['fe'] == [10.0] + [2.0] * 7
     assert sparse['gflops'][0] == dense['gflops'][0] > 3 * sparse['gflops'][1]
@@ -95,35 +95,37 @@ def test_costs_are_counted_from_the_plans(worker: Worker) -> None:
 
 
 def test_the_action_error_is_zero_for_dense_noise_and_reuse_of_nothing(worker: Worker) -> None:
-    error = worker.run(Job('lift', Arm.parse('ddim10:learned:0.001')))['l1_error']
+    error = worker.run(Job('lift', Variant.parse('ddim10:learned:0.001')))['l1_error']
     assert error == pytest.approx(0.0, abs=1e-6)
-    assert worker.run(Job('lift', Arm.parse('ddim10:random:0.8')))['l1_error'] > 1e-4
-    assert worker.run(Job('lift', Arm.parse('ddim10')))['l1_error'] is None
+    assert worker.run(Job('lift', Variant.parse('ddim10:random:0.8')))['l1_error'] > 1e-4
+    assert worker.run(Job('lift', Variant.parse('ddim10')))['l1_error'] is None
 
 
 @pytest.mark.parametrize('noise', ['noiseless', 'fresh'])
 def test_the_action_error_compares_with_dense_of_the_same_noise(
     worker: Worker, noise: str
 ) -> None:
-    error = worker.run(Job('lift', Arm.parse(f'ddim10:learned:0.001+{noise}')))['l1_error']
+    error = worker.run(Job('lift', Variant.parse(f'ddim10:learned:0.001+{noise}')))['l1_error']
     assert error == pytest.approx(0.0, abs=1e-6)
 
 
-def test_an_arm_that_is_another_one_here_is_left_out(
+def test_a_variant_that_is_another_one_here_is_left_out(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arms = [Arm.parse(name) for name in ('ddim10', 'ddim10+held', 'ddim10+fresh', 'ddim10+free')]
-    able = evaluate_policy.runnable('lift', arms, load_bundle(bundle))
-    assert [arm.name for arm in able] == ['ddim10', 'ddim10+fresh']
+    variants = [
+        Variant.parse(name) for name in ('ddim10', 'ddim10+held', 'ddim10+fresh', 'ddim10+free')
+    ]
+    able = evaluate_policy.runnable('lift', variants, load_bundle(bundle))
+    assert [variant.name for variant in able] == ['ddim10', 'ddim10+fresh']
     assert 'left out, ddim10+held: here it is ddim10' in capsys.readouterr().err
 
 
-def test_arms_take_turns_at_every_tick_but_the_first(worker: Worker, bundle: Path) -> None:
-    arms = [Arm.parse(name) for name in ('ddim2', 'ddim32', 'ddim10:static:0.8')]
-    turns = list(worker.turns('lift', arms))
+def test_variants_take_turns_at_every_tick_but_the_first(worker: Worker, bundle: Path) -> None:
+    variants = [Variant.parse(name) for name in ('ddim2', 'ddim32', 'ddim10:static:0.8')]
+    turns = list(worker.turns('lift', variants))
     assert len(turns) == worker.steady_ticks('lift') > 2
-    assert all(list(turn) == [arm.name for arm in arms] for turn in turns)
-    few, many, _ = (np.median([turn[arm.name] for turn in turns]) for arm in arms)
+    assert all(list(turn) == [variant.name for variant in variants] for turn in turns)
+    few, many, _ = (np.median([turn[variant.name] for turn in turns]) for variant in variants)
     assert 0 < few < many
 
 
@@ -132,18 +134,25 @@ def test_a_run_goes_on_where_it_stopped_and_tells_what_it_left_out(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [f'lift={bundle}', '--workers', '1', '--sequences', '1', '--out', str(tmp_path)]
-    arms = ['--arms', 'ddim2', 'ddim10:static:0.8', 'ddim16:learned:0.8', '--episodes', '1']
-    assert evaluate_policy.main([*command, *arms]) == 0
+    variants = [
+        '--variants',
+        'ddim2',
+        'ddim10:static:0.8',
+        'ddim16:learned:0.8',
+        '--episodes',
+        '1',
+    ]
+    assert evaluate_policy.main([*command, *variants]) == 0
     log = tmp_path / 'episodes.jsonl'
     before = log.read_text()
     assert len(before.splitlines()) == 3
     with log.open('a') as handle:
         handle.write('{"task": "lift", "ar')
     assert 'left out, ddim16:learned:0.8: the bundle has no pruner' in capsys.readouterr().err
-    assert evaluate_policy.main([*command, '--arms', 'ddim2', '--episodes', '2']) == 0
+    assert evaluate_policy.main([*command, '--variants', 'ddim2', '--episodes', '2']) == 0
     assert log.read_text().startswith(before) and len(log.read_text().splitlines()) == 5
     rows = json.loads((tmp_path / 'results.json').read_text())
-    assert [row['arm'] for row in rows] == ['ddim2', 'ddim10:static:0.8']
+    assert [row['variant'] for row in rows] == ['ddim2', 'ddim10:static:0.8']
     assert [row['episodes'] for row in rows] == [2, 1]
     assert rows[1]['fe_steady'] == 2.0
     assert (tmp_path / 'pareto.png').stat().st_size > 1000
@@ -152,8 +161,8 @@ def test_a_run_goes_on_where_it_stopped_and_tells_what_it_left_out(
 @pytest.mark.parametrize(
     ('arguments', 'reason'),
     [
-        (['--arms', 'ddim10:guessed:0.8'], 'a plan is PLAN:SPARSITY'),
-        (['--arms', 'ddim10+execute16'], 'execute must be in [1, 15], got 16'),
+        (['--variants', 'ddim10:guessed:0.8'], 'a plan is PLAN:SPARSITY'),
+        (['--variants', 'ddim10+execute16'], 'execute must be in [1, 15], got 16'),
         (['--episodes', '0'], 'must be at least 1'),
         (['--latency', '-1'], 'latency must be at least 0 episodes, got -1'),
         (['--seed', '99999'], 'seeds must be in [100000, 900000)'),
@@ -203,7 +212,7 @@ def digests(folder: Path, names: list[str]) -> dict[str, str | None]:
     return {name: expected.of('lift', name) for name in names}
 
 
-def test_arms_that_read_what_a_bundle_kept_keep_their_measurements(
+def test_variants_that_read_what_a_bundle_kept_keep_their_measurements(
     constant: Path, tmp_path: Path
 ) -> None:
     kept = ['ddpm100', 'ddim3', 'ddim10:static:0.8', 'ddim10:learned:0.8', 'ddim10+fresh']
@@ -288,9 +297,11 @@ def test_measurements_of_other_bundles_are_left_out_and_do_not_hide_these(bundle
     expected = ExpectedDigests({'lift': load_bundle(bundle)})
     own = expected.of('lift', 'ddim10')
 
-    def record(task: str, seed: int, digest: str | None, arm: str = 'ddim10') -> dict[str, Any]:
+    def record(
+        task: str, seed: int, digest: str | None, variant: str = 'ddim10'
+    ) -> dict[str, Any]:
         given = {} if digest is None else {'digest': digest}
-        return {'task': task, 'arm': arm, 'seed': seed, **given}
+        return {'task': task, 'variant': variant, 'seed': seed, **given}
 
     log = [
         record('lift', 1, own),
@@ -309,12 +320,12 @@ def test_a_constant_plan_is_its_own_mean(
     constant: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [f'ddim10:{plan}:0.8' for plan in ('learned', 'mean', 'shuffled')]
-    arms = [Arm.parse(name) for name in names]
-    able = evaluate_policy.runnable('lift', arms, load_bundle(constant))
-    assert [arm.name for arm in able] == names[:1]
+    variants = [Variant.parse(name) for name in names]
+    able = evaluate_policy.runnable('lift', variants, load_bundle(constant))
+    assert [variant.name for variant in able] == names[:1]
     told = capsys.readouterr().err
     assert all(f'left out, {name}: here it is {names[0]}' in told for name in names[1:])
-    assert len(evaluate_policy.runnable('lift', arms, load_bundle(bundle))) == 3
+    assert len(evaluate_policy.runnable('lift', variants, load_bundle(bundle))) == 3
 
 
 @pytest.mark.slow
@@ -323,32 +334,38 @@ def test_rows_of_an_earlier_page_are_taken_over_and_not_measured_again(
 ) -> None:
     command = [f'lift={bundle}', '--workers', '1', '--sequences', '1', '--episodes', '1']
     first, second = tmp_path / 'first', tmp_path / 'second'
-    assert evaluate_policy.main([*command, '--out', str(first), '--arms', 'ddim2', 'ddim3']) == 0
+    assert (
+        evaluate_policy.main([*command, '--out', str(first), '--variants', 'ddim2', 'ddim3']) == 0
+    )
     known = ['--earlier', str(first / 'results.json'), '--out', str(second)]
-    assert evaluate_policy.main([*command, *known, '--arms', 'ddim2', 'ddim4']) == 0
+    assert evaluate_policy.main([*command, *known, '--variants', 'ddim2', 'ddim4']) == 0
     measured = [json.loads(r) for r in (second / 'episodes.jsonl').read_text().splitlines()]
-    assert [record['arm'] for record in measured] == ['ddim4']
-    rows = {row['arm']: row for row in json.loads((second / 'results.json').read_text())}
+    assert [record['variant'] for record in measured] == ['ddim4']
+    rows = {row['variant']: row for row in json.loads((second / 'results.json').read_text())}
     assert list(rows) == ['ddim2', 'ddim3', 'ddim4']
     assert rows['ddim2'] == json.loads((first / 'results.json').read_text())[0]
     assert 'latency_in_turns' not in rows['ddim4'] and '| ~' in (second / 'results.md').read_text()
-    assert evaluate_policy.main([*command, *known, '--arms', 'ddim2', '--latency', '1']) == 0
-    timed = {row['arm']: row for row in json.loads((second / 'results.json').read_text())}
+    assert evaluate_policy.main([*command, *known, '--variants', 'ddim2', '--latency', '1']) == 0
+    timed = {row['variant']: row for row in json.loads((second / 'results.json').read_text())}
     assert list(timed) == list(rows)
     assert len({json.dumps(row['latency_in_turns']) for row in timed.values()}) == 1
     assert timed['ddim2']['latency_in_turns']['ticks'] > 2
     page = (second / 'results.md').read_text()
     assert '| ~' not in page and 'ticks in turns on' in page
     other = grown(bundle, tmp_path / 'more', 0.6)
-    assert evaluate_policy.main([f'lift={other}', *command[1:], *known, '--arms', 'ddim2']) == 0
+    assert (
+        evaluate_policy.main([f'lift={other}', *command[1:], *known, '--variants', 'ddim2']) == 0
+    )
     assert 'of another bundle' not in capsys.readouterr().err
 
 
-ROW = '{"arm": "a", "digest": "d", "episodes": 1, "seed_runs": [], "failed_seeds": [], "task": '
+ROW = (
+    '{"variant": "a", "digest": "d", "episodes": 1, "seed_runs": [], "failed_seeds": [], "task": '
+)
 
 
 @pytest.mark.parametrize(
-    'text', ['', '{}', '[{"task": "lift", "arm": "ddim2"}]', '[1]', f'[{ROW}"juggle"}}]']
+    'text', ['', '{}', '[{"task": "lift", "variant": "ddim2"}]', '[1]', f'[{ROW}"juggle"}}]']
 )
 def test_earlier_results_that_say_too_little_are_refused_in_one_line(
     text: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Push-T beside the tasks of the arm: what a policy sees, and how it is scored."""
+"""Push-T beside the tasks of the robot arm: what a policy sees, and how it is scored."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def test_an_episode_depends_on_its_seed_alone(bundle: Path) -> None:
 def test_a_policy_is_evaluated_sparse_from_the_command_line(bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip('gym_pusht', reason='gym-pusht is not installed')
     command = [f'pusht={bundle}', '--workers', '1', '--sequences', '1', '--episodes', '1']
-    arms = ['--arms', 'ddim4', 'ddim4:learned:0.5', 'ddim4+blind']
-    assert evaluate_policy.main([*command, *arms, '--out', str(tmp_path)]) == 0
+    variants = ['--variants', 'ddim4', 'ddim4:learned:0.5', 'ddim4+blind']
+    assert evaluate_policy.main([*command, *variants, '--out', str(tmp_path)]) == 0
     rows = json.loads((tmp_path / 'results.json').read_text())
-    assert [row['arm'] for row in rows] == ['ddim4', 'ddim4:learned:0.5']
+    assert [row['variant'] for row in rows] == ['ddim4', 'ddim4:learned:0.5']
     assert rows[1]['fe_steady'] == 2.0 and rows[1]['l1_error'] > 0
     assert all(0 <= row['score'] <= 1 for row in rows)
     assert ', score 0.' in (tmp_path / 'results.md').read_text()

@@ -28,7 +28,7 @@ from tts_policy.evaluate.results import (
     wilson_interval,
     write_rows,
 )
-from tts_policy.evaluate.variants import Arm
+from tts_policy.evaluate.variants import Variant
 
 
 def episode(success: bool, fe: list[float], gflops: list[float]) -> dict[str, Any]:
@@ -51,11 +51,11 @@ def episodes(wins: set[int], fe: float, count: int = 100) -> dict[int, dict[str,
     return {s: episode(s in wins, [dense, fe, fe], [1.0, fe / 10, fe / 10]) for s in range(count)}
 
 
-DENSE = make_row('lift', Arm.parse('ddpm100'), episodes(set(range(98)), 100.0), None)
+DENSE = make_row('lift', Variant.parse('ddpm100'), episodes(set(range(98)), 100.0), None)
 
 
 def row(name: str, wins: set[int], fe: float, error: float | None = None) -> Row:
-    made = make_row('lift', Arm.parse(name), episodes(wins, fe), error)
+    made = make_row('lift', Variant.parse(name), episodes(wins, fe), error)
     return compared(made, DENSE)
 
 
@@ -94,11 +94,11 @@ def test_a_row_tells_steady_state_from_the_episode() -> None:
 
 def test_the_reference_is_not_compared_with_itself() -> None:
     assert 'paired' not in row('ddpm100', set(range(98)), 100.0)
-    assert Arm.parse('ddim10:learned:0.8+fresh+execute4').reference == 'ddpm100+execute4'
+    assert Variant.parse('ddim10:learned:0.8+fresh+execute4').reference == 'ddpm100+execute4'
 
 
 def verdicts(rows: list[Row]) -> dict[str, bool | None]:
-    return {claim: holds for claim, _, holds in claims({r['arm']: r for r in rows})}
+    return {claim: holds for claim, _, holds in claims({r['variant']: r for r in rows})}
 
 
 def test_claims_hold_fail_or_are_not_measured() -> None:
@@ -140,12 +140,12 @@ def test_rows_do_not_depend_on_the_order_of_measurement() -> None:
     names = ['ddim7', 'ddim2', 'ddpm100']
     done = {
         (task, name, seed): record
-        for task in ('can', 'lift')
+        for task in ('lift', 'can')
         for name in names
         for seed, record in episodes({0}, 2.0, 2).items()
     }
-    rows = [(row['task'], row['arm']) for row in collect_rows(done)]
-    assert rows == [(t, n) for t in ('lift', 'can') for n in ('ddpm100', 'ddim2', 'ddim7')]
+    rows = [(row['task'], row['variant']) for row in collect_rows(done)]
+    assert rows == [(t, n) for t in ('can', 'lift') for n in ('ddpm100', 'ddim2', 'ddim7')]
 
 
 def log_of(name: str, runs: dict[int, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -158,7 +158,7 @@ def test_rows_taken_over_are_compared_as_if_they_had_been_measured_here() -> Non
     expected = collect_rows(both)
     assert expected[1]['paired']['won'] == 2 and expected[1]['paired']['lost'] == 3
     for kept, measured in (('ddpm100', 'ddim10:learned:0.8'), ('ddim10:learned:0.8', 'ddpm100')):
-        earlier = [json.loads(json.dumps(r)) for r in expected if r['arm'] == kept]
+        earlier = [json.loads(json.dumps(r)) for r in expected if r['variant'] == kept]
         runs = {key: record for key, record in both.items() if key[1] == measured}
         assert collect_rows(runs, earlier) == expected
 
@@ -177,10 +177,10 @@ def test_an_earlier_row_stands_until_its_seeds_or_more_are_measured() -> None:
 @given(st.sets(st.integers(0, 40)))
 def test_the_seeds_of_a_row_are_those_it_was_measured_on(seeds: set[int]) -> None:
     runs = {seed: episode(True, [10.0, 2.0], [1.0, 0.2]) for seed in seeds | {7}}
-    assert row_seeds(make_row('lift', Arm.parse('ddim10'), runs, None)) == seeds | {7}
+    assert row_seeds(make_row('lift', Variant.parse('ddim10'), runs, None)) == seeds | {7}
 
 
-def test_every_arm_is_in_every_file(tmp_path: Path) -> None:
+def test_every_variant_is_in_every_file(tmp_path: Path) -> None:
     rows = [
         row('ddpm100', set(range(98)), 100.0),
         row('ddim10:learned:0.8', set(range(97)), 2.0, 0.03),
@@ -189,15 +189,15 @@ def test_every_arm_is_in_every_file(tmp_path: Path) -> None:
     as_json, as_csv = write_rows(rows, tmp_path)
     assert json.loads(as_json.read_text()) == rows
     with as_csv.open() as handle:
-        assert [line['arm'] for line in csv.DictReader(handle)] == [r['arm'] for r in rows]
+        assert [line['variant'] for line in csv.DictReader(handle)] == [r['variant'] for r in rows]
     write_page(rows, tmp_path / 'results.md')
     page = (tmp_path / 'results.md').read_text()
     for made in rows:
-        assert f'| {made["arm"]} | {made["successes"]}/{made["episodes"]} |' in page
+        assert f'| {made["variant"]} | {made["successes"]}/{made["episodes"]} |' in page
     write_plot(rows, tmp_path / 'pareto.png')
     assert (tmp_path / 'pareto.png').read_bytes()[1:4] == b'PNG'
 
 
-def test_rows_of_arms_with_options_alone_are_drawn_too(tmp_path: Path) -> None:
+def test_rows_of_variants_with_options_alone_are_drawn_too(tmp_path: Path) -> None:
     write_plot([row('ddim10+execute4', {1, 2}, 10.0)], tmp_path / 'pareto.png')
     assert (tmp_path / 'pareto.png').stat().st_size > 1000

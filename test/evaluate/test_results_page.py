@@ -23,5 +23,5 @@ def test_every_row_was_measured_with_the_plans_of_the_bundle_of_its_task() -> No
     tasks = {row['task'] for row in rows}
     assert tasks >= {'lift', 'stack', 'can'}
     expected = ExpectedDigests({task: load_bundle(task_named(task).bundle) for task in tasks})
-    others = [(row['task'], row['arm']) for row in rows if expected.matching([row]) != [row]]
+    others = [(row['task'], row['variant']) for row in rows if expected.matching([row]) != [row]]
     assert others == []

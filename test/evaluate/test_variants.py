@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arms of an evaluation: how they are written, and what plans they make of one bundle."""
+"""Variants of an evaluation: how they are written, and what plans they make of one bundle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tts_policy.evaluate.variants import ARM_SETS, PLANS, Arm, ArmError, parse_arms
+from tts_policy.evaluate.variants import PLANS, VARIANT_SETS, Variant, VariantError, parse_variants
 from tts_policy.policy.bundle import Bundle, BundleError, load_bundle, save_random_bundle
 from tts_policy.policy.denoisers.dit import DiTOptions
 from tts_policy.policy.encoders.cnn import CnnSpec
@@ -41,18 +41,18 @@ def tokens() -> torch.Tensor:
 
 def plans(text: str, bundle: Bundle, tokens: torch.Tensor, ticks: int = 3) -> list[Plan]:
     """Plans of ticks with different memories, every earlier feature valid."""
-    arm = Arm.parse(text)
-    setting, source = arm.setting(bundle), arm.plan_source(bundle, tokens)
+    variant = Variant.parse(text)
+    setting, source = variant.setting(bundle), variant.plan_source(bundle, tokens)
     assert source is not None
     source.begin(7)
-    valid = np.ones((arm.steps, bundle.network.denoiser.spec.blocks), bool)
+    valid = np.ones((variant.steps, bundle.network.denoiser.spec.blocks), bool)
     forced = setting.sampler.force_first_step
     with torch.no_grad():
-        gates = source.gates(torch.randn(arm.steps, TINY.width))
+        gates = source.gates(torch.randn(variant.steps, TINY.width))
         return [
             make_plan(
-                source(gates, tokens[tick : tick + 1], arm.asked_sparsity)[0].numpy(),
-                arm.asked_sparsity,
+                source(gates, tokens[tick : tick + 1], variant.asked_sparsity)[0].numpy(),
+                variant.asked_sparsity,
                 valid,
                 forced,
                 bundle.network.denoiser.spec.stack.kinds,
@@ -71,7 +71,7 @@ def plans(text: str, bundle: Bundle, tokens: torch.Tensor, ticks: int = 3) -> li
 )
 def test_a_name_is_parsed_back(scheduler: str, plan: str, options: list[str]) -> None:
     name = scheduler + plan + ''.join(f'+{option}' for option in options)
-    assert Arm.parse(name).name == name
+    assert Variant.parse(name).name == name
 
 
 @pytest.mark.parametrize(
@@ -87,25 +87,27 @@ def test_a_name_is_parsed_back(scheduler: str, plan: str, options: list[str]) ->
         ('ddim10+deaf', 'an option must be one of'),
     ],
 )
-def test_arms_off_the_form_are_refused_with_the_reason(text: str, reason: str) -> None:
-    with pytest.raises(ArmError, match=reason):
-        Arm.parse(text)
+def test_variants_off_the_form_are_refused_with_the_reason(text: str, reason: str) -> None:
+    with pytest.raises(VariantError, match=reason):
+        Variant.parse(text)
 
 
-def test_sets_hold_every_arm_once_and_the_named_ones_first() -> None:
-    everything = parse_arms(['all'])
-    assert [arm.name for arm in everything] == ARM_SETS['all']
-    assert ARM_SETS['all'][: len(ARM_SETS['named'])] == ARM_SETS['named']
-    assert parse_arms(['named', 'ddpm100', 'ddim7']) == parse_arms([*ARM_SETS['named'], 'ddim7'])
+def test_sets_hold_every_variant_once_and_the_named_ones_first() -> None:
+    everything = parse_variants(['all'])
+    assert [variant.name for variant in everything] == VARIANT_SETS['all']
+    assert VARIANT_SETS['all'][: len(VARIANT_SETS['named'])] == VARIANT_SETS['named']
+    assert parse_variants(['named', 'ddpm100', 'ddim7']) == parse_variants(
+        [*VARIANT_SETS['named'], 'ddim7']
+    )
 
 
 def test_a_dense_scheduler_needs_no_entry_in_the_bundle(bundle: Bundle) -> None:
-    arm = Arm.parse('ddim3')
-    setting = arm.setting(bundle)
+    variant = Variant.parse('ddim3')
+    setting = variant.setting(bundle)
     assert (setting.sampler.scheduler.kind, setting.sampler.scheduler.steps) == ('ddim', 3)
     assert setting.sampler.hold_noise and setting.execute == 8
     assert setting.sampler.temperature == bundle.samplers['ddim10'][0].temperature
-    assert arm.plan_source(bundle, torch.empty(0)) is None
+    assert variant.plan_source(bundle, torch.empty(0)) is None
 
 
 @pytest.mark.parametrize('off', [Reuse.FORWARD, Reuse.TIMESTEP, Reuse.ROLLOUT])
@@ -130,9 +132,9 @@ def test_without_a_class_of_reuse_the_same_cells_are_computed(
 
 
 def test_options_change_what_they_name_and_nothing_else(bundle: Bundle) -> None:
-    plain = Arm.parse('ddim10:learned:0.8').setting(bundle)
+    plain = Variant.parse('ddim10:learned:0.8').setting(bundle)
     assert plain.sampler == bundle.samplers['ddim10'][0]
-    changed = Arm.parse('ddim10:learned:0.8+forced+fresh+age3+execute2+blind').setting(bundle)
+    changed = Variant.parse('ddim10:learned:0.8+forced+fresh+age3+execute2+blind').setting(bundle)
     sampler = changed.sampler
     assert (sampler.force_first_step, sampler.hold_noise, sampler.max_rollout_age) == (
         True,
@@ -147,11 +149,11 @@ def test_options_change_what_they_name_and_nothing_else(bundle: Bundle) -> None:
     ('option', 'hold_noise', 'temperature'),
     [('held', True, 1.0), ('fresh', False, 1.0), ('noiseless', True, 0.0)],
 )
-def test_noise_of_an_arm_is_what_its_option_says(
+def test_noise_of_a_variant_is_what_its_option_says(
     bundle: Bundle, option: str, hold_noise: bool, temperature: float
 ) -> None:
     for sampler in ('ddim10', 'ddim3'):
-        spec = Arm.parse(f'{sampler}+{option}').setting(bundle).sampler
+        spec = Variant.parse(f'{sampler}+{option}').setting(bundle).sampler
         assert (spec.hold_noise, spec.temperature) == (hold_noise, temperature)
 
 
@@ -159,7 +161,7 @@ def test_a_plan_without_a_pruner_in_the_bundle_is_refused(bundle: Bundle) -> Non
     with pytest.raises(
         BundleError, match=r"ddim16:learned:0\.8: the bundle has no pruner for 'ddim1"
     ):
-        Arm.parse('ddim16:learned:0.8').plan_source(bundle, torch.empty(0))
+        Variant.parse('ddim16:learned:0.8').plan_source(bundle, torch.empty(0))
 
 
 @pytest.mark.parametrize('name', PLANS)
@@ -201,7 +203,7 @@ def test_only_plans_that_run_the_pruner_pay_for_it(bundle: Bundle, tokens: torch
     pruner = bundle.samplers['ddim10'][1]
     assert pruner is not None
     for name in PLANS:
-        source = Arm.parse(f'ddim10:{name}:0.8').plan_source(bundle, tokens)
+        source = Variant.parse(f'ddim10:{name}:0.8').plan_source(bundle, tokens)
         assert source is not None
         free = name in ('mean', 'static', 'random')
         assert source.flops == (0 if free else pruner.spec.flops), name
@@ -211,23 +213,33 @@ def test_a_sampler_made_on_the_fly_keeps_the_noise_schedule_of_the_bundle(bundle
     spec = bundle.samplers['ddim10'][0]
     linear = replace(spec.scheduler, beta_schedule='linear', prediction='sample', clip=2.0)
     imported = replace(bundle, samplers={'ddim10': (replace(spec, scheduler=linear), None)})
-    made = Arm.parse('ddim3').setting(imported).sampler.scheduler
+    made = Variant.parse('ddim3').setting(imported).sampler.scheduler
     assert made == replace(linear, steps=3)
 
 
 @pytest.mark.parametrize('text', ['ddim101', 'ddim10:learned:0.8+age0'])
-def test_an_arm_beyond_the_limits_of_samplers_is_refused(text: str, bundle: Bundle) -> None:
-    with pytest.raises(ArmError, match=re.escape(text)):
-        Arm.parse(text).setting(bundle)
+def test_a_variant_beyond_the_limits_of_samplers_is_refused(text: str, bundle: Bundle) -> None:
+    with pytest.raises(VariantError, match=re.escape(text)):
+        Variant.parse(text).setting(bundle)
 
 
 def test_a_flow_is_run_by_euler_steps_and_by_nothing_else(tmp_path: Path) -> None:
     network = replace(TINY, denoiser=DiTOptions(time_features=16), objective='flow')
     save_random_bundle(tmp_path, PANDA_CONTRACT, FLOW_SAMPLERS, network)
     flow = load_bundle(tmp_path)
-    arm = Arm.parse('flow5:static:0.6')
-    assert arm.setting(flow).sampler.scheduler.timesteps() == [0.0, 0.2, 0.4, 0.6, 0.8]
-    assert arm.reference == 'flow10'
-    assert arm.plan_source(flow, torch.empty(0)) is not None
-    with pytest.raises(ArmError, match='ddim10: scheduler'):
-        Arm.parse('ddim10').setting(flow)
+    variant = Variant.parse('flow5:static:0.6')
+    assert variant.setting(flow).sampler.scheduler.timesteps() == [0.0, 0.2, 0.4, 0.6, 0.8]
+    assert variant.reference == 'flow10'
+    assert variant.plan_source(flow, torch.empty(0)) is not None
+    with pytest.raises(VariantError, match='ddim10: scheduler'):
+        Variant.parse('ddim10').setting(flow)
+
+
+@pytest.mark.parametrize('steps', [3, 5, 8])
+def test_dpm_solver_samples_what_a_diffusion_bundle_predicts(bundle: Bundle, steps: int) -> None:
+    variant = Variant.parse(f'dpm{steps}')
+    scheduler = variant.setting(bundle).sampler.scheduler
+    known = bundle.samplers['ddim10'][0].scheduler
+    assert scheduler == replace(known, kind='dpm_solver', steps=steps)
+    assert len(scheduler.make().table) == steps
+    assert variant.name == f'dpm{steps}' and variant.reference == 'ddpm100'

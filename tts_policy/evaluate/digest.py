@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a measurement of an arm depends on, as a digest: it stays valid while the bundle grows.
+"""Digests of everything that the measurement of a variant depends on.
 
-A bundle gets a table for another sparsity or a pruner for another sampler, and the arms that read
-neither are what they were. An arm that is not, is measured anew.
+A bundle may grow: a table for another sparsity or a pruner for another sampler changes nothing for
+variants that do not read it, so their digests and measurements stay valid. A variant whose digest
+has changed is measured anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tts_policy.evaluate.variants import LEARNED_PLANS, Arm, ArmError
+from tts_policy.evaluate.variants import LEARNED_PLANS, Variant, VariantError
 from tts_policy.policy.bundle import Bundle
 from tts_policy.policy.network import PolicyNetwork
 from tts_policy.policy.plan import PlanError, Reuse, make_plan
@@ -43,46 +44,46 @@ def _described(network: PolicyNetwork) -> str:
     return f'({network.contract!r}, NetworkSpec({fields}))'
 
 
-class ArmDigests:
-    """Digests of the arms of one bundle."""
+class VariantDigests:
+    """Digests of the variants of one bundle."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Take in the policy, which all arms share."""
+        """Take in the policy, which all variants share."""
         self._bundle = bundle
         network = bundle.network
         self._policy = hashlib.sha256(_described(network).encode())
         take_in(self._policy, network.state_dict())
 
-    def of(self, arm: Arm) -> str:
+    def of(self, variant: Variant) -> str:
         """16 hexadecimal digits of the policy, its setting and what the plans are made from.
 
         Raises
         ------
-        ArmError
-            if the bundle cannot run the arm.
+        VariantError
+            if the bundle cannot run the variant.
 
         """
-        digest, setting = self._policy.copy(), arm.setting(self._bundle)
-        # The recommendation is advice to a user; an arm runs at its own sparsity.
+        digest, setting = self._policy.copy(), variant.setting(self._bundle)
+        # The recommendation is advice to a user; a variant runs at its own sparsity.
         sampler = replace(setting.sampler, recommended_sparsity=0.0)
-        if arm.plan in ('', 'static'):
+        if variant.plan in ('', 'static'):
             # Such a plan is the same whatever is forced, and takes nothing from earlier ticks.
             age = SamplerSpec.max_rollout_age
             sampler = replace(sampler, force_first_step=False, max_rollout_age=age)
         setting = replace(setting, sampler=sampler)
-        digest.update(repr((arm.plan, arm.asked_sparsity, setting)).encode())
-        pruner = arm.pruner(self._bundle)
-        if arm.plan in LEARNED_PLANS and pruner is not None:
+        digest.update(repr((variant.plan, variant.asked_sparsity, setting)).encode())
+        pruner = variant.pruner(self._bundle)
+        if variant.plan in LEARNED_PLANS and pruner is not None:
             if isinstance(pruner, Pruner) and not pruner.reads_observation:
                 digest.update(repr(replace(pruner.spec, sparsities=(0.0,))).encode())
-                take_in(digest, self._constant_plan(arm, pruner, sampler))
+                take_in(digest, self._constant_plan(variant, pruner, sampler))
             else:
                 digest.update(repr(pruner.spec).encode())
                 take_in(digest, pruner.state_dict())
         return digest.hexdigest()[:DIGITS]
 
     def _constant_plan(
-        self, arm: Arm, pruner: Pruner, sampler: SamplerSpec
+        self, variant: Variant, pruner: Pruner, sampler: SamplerSpec
     ) -> Mapping[str, Tensor]:
         """What decides the plans of all ticks: where they compute, and what they reuse first.
 
@@ -92,48 +93,50 @@ class ArmDigests:
         tokens = torch.zeros(1, spec.obs_steps, spec.memory_width)
         gates = torch.zeros(spec.steps, spec.hidden)
         with torch.no_grad():
-            logits = LEARNED_PLANS[arm.plan](pruner, tokens)(gates, tokens, arm.sparsity)[0]
+            logits = LEARNED_PLANS[variant.plan](pruner, tokens)(gates, tokens, variant.sparsity)[
+                0
+            ]
         everywhere = np.ones((spec.steps, spec.blocks), bool)
         kinds, forced = self._bundle.network.denoiser.spec.stack.kinds, sampler.force_first_step
         try:
-            plan = make_plan(logits.numpy(), arm.sparsity, everywhere, forced, kinds)
+            plan = make_plan(logits.numpy(), variant.sparsity, everywhere, forced, kinds)
         except PlanError as error:
-            raise ArmError(f'{arm.name}: {error}') from error
+            raise VariantError(f'{variant.name}: {error}') from error
         computed = torch.from_numpy(plan == Reuse.COMPUTE)
         return {'computed': computed, 'reuse': logits[..., Reuse.FORWARD :]}
 
 
 class ExpectedDigests:
-    """Digests of the arms of the bundles at hand, to tell their measurements from others."""
+    """Digests of the variants of the bundles at hand, to tell their measurements from others."""
 
     def __init__(self, bundles: Mapping[str, Bundle]) -> None:
         """Take in the bundles of the tasks that are asked for."""
-        self._digests = {task: ArmDigests(bundle) for task, bundle in bundles.items()}
+        self._digests = {task: VariantDigests(bundle) for task, bundle in bundles.items()}
         self._known: dict[tuple[str, str], str | None] = {}
 
-    def of(self, task: str, arm: str) -> str | None:
-        """Digest of an arm by its name, None where the bundle cannot run it."""
-        if (task, arm) not in self._known:
+    def of(self, task: str, variant: str) -> str | None:
+        """Digest of a variant by its name, None where the bundle cannot run it."""
+        if (task, variant) not in self._known:
             try:
-                self._known[task, arm] = self._digests[task].of(Arm.parse(arm))
-            except ArmError:
-                self._known[task, arm] = None
-        return self._known[task, arm]
+                self._known[task, variant] = self._digests[task].of(Variant.parse(variant))
+            except VariantError:
+                self._known[task, variant] = None
+        return self._known[task, variant]
 
     def matching(self, measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those measured with the bundles at hand, in their order.
 
-        Of a task that is not asked for, those as the last one of their arm.
+        Of a task that is not asked for, those as the last one of their variant.
         """
         known = [one for one in measured if 'digest' in one]
-        last = {(one['task'], one['arm']): one['digest'] for one in known}
+        last = {(one['task'], one['variant']): one['digest'] for one in known}
         return [
             one
             for one in known
             if one['digest']
             == (
-                self.of(one['task'], one['arm'])
+                self.of(one['task'], one['variant'])
                 if one['task'] in self._digests
-                else last[one['task'], one['arm']]
+                else last[one['task'], one['variant']]
             )
         ]

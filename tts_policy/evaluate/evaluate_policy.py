@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`evaluate_policy`: success against cost of a policy and of what one would run instead of it.
+"""`evaluate_policy`: success against cost of a policy and of its alternatives.
 
-Every arm of a task runs the same seeds with the same noise, headless, over processes. Measurements
-go to OUT/episodes.jsonl as they are made, and a run that was interrupted goes on from there; so
-does one with more episodes, arms or tasks. Rows of an earlier results.json (--earlier) are taken
-over where the bundle at hand still makes them. Then results.json, .csv, .md and pareto.png are
-written from all measurements that there are.
+All variants of a task run headless on the same seeds, distributed over processes, with the same
+noise. Every measurement is appended to OUT/episodes.jsonl at once. An interrupted run, or one with
+more episodes, variants or tasks, runs only what is missing. Rows of an earlier results.json
+(--earlier) are kept where the bundle still gives the same digest. Finally results.json, .csv, .md
+and pareto.png are written from all measurements.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tts_policy.evaluate.results import (
     timed,
     write_rows,
 )
-from tts_policy.evaluate.variants import ARM_SETS, Arm, ArmError, parse_arms
+from tts_policy.evaluate.variants import VARIANT_SETS, Variant, VariantError, parse_variants
 from tts_policy.evaluate.worker import (
     Job,
     Worker,
@@ -80,7 +80,7 @@ def read_earlier(path: Path) -> list[Row]:
         rows = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise EvaluationError(f'{path}: results.json expected, got {error}') from None
-    needed = {'task', 'arm', 'digest', 'episodes', 'seed_runs', 'failed_seeds'}
+    needed = {'task', 'variant', 'digest', 'episodes', 'seed_runs', 'failed_seeds'}
     if not isinstance(rows, list) or not all(
         isinstance(r, dict) and needed <= set(r) for r in rows
     ):
@@ -102,62 +102,64 @@ def _matching(
     return matching
 
 
-def runnable(task: str, arms: Sequence[Arm], bundle: Bundle) -> list[Arm]:
-    """Arms that the bundle can run; says which it cannot, and why."""
+def runnable(task: str, variants: Sequence[Variant], bundle: Bundle) -> list[Variant]:
+    """Variants that the bundle can run; says which it cannot, and why."""
     import torch
 
     task_named(task).check(bundle.network.contract)
-    able: list[Arm] = []
-    known: dict[tuple[object, ...], Arm] = {}
-    for arm in arms:
+    able: list[Variant] = []
+    known: dict[tuple[object, ...], Variant] = {}
+    for variant in variants:
         try:
-            setting = arm.setting(bundle)
-            arm.plan_source(bundle, torch.zeros(1))
+            setting = variant.setting(bundle)
+            variant.plan_source(bundle, torch.zeros(1))
             if setting.blind and not bundle.network.contract.observation.cameras:
-                raise BundleError(f'{arm.name}: the policy has no camera to deceive')
+                raise BundleError(f'{variant.name}: the policy has no camera to deceive')
             usable = bundle.network.contract.usable_actions
             if not 1 <= setting.execute <= usable:
                 raise EvaluationError(
-                    f'{arm.name}: execute must be in [1, {usable}], got {setting.execute}'
+                    f'{variant.name}: execute must be in [1, {usable}], got {setting.execute}'
                 )
         except BundleError as error:
             print(f'{task}: left out, {error}', file=sys.stderr)
             continue
-        if arm.asked_sparsity > setting.sampler.max_sparsity + 1e-9:
+        if variant.asked_sparsity > setting.sampler.max_sparsity + 1e-9:
             print(
-                f'{task}: left out, {arm.name}: sparsity must be at most '
+                f'{task}: left out, {variant.name}: sparsity must be at most '
                 f'{setting.sampler.max_sparsity:.4g}',
                 file=sys.stderr,
             )
             continue
-        same = known.setdefault((arm.made_plan(bundle), arm.asked_sparsity, setting), arm)
-        if same is not arm:
-            print(f'{task}: left out, {arm.name}: here it is {same.name}', file=sys.stderr)
+        same = known.setdefault(
+            (variant.made_plan(bundle), variant.asked_sparsity, setting), variant
+        )
+        if same is not variant:
+            print(f'{task}: left out, {variant.name}: here it is {same.name}', file=sys.stderr)
             continue
-        able.append(arm)
+        able.append(variant)
     return able
 
 
 def plan_jobs(
-    arms: Mapping[str, Sequence[Arm]],
+    variants: Mapping[str, Sequence[Variant]],
     seeds: Sequence[int],
     done: Mapping[Key, Any],
     earlier: Sequence[Row] = (),
 ) -> list[Job]:
-    """Jobs still to be done: task by task, arm by arm, the action error of an arm first."""
-    covered = {(row['task'], row['arm']) for row in earlier if set(seeds) <= row_seeds(row)}
+    """Jobs still to be done, by task and variant; a variant's action error comes first."""
+    covered = {(row['task'], row['variant']) for row in earlier if set(seeds) <= row_seeds(row)}
     jobs = [
-        Job(task, arm, seed)
-        for task, of in arms.items()
-        for arm in of
-        if (task, arm.name) not in covered
-        for seed in ((None, *seeds) if arm.plan else seeds)
+        Job(task, variant, seed)
+        for task, of in variants.items()
+        for variant in of
+        if (task, variant.name) not in covered
+        for seed in ((None, *seeds) if variant.plan else seeds)
     ]
     return [job for job in jobs if job.key not in done]
 
 
 def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()) -> list[Row]:
-    """Rows of everything measured, by task as they come and by arm as in the set of all.
+    """Rows of everything measured: tasks as in earlier rows, variants as in the set of all.
 
     An earlier row stands until all of its seeds, or more episodes than it has, are in the log.
     """
@@ -168,16 +170,16 @@ def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()
             errors[task, name] = record['l1_error']
         else:
             episodes[task, name][seed] = record
-    rows = {(row['task'], row['arm']): row for row in earlier}
+    rows = {(row['task'], row['variant']): row for row in earlier}
     for (task, name), of in episodes.items():
         row = rows.get((task, name))
         if row is None or set(of) >= row_seeds(row) or len(of) > row['episodes']:
-            rows[task, name] = make_row(task, Arm.parse(name), of, errors.get((task, name)))
-    rank = {name: index for index, name in enumerate(ARM_SETS['all'])}
-    tasks = list(dict.fromkeys(task for task, _ in rows))
+            rows[task, name] = make_row(task, Variant.parse(name), of, errors.get((task, name)))
+    rank = {name: index for index, name in enumerate(VARIANT_SETS['all'])}
+    tasks = list(dict.fromkeys([*(row['task'] for row in earlier), *TASKS]))
     order = sorted(rows, key=lambda e: (tasks.index(e[0]), rank.get(e[1], len(rank)), e[1]))
     return [
-        compared(rows[task, name], rows.get((task, Arm.parse(name).reference)))
+        compared(rows[task, name], rows.get((task, Variant.parse(name).reference)))
         for task, name in order
     ]
 
@@ -206,26 +208,26 @@ def _run(
             futures = [pool.submit(run_job, job) for job in jobs]
             records = (future.result() for future in as_completed(futures))
         for record in records:
-            measured[record['task'], record['arm'], record['seed']] = record
+            measured[record['task'], record['variant'], record['seed']] = record
             handle.write(json.dumps(record) + '\n')
             handle.flush()
-            bar.set_postfix_str(f'{record["task"]} {record["arm"]}', refresh=False)
+            bar.set_postfix_str(f'{record["task"]} {record["variant"]}', refresh=False)
             bar.update()
     return measured
 
 
 def timed_in_turns(rows: Sequence[Row], bundles: dict[str, Path], episodes: int) -> list[Row]:
-    """Rows with latencies of all arms of a task in turns, where the task has a bundle here."""
+    """Rows with latencies of all variants of a task in turns, where the task has a bundle here."""
     latencies: dict[tuple[str, str], list[float]] = defaultdict(list)
     with closing(Worker(bundles, episodes)) as worker:
         for task in bundles:
-            arms = [Arm.parse(row['arm']) for row in rows if row['task'] == task]
-            ticks, title = worker.steady_ticks(task), f'{task}: {len(arms)} arms in turns'
-            for turn in tqdm(worker.turns(task, arms), total=ticks, unit='tick', desc=title):
+            variants = [Variant.parse(row['variant']) for row in rows if row['task'] == task]
+            ticks, title = worker.steady_ticks(task), f'{task}: {len(variants)} variants in turns'
+            for turn in tqdm(worker.turns(task, variants), total=ticks, unit='tick', desc=title):
                 for name, latency in turn.items():
                     latencies[task, name].append(latency)
     return [
-        timed(row, latencies[row['task'], row['arm']], processor())
+        timed(row, latencies[row['task'], row['variant']], processor())
         if row['task'] in bundles
         else row
         for row in rows
@@ -254,14 +256,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help=f'of {", ".join(TASKS)}; the bundle is the one in models/ if it is not named',
     )
     parser.add_argument(
-        '--arms',
+        '--variants',
         nargs='+',
         default=['named'],
-        metavar='ARM',
-        help=f'{", ".join(ARM_SETS)}, or SCHEDULER[:PLAN:SPARSITY][+OPTION...] such as ddpm100, '
-        'ddim10:learned:0.8, ddim10:static:0.8+forced (default: %(default)s)',
+        metavar='VARIANT',
+        help=f'{", ".join(VARIANT_SETS)}, or SCHEDULER[:PLAN:SPARSITY][+OPTION...], for instance '
+        'ddpm100, dpm5, ddim10:learned:0.8, ddim10:static:0.8+forced (default: %(default)s)',
     )
-    parser.add_argument('--episodes', type=int, default=50, help='of every arm (default: 50)')
+    parser.add_argument('--episodes', type=int, default=50, help='of every variant (default: 50)')
     parser.add_argument('--seed', type=int, default=FIRST_SEED, help='first seed')
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes')
     parser.add_argument(
@@ -272,7 +274,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar='EPISODES',
-        help='time all arms anew, in turns, on so many expert episodes; for an idle machine',
+        help='time all variants anew, in turns, on so many expert episodes; for an idle machine',
     )
     parser.add_argument(
         '--earlier',
@@ -281,7 +283,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help='results.json whose rows are taken over where the bundle still makes them',
     )
     parser.add_argument('--out', type=Path, required=True, help='folder of log and results')
-    parser.add_argument('--list', action='store_true', help='print the arms and stop')
+    parser.add_argument('--list', action='store_true', help='print the variants and stop')
     return parser.parse_args(arguments)
 
 
@@ -295,25 +297,25 @@ def _evaluate(args: argparse.Namespace) -> int:
             f'seeds must be in [{FIRST_SEED}, {EXPERT_SEED}), apart from those of demonstrations, '
             f'got {args.episodes} from {args.seed} on'
         )
-    asked, bundles = parse_arms(args.arms), dict(args.tasks)
+    asked, bundles = parse_variants(args.variants), dict(args.tasks)
     if args.list:
-        print('\n'.join(arm.name for arm in asked))
+        print('\n'.join(variant.name for variant in asked))
         return 0
     loaded = {task: load_bundle(path) for task, path in bundles.items()}
-    arms = {task: runnable(task, asked, bundle) for task, bundle in loaded.items()}
+    variants = {task: runnable(task, asked, bundle) for task, bundle in loaded.items()}
     expected, log = ExpectedDigests(loaded), args.out / 'episodes.jsonl'
     earlier = [] if args.earlier is None else read_earlier(args.earlier)
     earlier = _matching(earlier, expected, args.earlier)
     args.out.mkdir(parents=True, exist_ok=True)
     logged = _matching(read_log(log), expected, log)
-    done = {(record['task'], record['arm'], record['seed']): record for record in logged}
+    done = {(record['task'], record['variant'], record['seed']): record for record in logged}
     seeds = range(args.seed, args.seed + args.episodes)
-    jobs = plan_jobs(arms, seeds, done, earlier)
+    jobs = plan_jobs(variants, seeds, done, earlier)
     if jobs:
         done |= _run(jobs, bundles, args, log)
     rows = collect_rows(done, earlier)
     if not rows:
-        raise EvaluationError('no arm could be run')
+        raise EvaluationError('no variant could be run')
     if args.latency:
         rows = timed_in_turns(rows, bundles, args.latency)
     written = [*write_rows(rows, args.out), args.out / 'results.md', args.out / 'pareto.png']
@@ -331,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         return _evaluate(args)
-    except (BundleError, TaskError, ArmError, EvaluationError, ChildProcessError) as error:
+    except (BundleError, TaskError, VariantError, EvaluationError, ChildProcessError) as error:
         print(f'evaluate_policy: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -14,27 +14,31 @@ from tts_policy.evaluate.variants import REFERENCE
 
 INTRODUCTION = """# Results: success against cost
 
-Written by `evaluate_policy` from the measurements in `results.json`; nothing here is typed in.
-Every arm of a task runs the same seeds with the noise of its bundle, which may be none, unless the
-arm names its own (held, fresh, noiseless). "Steady" leaves out the dense first tick of every
-episode, "episode" has it. GFLOPs are those of conditional encoder, pruner and
-executed decoder; the observation encoder is the same for all arms and stands above each table.
-FE are dense forward equivalents: computed cells over blocks of one forward pass. L1 is the action
-error in normalised units against the dense chunk of the same sampler and noise, on expert episodes
-(Push-T: dense ones; its score is the largest reward, averaged over episodes). Won and lost count
-the seeds on which only the arm, or only the dense reference (DDPM-100, or ten Euler steps for a
-flow), succeeded; their test is McNemar's, exact, and the interval of the difference is Bonett and
-Price's. Latencies are those of the whole policy call on one thread, medians over steady ticks;
-the arms of a task took turns tick by tick, and one with ~ was timed while its episodes ran,
-beside whatever else the machine did. An arm that comes to the same as another one has no row of
-its own: the mean plan of a pruner whose plans are constant, and that of another tick's memory,
-are the learned plan itself; a bundle whose samplers leave step 0 free makes no other plan with
-"+free".
+`evaluate_policy` wrote this page from the measurements in `results.json`; nothing is typed in.
+
+- Every variant of a task runs the same seeds. The noise is that of the bundle, which may be none,
+  unless the variant names its own (held, fresh, noiseless).
+- *Steady* leaves out the dense first tick of every episode; *episode* includes it.
+- GFLOPs count the conditional encoder, the pruner and the executed decoder. The observation
+  encoder costs the same in all variants; its cost stands above each table.
+- FE, dense forward equivalents, are the computed cells over the blocks of one forward pass.
+- L1 is the action error in normalised units against the dense chunk of the same sampler and noise,
+  on expert episodes. Push-T has no expert, so its episodes are dense ones; its score is the
+  largest reward of an episode, averaged over episodes.
+- Won and lost count the seeds on which only the variant, or only the dense reference (DDPM-100, or
+  ten Euler steps for a flow), succeeded. Their test is McNemar's, exact; the interval of the
+  difference is Bonett and Price's.
+- Latencies are medians over steady ticks of the whole policy call on one thread. The variants of a
+  task took turns, tick by tick. One with ~ was timed while its episodes ran, beside whatever else
+  the machine did.
+- A variant that comes to the same as another one has no row. Where the plans of a pruner are
+  constant, their mean and those of another tick's memory are the learned plan itself. Where the
+  samplers of a bundle leave step 0 free, "+free" changes nothing.
 
 ![Success against cost](pareto.png)
 """
 HEADLINES = ('ddim10:learned:0.8', 'ddpm100:learned:0.95')
-Arms = Mapping[str, Row]
+Variants = Mapping[str, Row]
 
 
 def write_page(rows: Sequence[Row], path: Path) -> None:
@@ -62,7 +66,7 @@ def write_page(rows: Sequence[Row], path: Path) -> None:
 def markdown_table(rows: Sequence[Row]) -> str:
     """Table of rows of one task."""
     lines = [
-        '| arm | success | 95 % | against dense: won/lost, 95 % of the difference, p '
+        '| variant | success | 95 % | against dense: won/lost, 95 % of the difference, p '
         '| reused | L1 | GFLOPs, steady / episode | FE, steady / episode | latency p50 |',
         '| --- | --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
@@ -76,7 +80,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         score = f', score {row["score"]:.3f}' if 'score' in row else ''
         latency = f'{"" if "latency_in_turns" in row else "~"}{row["latency_ms"]:.0f} ms'
         lines.append(
-            f'| {row["arm"]} | {row["successes"]}/{row["episodes"]}{score} '
+            f'| {row["variant"]} | {row["successes"]}/{row["episodes"]}{score} '
             f'| {low} - {high} | {against} '
             f'| {100 * row["sparsity"]:.1f} % | {error} '
             f'| {row["gflops_tick"]:.3f} / {row["gflops_tick_episode"]:.3f} '
@@ -88,64 +92,66 @@ def markdown_table(rows: Sequence[Row]) -> str:
 def _claims_table(rows: Sequence[Row], tasks: Sequence[str]) -> str:
     lines = ['| task | claim | measured | holds |', '| --- | --- | --- | --- |']
     for task in tasks:
-        arms = {row['arm']: row for row in rows if row['task'] == task}
-        for claim, measured, holds in claims(arms):
+        variants = {row['variant']: row for row in rows if row['task'] == task}
+        for claim, measured, holds in claims(variants):
             verdict = 'not measured' if holds is None else ('yes' if holds else '**no**')
             lines.append(f'| {task} | {claim} | {measured} | {verdict} |')
     return '\n'.join(lines)
 
 
-def claims(arms: Arms) -> Iterator[tuple[str, str, bool | None]]:
+def claims(variants: Variants) -> Iterator[tuple[str, str, bool | None]]:
     """Claims about one task: text, what was measured, and whether it holds (None: no data)."""
     for name in HEADLINES:
-        yield _as_good_as_dense(arms, name)
-    yield _better(arms, HEADLINES[0], 'ddim3')
-    yield _cheaper(arms, HEADLINES[1])
+        yield _as_good_as_dense(variants, name)
+    yield _better(variants, HEADLINES[0], 'ddim3')
+    yield _cheaper(variants, HEADLINES[1])
     for name in HEADLINES:
-        yield _closer_than_static(arms, name)
+        yield _closer_than_static(variants, name)
     for scheduler in ('ddim10', 'ddpm100'):
-        yield _monotone(arms, scheduler)
+        yield _monotone(variants, scheduler)
 
 
 def _rate(row: Row) -> float:
     return float(row['successes'] / row['episodes'])
 
 
-def _as_good_as_dense(arms: Arms, name: str) -> tuple[str, str, bool | None]:
+def _as_good_as_dense(variants: Variants, name: str) -> tuple[str, str, bool | None]:
     claim = f'{name}: at most 2 points below {REFERENCE}, paired lower bound above -6'
-    if name not in arms or 'paired' not in arms[name]:
+    if name not in variants or 'paired' not in variants[name]:
         return claim, '', None
-    paired = arms[name]['paired']
+    paired = variants[name]['paired']
     difference = 100 * (paired['won'] - paired['lost']) / paired['episodes']
     low = 100 * paired['difference_ci95'][0]
     measured = f'{difference:+.1f} points, lower bound {low:+.1f}, {paired["episodes"]} pairs'
     return claim, measured, difference >= -2.0 and low > -6.0
 
 
-def _better(arms: Arms, name: str, other: str) -> tuple[str, str, bool | None]:
+def _better(variants: Variants, name: str, other: str) -> tuple[str, str, bool | None]:
     claim = f'{name}: above {other} dense'
-    if name not in arms or other not in arms:
+    if name not in variants or other not in variants:
         return claim, '', None
-    measured = ' against '.join(f'{100 * _rate(arms[arm]):.1f} %' for arm in (name, other))
-    return claim, measured, _rate(arms[name]) > _rate(arms[other])
+    measured = ' against '.join(
+        f'{100 * _rate(variants[variant]):.1f} %' for variant in (name, other)
+    )
+    return claim, measured, _rate(variants[name]) > _rate(variants[other])
 
 
-def _cheaper(arms: Arms, name: str) -> tuple[str, str, bool | None]:
+def _cheaper(variants: Variants, name: str) -> tuple[str, str, bool | None]:
     claim = f'{name}: at least 92 % fewer GFLOPs than {REFERENCE}, steady state'
-    if name not in arms or REFERENCE not in arms:
+    if name not in variants or REFERENCE not in variants:
         return claim, '', None
-    saved = 100 * (1 - arms[name]['gflops_tick'] / arms[REFERENCE]['gflops_tick'])
+    saved = 100 * (1 - variants[name]['gflops_tick'] / variants[REFERENCE]['gflops_tick'])
     return claim, f'{saved:.2f} % fewer', saved >= 92.0
 
 
-def _closer_than_static(arms: Arms, name: str) -> tuple[str, str, bool | None]:
+def _closer_than_static(variants: Variants, name: str) -> tuple[str, str, bool | None]:
     """Compare with the cheapest static schedule that costs as much: they come in whole steps."""
     claim = f'{name}: L1 at most 0.6 of a static plan that costs no less'
-    one = arms.get(name)
+    one = variants.get(name)
     statics = [
         row
-        for arm, row in arms.items()
-        if arm.startswith(f'{name.split(":")[0]}:static:') and row['l1_error']
+        for variant, row in variants.items()
+        if variant.startswith(f'{name.split(":")[0]}:static:') and row['l1_error']
     ]
     if one is None or one['l1_error'] is None or not statics:
         return claim, '', None
@@ -153,14 +159,14 @@ def _closer_than_static(arms: Arms, name: str) -> tuple[str, str, bool | None]:
     other = min(dear or statics, key=lambda row: abs(row['gflops_tick'] - one['gflops_tick']))
     ratio = one['l1_error'] / other['l1_error']
     cost = one['gflops_tick'] / other['gflops_tick']
-    measured = f'L1 ratio {ratio:.2f}, GFLOPs ratio {cost:.2f} ({other["arm"]})'
+    measured = f'L1 ratio {ratio:.2f}, GFLOPs ratio {cost:.2f} ({other["variant"]})'
     return claim, measured, ratio <= 0.6 and cost <= 1.01
 
 
-def _monotone(arms: Arms, scheduler: str) -> tuple[str, str, bool | None]:
+def _monotone(variants: Variants, scheduler: str) -> tuple[str, str, bool | None]:
     """Success must not rise with sparsity by more than the intervals allow."""
     claim = f'{scheduler}:learned: success falls as sparsity rises, within the intervals'
-    points = _points(arms, f'{scheduler}:learned:')
+    points = _points(variants, f'{scheduler}:learned:')
     if len(points) < 3:
         return claim, '', None
     measured = ', '.join(f'{s:g}: {100 * _rate(row):.0f} %' for s, row in points)
@@ -172,18 +178,18 @@ def _monotone(arms: Arms, scheduler: str) -> tuple[str, str, bool | None]:
     return claim, measured, holds
 
 
-def _points(arms: Arms, prefix: str) -> list[tuple[float, Row]]:
+def _points(variants: Variants, prefix: str) -> list[tuple[float, Row]]:
     plain = [
         (float(name.removeprefix(prefix)), row)
-        for name, row in arms.items()
+        for name, row in variants.items()
         if name.startswith(prefix) and '+' not in name
     ]
     return sorted(plain, key=lambda point: point[0])
 
 
 def _family(row: Row) -> str:
-    """Group of arms that share a colour: dense ones by scheduler, sparse ones by plan."""
-    _, _, plan = row['arm'].partition(':')
+    """Group of variants that share a colour: dense ones by scheduler, sparse ones by plan."""
+    _, _, plan = row['variant'].partition(':')
     if not plan:
         return f'dense {row["scheduler"].upper()}'
     return f'{row["scheduler"].upper()}-{row["steps"]} {plan.partition(":")[0]}'
@@ -195,7 +201,7 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     # Options such as +execute2 make another task, or another plan at the same price.
-    shown = [row for row in rows if '+' not in row['arm']] or list(rows)
+    shown = [row for row in rows if '+' not in row['variant']] or list(rows)
     tasks = list(dict.fromkeys(row['task'] for row in shown))
     figure = Figure(figsize=(13, 4.6 * len(tasks)), layout='constrained')
     FigureCanvasAgg(figure)

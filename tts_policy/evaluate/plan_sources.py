@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the plans of an evaluation's arms come from: the pruner, and what stands in for it.
+"""Sources of plans: the pruner of the bundle, and what a variant uses in its place.
 
-Every source is a pruner as far as the policy can tell, so an arm runs through the very same policy
-as the bundle: memory in, logits out. `flops` is what a plan costs, `begin` starts an episode.
+To the policy every source is a pruner: it maps the memory to logits. So a variant runs through the
+same policy as the bundle. `flops` is the cost of a plan; `begin` starts an episode.
 """
 
 from __future__ import annotations

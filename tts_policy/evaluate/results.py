@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tts_policy.evaluate.variants import Arm
+from tts_policy.evaluate.variants import Variant
 
 Z95 = 1.959964
 Episodes = Mapping[int, dict[str, Any]]
@@ -32,10 +32,10 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     return (centre - spread) / scale, (centre + spread) / scale
 
 
-def discordant(arm: Row, reference: Row) -> tuple[int, int, int]:
-    """Common seeds: those won by the arm alone, those by the reference alone, and all."""
-    seeds = row_seeds(arm) & row_seeds(reference)
-    failed, reference_failed = (set(row['failed_seeds']) & seeds for row in (arm, reference))
+def discordant(variant: Row, reference: Row) -> tuple[int, int, int]:
+    """Common seeds: those won by the variant alone, those by the reference alone, and all."""
+    seeds = row_seeds(variant) & row_seeds(reference)
+    failed, reference_failed = (set(row['failed_seeds']) & seeds for row in (variant, reference))
     return len(reference_failed - failed), len(failed - reference_failed), len(seeds)
 
 
@@ -70,8 +70,8 @@ def paired_difference(won: int, lost: int, pairs: int) -> tuple[float, float]:
     return max(-1.0, difference - spread), min(1.0, difference + spread)
 
 
-def make_row(task: str, arm: Arm, episodes: Episodes, l1_error: float | None) -> Row:
-    """Row of one arm, not compared with any other yet."""
+def make_row(task: str, variant: Variant, episodes: Episodes, l1_error: float | None) -> Row:
+    """Row of one variant, not compared with any other yet."""
     runs = [episodes[seed] for seed in sorted(episodes)]
     successes = sum(run['success'] for run in runs)
 
@@ -83,10 +83,10 @@ def make_row(task: str, arm: Arm, episodes: Episodes, l1_error: float | None) ->
 
     row: Row = {
         'task': task,
-        'arm': arm.name,
-        'scheduler': arm.scheduler,
-        'steps': arm.steps,
-        'sparsity': round(1 - float(np.mean(steady('fe'))) / arm.steps, 4),
+        'variant': variant.name,
+        'scheduler': variant.scheduler,
+        'steps': variant.steps,
+        'sparsity': round(1 - float(np.mean(steady('fe'))) / variant.steps, 4),
         'episodes': len(runs),
         'successes': successes,
         'ci95': [round(bound, 4) for bound in wilson_interval(successes, len(runs))],
@@ -115,7 +115,7 @@ def make_row(task: str, arm: Arm, episodes: Episodes, l1_error: float | None) ->
 
 
 def timed(row: Row, latencies: Sequence[float], device: str) -> Row:
-    """Row with `latencies` [ms] of an arm in turns with others, for those of its episodes."""
+    """Row with `latencies` [ms] of a variant in turns with others, for those of its episodes."""
     turns = {'ticks': len(latencies), 'device': device}
     return row | _percentiles(latencies) | {'latency_in_turns': turns}
 
@@ -128,15 +128,15 @@ def _percentiles(latencies: Sequence[float]) -> Row:
 
 
 def compared(row: Row, reference: Row | None) -> Row:
-    """Row with its paired test against `reference`, the dense arm of the same task."""
+    """Row with its paired test against `reference`, the dense variant of the same task."""
     row = {name: value for name, value in row.items() if name != 'paired'} | {'p_value': None}
-    if reference is None or row['arm'] == reference['arm']:
+    if reference is None or row['variant'] == reference['variant']:
         return row
     won, lost, pairs = discordant(row, reference)
     if pairs:
         row['p_value'] = round(mcnemar_exact(won, lost), 5)
         row['paired'] = {
-            'reference': reference['arm'],
+            'reference': reference['variant'],
             'episodes': pairs,
             'won': won,
             'lost': lost,

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arms of an evaluation: a scheduler, a source of plans, and how the policy is run.
+"""The variants of an evaluation: a scheduler, a source of plans, and how the policy is run.
 
-An arm is written SCHEDULER[:PLAN:SPARSITY][+OPTION...], for instance
+A variant is written SCHEDULER[:PLAN:SPARSITY][+OPTION...], for instance
 
     ddpm100                           dense, DDPM with 100 steps
     ddim3                             dense, DDIM with 3 steps
+    dpm5                              dense, DPM-Solver++(2M) with 5 steps
     ddim10:learned:0.8                the pruner's plan at 80 % reuse
     ddim10:static:0.8+forced          static schedule of that cost, step 0 computed
     ddim10:learned:0.8+execute4+age8  4 actions a chunk, cached features at most 8 ticks old
@@ -33,21 +34,23 @@ from tts_policy.policy.bundle import AnyPruner, Bundle, BundleError
 from tts_policy.policy.plan import Reuse
 from tts_policy.policy.pruner import PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.policy.schedulers.scheduler import FLOW
+from tts_policy.policy.schedulers.scheduler import FLOW, SCHEDULERS
 
 REFERENCE = 'ddpm100'
 FLOW_REFERENCE = 'flow10'
-_SCHEDULER = re.compile(r'(ddpm|ddim|flow)([1-9]\d*)')
+# Kinds of schedulers by the names they have in variants; `dpm` is short for `dpm_solver`.
+KINDS = {'dpm': 'dpm_solver'} | {kind: kind for kind in SCHEDULERS}
+_SCHEDULER = re.compile(f'({"|".join(KINDS)})([1-9][0-9]*)')
 _OPTION = re.compile(r'([a-z]+)(\d*)')
 
 
-class ArmError(ValueError):
-    """An arm that cannot be written or run like this; the message says what was expected."""
+class VariantError(ValueError):
+    """A variant that cannot be written or run like this; the message says what was expected."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How an arm runs: sampler, actions executed a chunk, and whether the camera deceives."""
+    """How a variant runs: sampler, actions executed a chunk, and whether the camera deceives."""
 
     sampler: SamplerSpec
     execute: int
@@ -73,7 +76,7 @@ OPTIONS: dict[str, Callable[[Setting, int], Setting]] = {
 }
 WITH_NUMBER = {'age', 'execute'}
 
-# Source of an arm's plans, given the bundle's pruner and observation tokens [M, To, D] of others.
+# Plan sources by name, made from a pruner and observation tokens [M, To, D] of other episodes.
 LEARNED_PLANS: dict[str, Callable[[AnyPruner, Tensor], PlanSource]] = {
     'learned': lambda pruner, _: Learned(pruner),
     'mean': Mean,
@@ -86,8 +89,8 @@ PLANS = (*LEARNED_PLANS, 'static', 'random')
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to run a policy; `plan` is empty for a dense arm."""
+class Variant:
+    """One way to run a policy; `plan` is empty for a dense variant."""
 
     scheduler: str
     steps: int
@@ -108,7 +111,7 @@ class Arm:
 
     @property
     def reference(self) -> str:
-        """Dense arm to compare with, which executes as many actions of a chunk."""
+        """Dense variant to compare with, which executes as many actions of a chunk."""
         execute = [f'+{option}' for option in self.options if option.startswith('execute')]
         return (FLOW_REFERENCE if self.scheduler == FLOW else REFERENCE) + ''.join(execute)
 
@@ -125,41 +128,41 @@ class Arm:
         return math.ceil((1 - self.sparsity) * self.steps - 1e-9)
 
     @staticmethod
-    def parse(text: str) -> Arm:
-        """Inverse of `name`; raises ArmError saying what was expected."""
+    def parse(text: str) -> Variant:
+        """Inverse of `name`; raises VariantError saying what was expected."""
         head, *options = text.split('+')
         scheduler, *plan = head.split(':')
         match = _SCHEDULER.fullmatch(scheduler)
         if match is None:
-            raise ArmError(f'an arm begins with a scheduler such as ddim10, got {text!r}')
+            raise VariantError(f'a variant begins with a scheduler such as ddim10, got {text!r}')
         for option in options:
             _check_option(option)
-        arm = Arm(match[1], int(match[2]), options=tuple(options))
+        variant = Variant(match[1], int(match[2]), options=tuple(options))
         if not plan:
-            return arm
+            return variant
         if len(plan) != 2 or plan[0] not in PLANS:
-            raise ArmError(f'a plan is PLAN:SPARSITY with one of {list(PLANS)}, got {text!r}')
+            raise VariantError(f'a plan is PLAN:SPARSITY with one of {list(PLANS)}, got {text!r}')
         try:
             sparsity = float(plan[1])
         except ValueError:
             sparsity = -1.0
         if not 0.0 < sparsity < 1.0:
-            raise ArmError(f'sparsity must be above 0 and below 1, got {text!r}')
-        return replace(arm, plan=plan[0], sparsity=sparsity)
+            raise VariantError(f'sparsity must be above 0 and below 1, got {text!r}')
+        return replace(variant, plan=plan[0], sparsity=sparsity)
 
     def setting(self, bundle: Bundle) -> Setting:
-        """How the arm runs with a bundle: its sampler of that name, or one made on the fly.
+        """How the variant runs with a bundle: its sampler of that name, or one made on the fly.
 
         Raises
         ------
-        ArmError
-            if the bundle's noise schedule or a limit of samplers does not allow the arm.
+        VariantError
+            if the bundle's noise schedule or a limit of samplers does not allow the variant.
 
         """
         try:
             return self._setting(bundle)
         except ValueError as error:
-            raise ArmError(f'{self.name}: {error}') from error
+            raise VariantError(f'{self.name}: {error}') from error
 
     def _setting(self, bundle: Bundle) -> Setting:
         known = bundle.samplers.get(self.sampler)
@@ -168,7 +171,7 @@ class Arm:
         else:
             # The network's noise schedule and prediction are the same for every sampler.
             scheduler = bundle.samplers[bundle.default_sampler][0].scheduler
-            scheduler = replace(scheduler, kind=self.scheduler, steps=self.steps)
+            scheduler = replace(scheduler, kind=KINDS[self.scheduler], steps=self.steps)
             bundle.network.spec.check_scheduler(scheduler)
             temperature = bundle.samplers[bundle.default_sampler][0].temperature
             spec = SamplerSpec(scheduler, force_first_step=False, temperature=temperature)
@@ -188,16 +191,16 @@ class Arm:
         return 'learned' if constant and self.plan in ('mean', 'shuffled') else self.plan
 
     def pruner(self, bundle: Bundle) -> AnyPruner | None:
-        """Pruner that the bundle has for the arm's sampler."""
+        """Pruner that the bundle has for the variant's sampler."""
         return bundle.samplers.get(self.sampler, (None, None))[1]
 
     def plan_source(self, bundle: Bundle, tokens: Tensor) -> PlanSource | None:
-        """Source of the plans, None for a dense arm; tokens [M, To, D] are other episodes'.
+        """Source of the plans, None for a dense variant; tokens [M, To, D] are other episodes'.
 
         Raises
         ------
         BundleError
-            if the arm needs a pruner that the bundle does not have.
+            if the variant needs a pruner that the bundle does not have.
 
         """
         if not self.plan:
@@ -216,7 +219,7 @@ def _check_option(option: str) -> None:
     match = _OPTION.fullmatch(option)
     if match is None or match[1] not in OPTIONS or bool(match[2]) != (match[1] in WITH_NUMBER):
         names = [f'{name}N' if name in WITH_NUMBER else name for name in OPTIONS]
-        raise ArmError(f'an option must be one of {names}, got {option!r}')
+        raise VariantError(f'an option must be one of {names}, got {option!r}')
 
 
 def _named() -> list[str]:
@@ -265,10 +268,10 @@ def _everything() -> list[str]:
     return list(dict.fromkeys([*_named(), *ddpm, *ddim, *controls, *modes, *dense]))
 
 
-ARM_SETS = {'named': _named(), 'all': _everything()}
+VARIANT_SETS = {'named': _named(), 'all': _everything()}
 
 
-def parse_arms(texts: list[str]) -> list[Arm]:
-    """Arms of a command line, sets of arms by their name; raises ArmError."""
-    names = [name for text in texts for name in ARM_SETS.get(text, [text])]
-    return [Arm.parse(name) for name in dict.fromkeys(names)]
+def parse_variants(texts: list[str]) -> list[Variant]:
+    """Variants of a command line, sets of variants by their name; raises VariantError."""
+    names = [name for text in texts for name in VARIANT_SETS.get(text, [text])]
+    return [Variant.parse(name) for name in dict.fromkeys(names)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process of an evaluation does: episodes of an arm, and its action error beside dense.
+"""What one process of an evaluation does: run episodes, and compare actions with dense ones.
 
-Every measurement of a (task, arm, seed) depends on nothing else, so processes and order are free.
-Costs are counted from the plans that were executed.
+A measurement depends on its task, variant and seed alone, so neither the order nor the number of
+processes matters. Costs are counted from the plans that were executed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tts_policy.evaluate.digest import ArmDigests
+from tts_policy.evaluate.digest import VariantDigests
 from tts_policy.evaluate.plan_sources import PlanSource
-from tts_policy.evaluate.variants import NOISE, Arm, Setting
+from tts_policy.evaluate.variants import NOISE, Setting, Variant
 from tts_policy.policy.bundle import Bundle, load_bundle
 from tts_policy.policy.contract import PolicyContract
 from tts_policy.policy.denoisers.denoiser import DenoiserSpec
@@ -41,34 +41,34 @@ class Job:
     """Episode of `seed`, or the action error on other sequences where there is no seed."""
 
     task: str
-    arm: Arm
+    variant: Variant
     seed: int | None = None
 
     @property
     def key(self) -> tuple[str, str, int | None]:
         """What names the measurement in the log."""
-        return self.task, self.arm.name, self.seed
+        return self.task, self.variant.name, self.seed
 
 
 @dataclass(frozen=True)
-class ArmPolicy:
-    """A policy set up for an arm."""
+class VariantPolicy:
+    """A policy set up for a variant."""
 
-    arm: Arm
+    variant: Variant
     setting: Setting
     policy: TestTimeSparsePolicy
     source: PlanSource | None
     denoiser: DenoiserSpec
 
     def reset(self, seed: int) -> None:
-        """Start an episode; the noise is that of every other arm."""
+        """Start an episode; the noise is that of every other variant."""
         self.policy.reset(seed)
         if self.source is not None:
             self.source.begin(seed)
 
     def act(self, window: Window) -> Chunk:
         """Chunk of one tick."""
-        return self.policy.act(window, self.arm.asked_sparsity)
+        return self.policy.act(window, self.variant.asked_sparsity)
 
 
 class Worker:
@@ -78,27 +78,27 @@ class Worker:
         torch.set_num_threads(1)
         self._bundles, self._sequences = bundles, sequences
         self._made: dict[Hashable, Any] = {}
-        self._policies: OrderedDict[tuple[str, str], ArmPolicy] = OrderedDict()
+        self._policies: OrderedDict[tuple[str, str], VariantPolicy] = OrderedDict()
 
     def run(self, job: Job) -> dict[str, Any]:
         """Measurement of a job, as it stands in the log."""
-        record: dict[str, Any] = {'task': job.task, 'arm': job.arm.name, 'seed': job.seed}
-        record['digest'] = self._digests(job.task).of(job.arm)
+        record: dict[str, Any] = {'task': job.task, 'variant': job.variant.name, 'seed': job.seed}
+        record['digest'] = self._digests(job.task).of(job.variant)
         if job.seed is None:
-            return record | {'l1_error': self._action_error(job.task, job.arm)}
-        return record | self._episode(job.task, job.arm, job.seed)
+            return record | {'l1_error': self._action_error(job.task, job.variant)}
+        return record | self._episode(job.task, job.variant, job.seed)
 
     def steady_ticks(self, task: str) -> int:
         """How many ticks the other episodes have without their first ones."""
         return sum(len(windows) - 1 for windows in self._other_windows(task))
 
-    def turns(self, task: str, arms: Sequence[Arm]) -> Iterator[dict[str, float]]:
-        """Latency [ms] of every arm at a tick, tick after tick of the other episodes.
+    def turns(self, task: str, variants: Sequence[Variant]) -> Iterator[dict[str, float]]:
+        """Latency [ms] of every variant at a tick, tick after tick of the other episodes.
 
-        The arms take turns, so what slows the machine slows all of them alike. First ticks, which
-        are dense, are run and left out.
+        The variants take turns, so whatever slows the machine slows all of them alike. The first
+        tick of an episode is dense; it is run but not reported.
         """
-        made = {arm.name: self._made_policy(task, arm) for arm in arms}
+        made = {variant.name: self._made_policy(task, variant) for variant in variants}
         for number, windows in enumerate(self._other_windows(task)):
             for ready in made.values():
                 ready.reset(EXPERT_SEED + number)
@@ -125,32 +125,34 @@ class Worker:
     def _bundle(self, task: str) -> Bundle:
         return self._once(('bundle', task), lambda: load_bundle(self._bundles[task]))
 
-    def _digests(self, task: str) -> ArmDigests:
-        return self._once(('digests', task), lambda: ArmDigests(self._bundle(task)))
+    def _digests(self, task: str) -> VariantDigests:
+        return self._once(('digests', task), lambda: VariantDigests(self._bundle(task)))
 
-    def _policy(self, task: str, arm: Arm) -> ArmPolicy:
-        key = task, arm.name
+    def _policy(self, task: str, variant: Variant) -> VariantPolicy:
+        key = task, variant.name
         if key not in self._policies:
-            self._policies[key] = self._made_policy(task, arm)
+            self._policies[key] = self._made_policy(task, variant)
             # A policy of many steps owns tens of megabytes of cache.
             while len(self._policies) > KEPT_POLICIES:
                 self._policies.popitem(last=False)
         return self._policies[key]
 
-    def _made_policy(self, task: str, arm: Arm) -> ArmPolicy:
+    def _made_policy(self, task: str, variant: Variant) -> VariantPolicy:
         bundle = self._bundle(task)
-        setting = arm.setting(bundle)
-        source = arm.plan_source(bundle, self._tokens(task) if arm.plan else torch.empty(0))
-        samplers = {arm.name: (setting.sampler, source)}
-        policy = TestTimeSparsePolicy(replace(bundle, samplers=samplers), arm.name)
-        return ArmPolicy(arm, setting, policy, source, bundle.network.denoiser.spec)
+        setting = variant.setting(bundle)
+        source = variant.plan_source(
+            bundle, self._tokens(task) if variant.plan else torch.empty(0)
+        )
+        samplers = {variant.name: (setting.sampler, source)}
+        policy = TestTimeSparsePolicy(replace(bundle, samplers=samplers), variant.name)
+        return VariantPolicy(variant, setting, policy, source, bundle.network.denoiser.spec)
 
-    def _episode(self, task: str, arm: Arm, seed: int) -> dict[str, Any]:
-        ready = self._policy(task, arm)
+    def _episode(self, task: str, variant: Variant, seed: int) -> dict[str, Any]:
+        ready = self._policy(task, variant)
         execute = ready.setting.execute
         ready.reset(seed)
         rollout = task_named(task).run(
-            ready.policy, seed, arm.asked_sparsity, execute, ready.setting.blind
+            ready.policy, seed, variant.asked_sparsity, execute, ready.setting.blind
         )
         plans = [chunk.plan for chunk in rollout.chunks]
         first, *steady = plans
@@ -169,7 +171,7 @@ class Worker:
         }
 
     @staticmethod
-    def _gflops(ready: ArmPolicy, plan: Plan, tick: int) -> float:
+    def _gflops(ready: VariantPolicy, plan: Plan, tick: int) -> float:
         """Cost of a tick but for the observation encoder; the first tick asks for no plan."""
         spec = ready.denoiser
         planning = ready.source.flops if ready.source is not None and tick else 0
@@ -206,24 +208,26 @@ class Worker:
 
         return self._once(('observation', task), count)
 
-    def _action_error(self, task: str, arm: Arm) -> float | None:
+    def _action_error(self, task: str, variant: Variant) -> float | None:
         """Mean L1 error (normalised) of ticks 1 and later against dense of the same noise."""
-        if not arm.plan:
+        if not variant.plan:
             return None
-        setting = self._policy(task, arm).setting
-        noise = tuple(option for option in arm.options if option in NOISE)
-        dense = Arm(arm.scheduler, arm.steps, options=(*noise, f'execute{setting.execute}'))
+        setting = self._policy(task, variant).setting
+        noise = tuple(option for option in variant.options if option in NOISE)
+        dense = Variant(
+            variant.scheduler, variant.steps, options=(*noise, f'execute{setting.execute}')
+        )
         expected = self._once(('dense', task, dense.name), lambda: self._actions(task, dense))
         scale = self._bundle(task).network.action_normalizer.scale.numpy()
         errors = [
             np.abs((actions - target)[1:] * scale).mean(axis=(1, 2))
-            for actions, target in zip(self._actions(task, arm), expected, strict=True)
+            for actions, target in zip(self._actions(task, variant), expected, strict=True)
         ]
         return float(np.concatenate(errors).mean())
 
-    def _actions(self, task: str, arm: Arm) -> list[NDArray[np.float64]]:
-        """Chunks [R, T - To + 1, A] of an arm on the windows of every other episode."""
-        ready, chunks = self._policy(task, arm), []
+    def _actions(self, task: str, variant: Variant) -> list[NDArray[np.float64]]:
+        """Chunks [R, T - To + 1, A] of a variant on the windows of every other episode."""
+        ready, chunks = self._policy(task, variant), []
         episodes = self._other_windows(task, ready.setting.execute)
         for number, windows in enumerate(episodes):
             ready.reset(EXPERT_SEED + number)

@@ -4,20 +4,22 @@
     python bench/added_latency.py models/panda_lift --episodes 30 --out out/added_latency
     python bench/added_latency.py BUNDLE --task stack --sparsity 0 --out out/added_latency_stack
 
-A chunk reaches the robot LATENCY after its observation, in simulated time; the arm follows the old
-one meanwhile. With compensation (`dropped`) the points already past are dropped, as the node does;
-with `blended` they are, and the rest is led over from the old chunk; with `held` the chunk is
-denoised around the set-points that will be past when it comes, with `held_soft` drawn towards the
-rest of the old chunk too; without (`shifted`) the chunk is played from its first point when it
-arrives. All arms run the same seeds with the same noise. An
-arm is MODE:MILLISECONDS. Resumable: run the same command again to go on.
+A chunk reaches the robot some milliseconds after its observation, in simulated time. Until then
+the arm follows the previous chunk. A variant is MODE:MILLISECONDS, with one of these modes:
+
+- dropped: set-points that are already past are dropped, as the node does;
+- blended: the same, and the new chunk is blended in;
+- held: the chunk is denoised around the set-points that will be past when it arrives;
+- held_soft: the same, and later set-points are pulled towards the previous chunk;
+- shifted: no compensation; the chunk is played from its first set-point when it arrives.
+
+All variants run the same seeds with the same noise. An interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from machine import describe_machine
 from tqdm import tqdm
 
 from tts_policy.control.limits import OFF, JointLimits, LimitSource
@@ -47,26 +50,26 @@ BLEND_NS = 150_000_000
 
 
 @dataclass(frozen=True)
-class Arm:
-    """How late a chunk comes, and what is done about it."""
+class Variant:
+    """How late a chunk comes, and how the delay is compensated."""
 
     mode: str
     latency_ns: int
 
     @property
     def name(self) -> str:
-        """Name as given on the command line."""
+        """Return the name as given on the command line."""
         return f'{self.mode}:{self.latency_ns // 1_000_000}'
 
     @staticmethod
-    def parse(text: str) -> Arm:
+    def parse(text: str) -> Variant:
         """Inverse of `name`; raises argparse.ArgumentTypeError."""
         mode, _, milliseconds = text.partition(':')
         if mode not in MODES or not milliseconds.isdigit():
             raise argparse.ArgumentTypeError(
-                f'an arm is MODE:MILLISECONDS with a mode of {", ".join(MODES)}, got {text!r}'
+                f'variant: expected MODE:MILLISECONDS with one of {", ".join(MODES)}, got {text!r}'
             )
-        return Arm(mode, int(milliseconds) * 1_000_000)
+        return Variant(mode, int(milliseconds) * 1_000_000)
 
 
 class PlayerSink:
@@ -78,7 +81,7 @@ class PlayerSink:
         self._episode = episode
 
     def send(self, trajectory: Trajectory) -> None:
-        """Let the controller follow it."""
+        """Let the controller follow the trajectory."""
         points = [
             TrajectoryPoint(int(due), position.tolist(), velocity.tolist())
             for due, position, velocity in zip(
@@ -92,11 +95,11 @@ class PlayerSink:
         self.send(trajectory)
 
     def settle(self) -> None:
-        """It was taken at once."""
+        """Do nothing: the controller has taken the trajectory already."""
 
 
-def make_output(contract: PolicyContract, episode: Episode, arm: Arm) -> CommandOutput:
-    """Return the node's way from chunk to command, without limits."""
+def make_output(contract: PolicyContract, episode: Episode, variant: Variant) -> CommandOutput:
+    """Return the node's output stage, without limits."""
     action = contract.action
     period_ns = round(contract.observation.period_s * 1e9)
     sink = PlayerSink(episode)
@@ -107,26 +110,26 @@ def make_output(contract: PolicyContract, episode: Episode, arm: Arm) -> Command
         sink,
         sink,
     )
-    output.blend_ns = BLEND_NS if arm.mode == 'blended' else 0
+    output.blend_ns = BLEND_NS if variant.mode == 'blended' else 0
     return output
 
 
 def run_episode(
     policy: TestTimeSparsePolicy,
     world: World,
-    arm: Arm,
+    variant: Variant,
     seed: int,
     sparsity: float,
     limit_ns: int,
 ) -> dict[str, Any]:
-    """One episode; the chunk in flight is delivered `latency_ns` after its observation."""
+    """Run one episode in which every chunk arrives `latency_ns` after its observation."""
     contract = policy.contract
     joints = contract.action.joints
     policy.reset(seed)
     # Stamps count from 1 s: 0 means now to a controller.
     timeline = Timeline(contract.action.execute * FRAME_NS, limit_ns)
     episode = Episode(world, seed, 1_000_000_000, timeline)
-    output = make_output(contract, episode, arm)
+    output = make_output(contract, episode, variant)
     frames: deque[Any] = deque(maxlen=contract.observation.steps)
     states: deque[Any] = deque(maxlen=contract.observation.steps)
     in_flight: deque[tuple[int, np.ndarray]] = deque()
@@ -142,19 +145,21 @@ def run_episode(
         if episode.tick_due:
             window = {CAMERA_KEY: np.stack(frames), 'joints': np.array(states)}
             committed = None
-            if arm.mode in ('held', 'held_soft'):
-                committed = output.committed(now_ns, arm.latency_ns, True, arm.mode == 'held_soft')
+            if variant.mode in ('held', 'held_soft'):
+                committed = output.committed(
+                    now_ns, variant.latency_ns, True, variant.mode == 'held_soft'
+                )
             in_flight.append((now_ns, policy.act(window, sparsity, committed).actions))
-        while in_flight and in_flight[0][0] + arm.latency_ns <= now_ns:
+        while in_flight and in_flight[0][0] + variant.latency_ns <= now_ns:
             stamp_ns, actions = in_flight.popleft()
             try:
-                stamp_ns = now_ns if arm.mode == 'shifted' else stamp_ns
+                stamp_ns = now_ns if variant.mode == 'shifted' else stamp_ns
                 sent.append(output.send(actions, stamp_ns, now_ns, True).continuity)
             except ChunkTooLate:
                 too_late += 1
         episode.step()
     return {
-        'arm': arm.name,
+        'variant': variant.name,
         'seed': seed,
         'success': episode.success,
         'duration_s': round(episode.elapsed_ns * 1e-9, 3),
@@ -163,16 +168,18 @@ def run_episode(
     }
 
 
-def summarise(arm: Arm, episodes: list[dict[str, Any]], within_s: list[float]) -> dict[str, Any]:
-    """One row: success with its interval, and medians over all chunks but the first.
+def summarise(
+    variant: Variant, episodes: list[dict[str, Any]], within_s: list[float]
+) -> dict[str, Any]:
+    """Return success with its interval, and medians over all chunks but the first.
 
-    within: successes that would be left if the limit were so many seconds.
+    within: the successes that shorter time limits, in seconds, would have left.
     """
     successes = sum(episode['success'] for episode in episodes)
     low, high = wilson_interval(successes, len(episodes))
     chunks = [chunk for episode in episodes for chunk in episode['continuity']]
     row: dict[str, Any] = {
-        'arm': arm.name,
+        'variant': variant.name,
         'episodes': len(episodes),
         'successes': successes,
         'ci95': [round(low, 3), round(high, 3)],
@@ -189,17 +196,17 @@ def summarise(arm: Arm, episodes: list[dict[str, Any]], within_s: list[float]) -
 
 
 def main() -> int:
-    """Run what is missing, print the table, write results.json."""
+    """Run the missing episodes, print the table and write results.json."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('bundle', type=Path)
-    parser.add_argument('--arms', nargs='+', type=Arm.parse, default=[
-        Arm(mode, ms * 1_000_000) for ms in (0, 100, 200, 300) for mode in MODES
+    parser.add_argument('--variants', nargs='+', type=Variant.parse, default=[
+        Variant(mode, ms * 1_000_000) for ms in (0, 100, 200, 300) for mode in MODES
         if ms or mode == 'dropped'
     ])  # fmt: skip
     parser.add_argument('--task', choices=list(PANDA_TASKS), default='lift')
     parser.add_argument(
         '--within', nargs='+', type=float, default=[2.0, 2.5, 3.0, 4.0], metavar='S',
-        help='count the successes within shorter limits too',
+        help='count the successes within shorter time limits as well',
     )  # fmt: skip
     parser.add_argument('--sampler', default='ddim10')
     parser.add_argument('--sparsity', type=float, default=0.8)
@@ -220,30 +227,39 @@ def main() -> int:
         for line in log.read_text().splitlines():
             episode = json.loads(line)
             if episode['task'] == args.task:
-                done[episode['arm'], episode['seed']] = episode
+                done[episode['variant'], episode['seed']] = episode
     seeds = range(args.seed, args.seed + args.episodes)
-    jobs = [(arm, s) for s in seeds for arm in args.arms if (arm.name, s) not in done]
+    jobs = [
+        (variant, s) for s in seeds for variant in args.variants if (variant.name, s) not in done
+    ]
     task = panda_task(args.task)
     world, limit_ns = task.world(), task.frame_limit * FRAME_NS
     try:
         with log.open('a') as handle:
-            for arm, seed in tqdm(jobs, unit='episode', mininterval=5):
-                episode = run_episode(policy, world, arm, seed, args.sparsity, limit_ns)
-                done[arm.name, seed] = episode = {'task': args.task, **episode}
+            for variant, seed in tqdm(jobs, unit='episode', mininterval=5):
+                episode = run_episode(policy, world, variant, seed, args.sparsity, limit_ns)
+                done[variant.name, seed] = episode = {'task': args.task, **episode}
                 handle.write(json.dumps(episode) + '\n')
                 handle.flush()
     except KeyboardInterrupt:
-        print('interrupted; run the same command again to go on')
+        print('interrupted; next: run the same command again to continue')
         return 130
     finally:
         world.close()
     rows = [
-        summarise(arm, [done[arm.name, seed] for seed in seeds], args.within) for arm in args.arms
+        summarise(variant, [done[variant.name, seed] for seed in seeds], args.within)
+        for variant in args.variants
     ]
-    report = {'command': ' '.join(['python', *sys.argv]), 'cores': os.cpu_count(), 'rows': rows}
-    (args.out / 'results.json').write_text(json.dumps(report, indent=2) + '\n')
+    report = {
+        'command': ' '.join(['python', *sys.argv]),
+        'machine': describe_machine('cpu'),
+        'rows': rows,
+    }
+    file = args.out / 'results.json'
+    file.write_text(json.dumps(report, indent=2) + '\n')
     for row in rows:
         print(' '.join(f'{name} {value}' for name, value in row.items()))
+    print(f'wrote {file}')
     return 0
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of one action chunk: upstream's dense loop, ours, the sparse engine, the paper's ablation.
+"""Time one action chunk: upstream's dense loop, ours, the sparse engine, the paper's ablation.
 
-All arms run interleaved in one process, chunk by chunk, so that ratios are of the same machine in
+All variants take turns in one process, chunk by chunk, so that ratios compare the same machine in
 the same minute. With --random the model has upstream's size and no observation encoder; with
 --bundle the bundle's own encoder, pruners and recommended sparsities are timed. The first chunk of
 a sampler is dense and belongs to the warm-up.
@@ -21,19 +21,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import (
+from machine import describe_machine
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+from variants import (
     Chunk,
     Model,
     SampledChunks,
     Timing,
     bundle_model,
-    declare_arms,
+    declare_variants,
     random_model,
     run_timed,
 )
-from machine import describe_machine
-from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 MIN_CHUNKS = 200
 SAVE_EVERY = 25
@@ -51,19 +51,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--threads', type=int, default=1, help='torch threads')
     parser.add_argument(
-        '--chunks', type=int, default=MIN_CHUNKS, help='measured chunks of every arm'
+        '--chunks', type=int, default=MIN_CHUNKS, help='measured chunks of every variant'
     )
     parser.add_argument('--warm-up', type=int, default=3, help='chunks before the measured ones')
-    parser.add_argument('--only', default='', help='only arms whose name contains this')
+    parser.add_argument('--only', default='', help='only variants whose name contains this')
     parser.add_argument(
-        '--trace', type=Path, metavar='FOLDER', help='write a timeline of one chunk of every arm'
+        '--trace',
+        type=Path,
+        metavar='FOLDER',
+        help='write a timeline of one chunk of every variant',
     )
     parser.add_argument('--json', type=Path, help='write the result to this file as well')
     arguments = parser.parse_args()
     for name, lowest in (('chunks', 1), ('warm_up', 1), ('threads', 1)):
         if getattr(arguments, name) < lowest:
             parser.error(
-                f'--{name.replace("_", "-")} must be at least {lowest}, '
+                f'--{name.replace("_", "-")}: expected at least {lowest}, '
                 f'got {getattr(arguments, name)}'
             )
     return arguments
@@ -73,24 +76,24 @@ Results = dict[str, dict[str, Any]]
 
 
 def measure(
-    arms: dict[str, Chunk],
+    variants: dict[str, Chunk],
     chunks: int,
     warm_up: int,
     on_gpu: bool,
     save: Callable[[Results], None],
 ) -> Results:
-    """Run the arms in turn; returns percentiles and median stages by arm, in milliseconds.
+    """Run the variants in turn; return percentiles and median stages by variant, in milliseconds.
 
-    What there is so far is saved now and then, and all of it when it is interrupted.
+    Results are saved now and then, and when the run is interrupted.
     """
-    timings: dict[str, list[Timing]] = {name: [] for name in arms}
+    timings: dict[str, list[Timing]] = {name: [] for name in variants}
 
     def summary() -> Results:
         return {name: summarise(taken) for name, taken in timings.items() if taken}
 
     try:
         for turn in tqdm(range(warm_up + chunks), desc='chunks', dynamic_ncols=True):
-            for name, chunk in arms.items():
+            for name, chunk in variants.items():
                 timing = run_timed(chunk, on_gpu)
                 if turn >= warm_up:
                     timings[name].append(timing)
@@ -103,7 +106,7 @@ def measure(
 
 
 def summarise(timings: list[Timing]) -> dict[str, Any]:
-    """Percentiles of an arm and its median stages; processor time is free of other processes."""
+    """Return percentiles of a variant and its median stages; processor time ignores other load."""
     p50, p95, p99 = np.percentile([timing.wall_s for timing in timings], (50, 95, 99))
     stages = {
         stage: np.median([timing.stages_s[stage] for timing in timings])
@@ -122,24 +125,24 @@ def summarise(timings: list[Timing]) -> dict[str, Any]:
     }
 
 
-def write_traces(arms: dict[str, Chunk], folder: Path, device: str) -> None:
-    """Write the timeline of one chunk of every arm, for chrome://tracing or Perfetto."""
+def write_traces(variants: dict[str, Chunk], folder: Path, device: str) -> None:
+    """Write the timeline of one chunk of every variant, for chrome://tracing or Perfetto."""
     activities = [ProfilerActivity.CPU]
     if device == 'cuda':
         activities.append(ProfilerActivity.CUDA)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, chunk in arms.items():
+    for name, chunk in variants.items():
         with profile(activities=activities) as profiler:
             run_timed(chunk, device == 'cuda')
         profiler.export_chrome_trace(str(folder / f'{name}.json'))
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Percentiles and speed against the first arm, then the stages of every arm."""
+    """Percentiles and speed against the first variant, then the stages of every variant."""
     baseline = next(iter(results.values()))['p50_ms']
     width = max(len(name) for name in results)
     columns = ('p50_ms', 'p95_ms', 'p99_ms', 'cpu_p50_ms')
-    print(f'{"arm":{width}}  {" ".join(f"{column:>10}" for column in columns)}   speed')
+    print(f'{"variant":{width}}  {" ".join(f"{column:>10}" for column in columns)}   speed')
     for name, row in results.items():
         times = ' '.join(f'{row[column]:10.2f}' for column in columns)
         print(f'{name:{width}}  {times} {baseline / row["p50_ms"]:6.1f}x')
@@ -150,12 +153,14 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def make_chunks(model: Model, only: str) -> dict[str, Chunk]:
-    """Set up the arms whose name contains `only`, and no other."""
-    return {arm.name: arm.make() for arm in declare_arms(model) if only in arm.name}
+    """Set up the variants whose name contains `only`, and no other."""
+    return {
+        variant.name: variant.make() for variant in declare_variants(model) if only in variant.name
+    }
 
 
 def writer(arguments: argparse.Namespace, model: Model) -> Callable[[Results], None]:
-    """Make what writes results to the file asked for, whole or not at all."""
+    """Return a function that writes results to the file asked for, whole or not at all."""
     machine = describe_machine(arguments.device)
     print(', '.join(f'{key} {value}' for key, value in machine.items()))
     settings = {
@@ -170,7 +175,7 @@ def writer(arguments: argparse.Namespace, model: Model) -> Callable[[Results], N
         if file is None:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        data = {'machine': machine, 'settings': settings, 'arms': results}
+        data = {'machine': machine, 'settings': settings, 'variants': results}
         part = file.with_name(f'{file.name}.part')
         part.write_text(json.dumps(data, indent=1) + '\n', encoding='utf-8')
         part.replace(file)
@@ -179,34 +184,34 @@ def writer(arguments: argparse.Namespace, model: Model) -> Callable[[Results], N
 
 
 def main() -> int:
-    """Measure, print the table, write the JSON; returns the exit status."""
+    """Measure, print the table and write the JSON; return the exit status."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     on_gpu = arguments.device == 'cuda'
     if on_gpu and not torch.cuda.is_available():
-        print('latency: a CUDA device expected, got none', file=sys.stderr)
+        print('latency: device: expected a CUDA device, got none', file=sys.stderr)
         return 2
     if arguments.bundle is not None:
         model = bundle_model(arguments.bundle, arguments.device)
     else:
         model = random_model(arguments.horizon, arguments.device, arguments.tiny)
-    arms = make_chunks(model, arguments.only)
-    if not arms:
-        names = ', '.join(arm.name for arm in declare_arms(model))
+    variants = make_chunks(model, arguments.only)
+    if not variants:
+        names = ', '.join(variant.name for variant in declare_variants(model))
         print(
-            f'latency: --only must be part of one of {names}; got {arguments.only!r}',
+            f'latency: --only: expected a part of one of {names}, got {arguments.only!r}',
             file=sys.stderr,
         )
         return 2
     save = writer(arguments, model)
     try:
-        results = measure(arms, arguments.chunks, arguments.warm_up, on_gpu, save)
+        results = measure(variants, arguments.chunks, arguments.warm_up, on_gpu, save)
     except KeyboardInterrupt:
         return 130
     save(results)
     if arguments.trace is not None:
-        write_traces(arms, arguments.trace, arguments.device)
-    for name, chunk in arms.items():
+        write_traces(variants, arguments.trace, arguments.device)
+    for name, chunk in variants.items():
         if isinstance(chunk, SampledChunks):
             results[name] |= chunk.alone_ms(on_gpu)
     save(results)

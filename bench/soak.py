@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soak of the policy node: a scripted robot against the real clock, for as long as you like.
+"""Run the policy node with a scripted robot against the real clock, for as long as you like.
 
     python bench/soak.py models/panda_lift --minutes 30 --n-execute 1 --out out/soak.json
 
-The node runs as a process of its own; camera frames come at the policy's period and joint states
-five times as often, over real topics. Reported: missed ticks and what came before each, age of the
-newest observation at publishing, oldest cached feature, and the node's memory after warm-up.
-On a computer that has other work, --realtime-priority puts node and robot under SCHED_FIFO, as
-policy.launch.py does with `realtime_priority`. Exit status 1 if ticks were missed, memory grew by
-more than a megabyte a minute, or a feature outlived its limit.
+The node runs in a process of its own. Camera frames come at the policy's period and joint states
+five times as often, over real topics. The report has missed ticks and what came before each, the
+age of the newest observation at publishing, the oldest cached feature, and the node's memory
+after warm-up. On a computer with other work, --realtime-priority runs node and robot under
+SCHED_FIFO, as policy.launch.py does with `realtime_priority`. The exit status is 1 if ticks were
+missed, if memory grew by more than a megabyte a minute, or if a feature outlived its limit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import gc
 import itertools
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import rclpy
+from machine import describe_machine
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
@@ -45,12 +45,12 @@ STATES_PER_FRAME = 5
 WARM_UP_S = 30.0
 PICTURES = 32
 GROWTH_MB_A_MINUTE = 1.0
-# The robot itself came too late: what follows from it is not the node's doing.
+# If the scripted robot itself is later than this, a missed tick is not the node's fault.
 LATE_FRAME_S = 0.02
 
 
 class ScriptedRobot(Node):
-    """Publishes random pictures and a slow motion; keeps what the node reports."""
+    """Publishes random pictures and a slow motion, and keeps what the node reports."""
 
     def __init__(self, contract: PolicyContract) -> None:
         super().__init__('soak')
@@ -80,7 +80,7 @@ class ScriptedRobot(Node):
         self.ticks.append(tick)
 
     def publish(self, count: int, late_s: float) -> None:
-        """One joint state, and a frame of every camera every so many; `late_s` after its time."""
+        """Publish a joint state, and every fifth time a frame of every camera, `late_s` late."""
         stamp_ns = time.time_ns()
         stamp = ns_to_time(stamp_ns)
         if late_s > LATE_FRAME_S:
@@ -99,7 +99,7 @@ class ScriptedRobot(Node):
 
 
 def memory_mb(pid: int) -> float:
-    """Resident memory of a process in MB."""
+    """Return the resident memory of a process in MB."""
     for line in Path(f'/proc/{pid}/status').read_text().splitlines():
         if line.startswith('VmRSS:'):
             return int(line.split()[1]) / 1024
@@ -107,7 +107,7 @@ def memory_mb(pid: int) -> float:
 
 
 def run(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
-    """Let node and robot run; returns what was seen."""
+    """Run node and robot; return the summary."""
     contract = bundle.network.contract
     robot = ScriptedRobot(contract)
     executor = SingleThreadedExecutor()
@@ -161,7 +161,7 @@ def start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
         'sparsity': args.sparsity,
         'n_execute': args.n_execute,
         'autostart': 'true',
-        # What the scripted robot shows is noise: chunks begin far from where it says it is.
+        # The pictures are noise, so chunks begin far from the position that the robot reports.
         'limits.first_point_default': 1000.0,
     }
     command = [sys.executable, '-m', 'tts_policy.node.policy_node', '--ros-args']
@@ -183,7 +183,7 @@ def summary(
     first_tick: int,
     memory: list[tuple[float, float]],
 ) -> dict[str, Any]:
-    """Numbers of a soak, after warm-up."""
+    """Return the numbers of a run, without its warm-up."""
     ticks = robot.ticks[first_tick:]
     if len(ticks) < 2 or len(memory) < 2:
         raise RuntimeError(f'soak: expected ticks after {WARM_UP_S:g} s of warm-up, got too few')
@@ -195,8 +195,8 @@ def summary(
         return {f'p{p}': round(float(np.percentile(values, p)), 2) for p in (50, 95, 99, 100)}
 
     return {
-        'device': f'{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f}',
-        'python': platform.python_version(),
+        'machine': describe_machine('cpu'),
+        'warm_up_s': WARM_UP_S,
         'command': ' '.join(['python', *sys.argv]),
         'minutes': round((times_s[-1] - times_s[0]) / 60, 2),
         'ticks': len(ticks),
@@ -217,7 +217,7 @@ def summary(
 def skips(
     ticks: list[dict[str, Any]], late_frames: list[tuple[int, float]]
 ) -> list[dict[str, float]]:
-    """For every gap between ticks: its size, the tick before it, and how late the robot was."""
+    """Return size, preceding tick and lateness of the robot for every gap between ticks."""
     found = []
     for before, tick in itertools.pairwise(ticks):
         if tick['skipped_ticks']:
@@ -238,19 +238,13 @@ def skips(
     return found
 
 
-def cpu_name() -> str:
-    """Name of the processor."""
-    for line in Path('/proc/cpuinfo').read_text().splitlines():
-        if line.startswith('model name'):
-            return line.partition(':')[2].strip()
-    return platform.processor() or 'unknown processor'
-
-
 def main() -> int:
-    """Run the soak, print a table, write JSON."""
+    """Run node and robot, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('bundle', type=Path)
-    parser.add_argument('--minutes', type=float, default=30.0, help='after half a minute to warm')
+    parser.add_argument(
+        '--minutes', type=float, default=30.0, help='after half a minute of warm-up'
+    )
     parser.add_argument('--sampler', default='ddim10')
     parser.add_argument('--sparsity', type=float, default=0.8)
     parser.add_argument('--n-execute', type=int, default=1, help='periods between two ticks')
@@ -265,7 +259,7 @@ def main() -> int:
     except ValueError as error:
         print(f'soak: {error}', file=sys.stderr)
         return 2
-    # Ctrl-C ends the soak early, with its numbers; rclpy's own handler would end the robot first.
+    # Ctrl-C ends the run early, with its numbers; rclpy's own handler would end the robot first.
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     try:
         if args.realtime_priority:

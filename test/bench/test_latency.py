@@ -19,7 +19,7 @@ BENCH = Path(__file__).parents[2] / 'bench'
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> object:
     """The benchmark's random model, small, on one thread."""
     monkeypatch.syspath_prepend(BENCH)
-    from arms import random_model
+    from variants import random_model
 
     torch.set_num_threads(1)
     return random_model(10, 'cpu', tiny=True)
@@ -60,7 +60,7 @@ def test_ablated_memories_give_the_eager_result(tiny_model: object) -> None:
 
 @torch.inference_mode()
 def test_other_ways_to_sample_densely_compute_the_same(tiny_model: object) -> None:
-    from cuda_arms import DenseSampler, captured_dense, compiled_dense
+    from dense_loops import DenseSampler, captured_dense, compiled_dense
 
     from tts_policy.policy.chunk_sampler import ChunkSampler
     from tts_policy.policy.stopwatch import Stopwatch
@@ -78,7 +78,7 @@ def test_other_ways_to_sample_densely_compute_the_same(tiny_model: object) -> No
         assert (x - expected).abs().max() < 1e-4
 
 
-def test_it_writes_percentiles_and_stages_of_every_arm(tmp_path: Path) -> None:
+def test_it_writes_percentiles_and_stages_of_every_variant(tmp_path: Path) -> None:
     pytest.importorskip('diffusers', reason='requirements/bench.txt is not installed')
     file = tmp_path / 'out' / 'latency.json'
     command = [sys.executable, BENCH / 'latency.py', '--random', '--tiny', '--chunks', '2']
@@ -96,20 +96,20 @@ def test_it_writes_percentiles_and_stages_of_every_arm(tmp_path: Path) -> None:
         'dense_ddim10',
         'sparse_ddim10_0.80',
         'sparse_ddim16_0.80',
-    } <= set(data['arms'])
-    for arm in data['arms'].values():
-        assert 0 < arm['p50_ms'] <= arm['p95_ms'] <= arm['p99_ms']
-        assert sum(arm['stages_ms'].values()) < 3 * arm['p99_ms']
-    stages = data['arms']['sparse_ddpm100_0.95']['stages_ms']
+    } <= set(data['variants'])
+    for variant in data['variants'].values():
+        assert 0 < variant['p50_ms'] <= variant['p95_ms'] <= variant['p99_ms']
+        assert sum(variant['stages_ms'].values()) < 3 * variant['p99_ms']
+    stages = data['variants']['sparse_ddpm100_0.95']['stages_ms']
     assert {'conditional_encoder', 'pruner', 'first_step', 'masked_steps'} <= set(stages)
     for name in ('plan_ready_ms', 'scheduler_alone_ms', 'first_tick_ms'):
-        assert data['arms']['sparse_ddim10_0.80'][name] > 0
-        assert name not in data['arms']['upstream_dense_ddim10']
-    ablated = data['arms']['ablation_folded_time_tokens_ddpm100']['stages_ms']
+        assert data['variants']['sparse_ddim10_0.80'][name] > 0
+        assert name not in data['variants']['upstream_dense_ddim10']
+    ablated = data['variants']['ablation_folded_time_tokens_ddpm100']['stages_ms']
     assert {'first_step', 'masked_steps'} <= set(ablated)
     timeline = json.loads((tmp_path / 'trace' / 'sparse_ddim10_0.80.json').read_text())
     assert timeline['traceEvents']
-    assert 'denoising' in data['arms']['upstream_dense_ddpm100']['stages_ms']
+    assert 'denoising' in data['variants']['upstream_dense_ddpm100']['stages_ms']
 
 
 def test_every_engine_is_checked_against_the_eager_one(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_an_engine_that_takes_too_long_is_a_line_of_the_report(tmp_path: Path) -
 
 def test_chunks_that_are_no_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCH)
-    from engine_checks import _row
+    from gpu_check import _row
 
     good, bad = np.zeros((2, 3)), np.full((2, 3), np.nan)
     assert _row('ddim10', 'cuda', [good, good], [good, good])['ok']
@@ -166,14 +166,14 @@ def test_ablated_memories_live_where_the_denoiser_does(tiny_model: object, memor
     assert made.keys_values(1, 0).keys.device.type == 'meta'
 
 
-def test_arms_that_are_not_asked_for_are_never_set_up(tiny_model: object) -> None:
+def test_variants_that_are_not_asked_for_are_never_set_up(tiny_model: object) -> None:
     from latency import make_chunks
 
-    arms = make_chunks(tiny_model, 'sparse_ddim16')
-    assert list(arms) == ['sparse_ddim16_0.80']
-    from arms import declare_arms
+    variants = make_chunks(tiny_model, 'sparse_ddim16')
+    assert list(variants) == ['sparse_ddim16_0.80']
+    from variants import declare_variants
 
-    assert len(declare_arms(tiny_model)) > 5
+    assert len(declare_variants(tiny_model)) > 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
@@ -186,7 +186,10 @@ def test_a_missing_gpu_is_one_line(command: str) -> None:
         text=True,
         check=False,
     )
-    assert run.returncode == 2 and run.stderr == f'{command}: a CUDA device expected, got none\n'
+    assert (
+        run.returncode == 2
+        and run.stderr == f'{command}: device: expected a CUDA device, got none\n'
+    )
 
 
 def test_a_model_must_be_named() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arms of the latency benchmark: a name, and a function that makes one chunk."""
+"""The variants that the latency benchmark times: a name, and a function that makes one chunk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from ablation import AllStepsMemory, PerStepMemory, eager_with
-from cuda_arms import captured_dense, compiled_dense
-from device_stopwatch import DeviceStopwatch
+from dense_loops import captured_dense, compiled_dense
+from machine import DeviceStopwatch
 from numpy.typing import NDArray
 from torch import Tensor
 from upstream import UpstreamSampler
@@ -43,7 +43,7 @@ Chunk = Callable[[Stopwatch], None]
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """A way to make chunks, by name; nothing is set up before `make` is called."""
 
     name: str
@@ -209,19 +209,21 @@ class SampledChunks:
         return medians
 
 
-def _sampler_arm(
+def _sampler_variant(
     model: Model,
     name: str,
     sampler: str,
     sparsity: float,
     engine: str | type[Engine] = AUTO,
     overlap_pruner: bool = True,
-) -> Arm:
-    return Arm(name, lambda: SampledChunks(model, sampler, sparsity, engine, overlap_pruner))
+) -> Variant:
+    return Variant(name, lambda: SampledChunks(model, sampler, sparsity, engine, overlap_pruner))
 
 
-def _dense_arm(model: Model, name: str, make: Callable[[], Callable[[Tensor], Tensor]]) -> Arm:
-    """An arm of another way to sample densely; made: from features to normalised actions."""
+def _dense_variant(
+    model: Model, name: str, make: Callable[[], Callable[[Tensor], Tensor]]
+) -> Variant:
+    """An variant of another way to sample densely; made: from features to normalised actions."""
 
     def make_chunk() -> Chunk:
         size = model.denoiser.spec
@@ -241,10 +243,10 @@ def _dense_arm(model: Model, name: str, make: Callable[[], Callable[[Tensor], Te
 
         return chunk
 
-    return Arm(name, make_chunk)
+    return Variant(name, make_chunk)
 
 
-def _upstream_arm(model: Model, name: str, sampler: str) -> Arm:
+def _upstream_variant(model: Model, name: str, sampler: str) -> Variant:
     def make() -> Callable[[Tensor], Tensor]:
         spec, _ = model.samplers[sampler]
         assert isinstance(model.denoiser, TransformerDenoiser)
@@ -253,45 +255,47 @@ def _upstream_arm(model: Model, name: str, sampler: str) -> Arm:
         noise = torch.randn(1, denoiser.horizon, denoiser.action_dim).to(model.denoiser.device)
         return lambda features: upstream.sample(features, noise)
 
-    return _dense_arm(model, name, make)
+    return _dense_variant(model, name, make)
 
 
-def _cuda_arms(model: Model, name: str, sparsity: float) -> list[Arm]:
+def _cuda_variants(model: Model, name: str, sparsity: float) -> list[Variant]:
     """Arms that only a GPU has: what a user would do instead, our other engine, the pruner."""
     denoiser, (spec, _) = model.denoiser, model.samplers[name]
-    arms = [
-        _dense_arm(model, f'graph_dense_{name}', lambda: captured_dense(denoiser, spec)),
-        _dense_arm(model, f'compiled_dense_{name}', lambda: compiled_dense(denoiser, spec)),
+    variants = [
+        _dense_variant(model, f'graph_dense_{name}', lambda: captured_dense(denoiser, spec)),
+        _dense_variant(model, f'compiled_dense_{name}', lambda: compiled_dense(denoiser, spec)),
     ]
     label = f'sparse_cuda_{name}_{sparsity:.2f}'
-    arms.append(_sampler_arm(model, label, name, sparsity, 'cuda'))
+    variants.append(_sampler_variant(model, label, name, sparsity, 'cuda'))
     inline = f'ablation_inline_pruner_{label}'
-    arms.append(_sampler_arm(model, inline, name, sparsity, 'cuda', False))
-    return arms
+    variants.append(_sampler_variant(model, inline, name, sparsity, 'cuda', False))
+    return variants
 
 
-def declare_arms(model: Model) -> list[Arm]:
-    """Every arm of a model: our dense and sparse ones; of a transformer upstream and ablation."""
-    arms: list[Arm] = []
+def declare_variants(model: Model) -> list[Variant]:
+    """Return dense and sparse variants; for a transformer also upstream's and the ablation."""
+    variants: list[Variant] = []
     is_transformer = isinstance(model.denoiser, TransformerDenoiser)
     on_gpu = model.denoiser.device.type == 'cuda'
     for name, (spec, _) in model.samplers.items():
         sparsity = spec.recommended_sparsity or SPARSITIES[name]
         comparable = is_transformer and not spec.scheduler.is_flow
         if comparable:
-            arms.append(_upstream_arm(model, f'upstream_dense_{name}', name))
-        arms.append(_sampler_arm(model, f'dense_{name}', name, 0.0))
-        arms.append(_sampler_arm(model, f'sparse_{name}_{sparsity:.2f}', name, sparsity))
+            variants.append(_upstream_variant(model, f'upstream_dense_{name}', name))
+        variants.append(_sampler_variant(model, f'dense_{name}', name, 0.0))
+        variants.append(_sampler_variant(model, f'sparse_{name}_{sparsity:.2f}', name, sparsity))
         if is_transformer and spec.scheduler.kind == 'ddpm':
             for step, engine in (
                 ('per_step_encoding', eager_with(PerStepMemory)),
                 ('all_steps_at_once', eager_with(AllStepsMemory)),
                 ('folded_time_tokens', EagerEngine),
             ):
-                arms.append(_sampler_arm(model, f'ablation_{step}_{name}', name, sparsity, engine))
+                variants.append(
+                    _sampler_variant(model, f'ablation_{step}_{name}', name, sparsity, engine)
+                )
         if on_gpu:
-            arms += _cuda_arms(model, name, sparsity)
-    return arms
+            variants += _cuda_variants(model, name, sparsity)
+    return variants
 
 
 @dataclass(frozen=True)
@@ -307,7 +311,7 @@ class Timing:
 
 
 def run_timed(chunk: Chunk, on_gpu: bool) -> Timing:
-    """Make one chunk, with nothing left in flight from the arm before."""
+    """Make one chunk, with nothing left in flight from the variant before."""
     if on_gpu:
         torch.cuda.synchronize()
     watch = DeviceStopwatch() if on_gpu else Stopwatch()

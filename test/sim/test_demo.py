@@ -212,7 +212,7 @@ def test_a_missing_bundle_is_named_before_anything_is_started(
 ) -> None:
     status, _, errors = start_demo('--bundle', tmp_path / 'none').finish(30)
     assert status == 1
-    assert errors == f'demo: bundle expected at {tmp_path}/none/model.yaml, got nothing\n'
+    assert errors == f'demo: bundle: expected {tmp_path}/none/model.yaml, got nothing\n'
 
 
 @pytest.mark.fault

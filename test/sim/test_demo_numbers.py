@@ -122,10 +122,10 @@ def test_variants_follow_the_bundle(bundle: DemoBundle) -> None:
 @pytest.mark.parametrize(
     ('arguments', 'reason'),
     [
-        (('ddim7', None, 1, 1), r"sampler must be one of \['ddim10', 'ddpm100'\], got 'ddim7'"),
+        (('ddim7', None, 1, 1), r"sampler: expected one of \['ddim10', 'ddpm100'\], got 'ddim7'"),
         (('ddim10', 0.95, 1, 1), r'at most 0.9 \(1 - 1/10 steps\).* got 0.95'),
-        (('ddim10', 0.0, 1, 1), 'sparsity must be above 0'),
-        (('ddim10', None, 1, 0), 'must be at least 1, got 1 and 0'),
+        (('ddim10', 0.0, 1, 1), 'sparsity: expected above 0'),
+        (('ddim10', None, 1, 0), 'expected at least 1, got 1, 0'),
     ],
 )
 def test_impossible_variants_are_refused_by_name(
@@ -147,7 +147,7 @@ def test_a_domain_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, 'DOMAINS', [free])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind(('', 7400 + 250 * free + 10))
-        with pytest.raises(DemoError, match='a free ROS domain expected'):
+        with pytest.raises(DemoError, match='ROS domain: expected a free one'):
             processes.private_domain()
 
 

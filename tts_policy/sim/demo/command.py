@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from tts_policy.sim.demo.processes import (
     HURRIED_S,
+    OWED_LIMIT_S,
     PATIENT_S,
     DemoError,
     NodeProcess,
@@ -34,6 +35,7 @@ from tts_policy.sim.demo.processes import (
     stop_all,
 )
 from tts_policy.sim.demo.variants import DemoBundle, Variant, choose_variants, read_bundle
+from tts_policy.sim.tasks import PANDA_TASKS
 
 if TYPE_CHECKING:
     from tts_policy.sim.demo.driver import EpisodeRecord
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 UNSEEN_SEED = 200_000
 INTERRUPTED = 130
 MOST_DROPPED = 0.1
-# More than any variant can turn: no bound.
+# More than any joint can turn: no bound.
 FIRST_POINT_RAD = 100.0
 BAR_FORMAT = '{desc}: episode {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}'
 
@@ -76,14 +78,12 @@ class Demo:
         self._undo.__exit__(*error)
 
     def _start_robot(self) -> NodeProcess:
-        from tts_policy.sim.demo.driver import OWED_LIMIT_S
-
         parameters = {
             'clock': 'realtime' if self._options.realtime else 'lockstep',
             'task': self._options.task,
             'action_period_s': self._bundle.deadline_s,
             'owed_timeout_s': OWED_LIMIT_S,
-            # The policy and the one that watches it.
+            # The policy and this process.
             'listeners': 2,
         }
         if self._options.episode_s is not None:
@@ -92,8 +92,6 @@ class Demo:
 
     def start_policy(self, variant: Variant) -> None:
         """Replace the running policy node by one with the variant's sampler and sparsity."""
-        from tts_policy.sim.demo.driver import OWED_LIMIT_S
-
         if self._policy is not None:
             stop_all([self._policy], PATIENT_S)
             self._policy = None
@@ -104,11 +102,11 @@ class Demo:
             'sparsity': float(variant.sparsity),
             'enable_output': True,
             'use_sim_time': not self._options.realtime,
-            # In lockstep nothing is published again, so nothing may be lost.
+            # In lockstep a lost message would never be published again.
             'reliable_sensors': not self._options.realtime,
-            # A sampler that is too slow for the real clock is to be seen missing its deadlines.
+            # The demo shows the deadlines that a sampler misses on this machine.
             'check_latency': False,
-            # So are the jumps of a policy that is not good yet: nothing breaks here.
+            # It also shows the jumps of a policy that is not good yet; nothing can break.
             'limits.first_point_default': FIRST_POINT_RAD,
             'inference_timeout_s': OWED_LIMIT_S,
         }
@@ -168,7 +166,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the whole demo; raises DemoError."""
     began_s = time.monotonic()
     share = share_directory()
-    path = options.bundle or share / 'models' / f'panda_{options.task}'
+    path = options.bundle or share / PANDA_TASKS[options.task].bundle
     bundle = read_bundle(path.resolve())
     variants = choose_variants(
         bundle, options.sampler, options.sparsity, options.episodes, options.dense_episodes
@@ -266,8 +264,10 @@ def _shown(records: Sequence[EpisodeRecord]) -> EpisodeRecord:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line of `demo`."""
     parser = argparse.ArgumentParser(prog='demo', description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('--task', default='lift', help='lift (default), stack or can')
-    parser.add_argument('--bundle', type=Path, help='folder (default: models/panda_TASK)')
+    parser.add_argument(
+        '--task', choices=list(PANDA_TASKS), default='lift', help='(default: %(default)s)'
+    )
+    parser.add_argument('--bundle', type=Path, help="folder (default: the task's in models/)")
     parser.add_argument('--episodes', type=int, default=10, help='of the sparse policy')
     parser.add_argument('--dense-episodes', type=int, default=3, help='of the dense policy')
     parser.add_argument('--seed', type=int, default=UNSEEN_SEED, help='first seed')

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drives episodes from outside: one ROS node that resets robot and policy, and records topics.
 
-Everything is awaited with a limit, and while it waits the driver looks after the child processes.
-What belongs to an episode is told by its stamps: the robot leaves a gap in them at every reset.
+Every wait has a limit, and while the driver waits it watches the child processes. The robot leaves
+a gap in the stamps at every reset, so stamps tell to which episode a message belongs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ ROBOT, POLICY = 'robot', 'tts_policy'
 CAMERA, STATES, COMMANDS = 'camera/image', 'joint_states', 'joint_trajectory'
 START_LIMIT_S = 180.0
 CALL_LIMIT_S = 20.0
-# More than the robot waits for an action before it gives the episode up.
-OWED_LIMIT_S = 60.0
 SILENCE_LIMIT_S = 90.0
 REST_LIMIT_S = 3.0
 SPIN_S = 0.05
@@ -45,7 +43,7 @@ RESET_GAP_NS = 1_000_000_000  # the robot's default
 
 @dataclass(frozen=True)
 class Command:
-    """A trajectory as commanded: due [P] in ns of the stamps' clock, positions [P, J]."""
+    """A commanded trajectory: due times [P] in ns of the stamps' clock, positions [P, J]."""
 
     stamp_ns: int
     due_ns: NDArray[np.int64]
@@ -54,7 +52,7 @@ class Command:
 
 @dataclass
 class EpisodeRecord:
-    """What an episode showed on the topics, each list in the order of arrival.
+    """The messages of one episode, each list in the order of arrival.
 
     ticks: reports of ~/chunk_stats; images: uint8 [H, W, 3]; states: [J] of `joints`, rad or m;
     report: the robot's ~/episode.
@@ -158,14 +156,19 @@ class EpisodeDriver:
 
     # Waiting
 
-    def _wait(self, condition: Callable[[], bool], limit_s: float, what: str) -> None:
-        """Serve messages until the condition holds; raises DemoError after limit_s."""
+    def _serve(self, condition: Callable[[], bool], limit_s: float) -> bool:
+        """Serve messages until the condition holds; False if it does not after limit_s."""
         end_s = time.monotonic() + limit_s
         while not condition():
             self._watch()
             if time.monotonic() > end_s:
-                raise DemoError(f'{what}: expected within {limit_s:g} s, got nothing')
+                return False
             self._executor.spin_once(timeout_sec=SPIN_S)
+        return True
+
+    def _wait(self, condition: Callable[[], bool], limit_s: float, what: str) -> None:
+        if not self._serve(condition, limit_s):
+            raise DemoError(f'{what}: expected within {limit_s:g} s, got nothing')
 
     def _call(self, client: Any, request: Any, limit_s: float = CALL_LIMIT_S) -> Any:
         name = client.srv_name
@@ -225,15 +228,12 @@ class EpisodeDriver:
             when a node dies or falls silent, or when reports of the policy are missing.
 
         """
-        for client in (self._policy_reset, self._robot_reset):
-            if client is self._robot_reset:
-                # Stragglers of the last episode are stamped before the gap.
-                self._after_ns = self._newest_ns + RESET_GAP_NS // 2
-                self._record = record = EpisodeRecord(self._joints)
-                self._heard_s = time.monotonic()
-            answer = self._call(client, Trigger.Request())
-            if not answer.success:
-                raise DemoError(f'{client.srv_name} refused: {answer.message}')
+        self._reset(self._policy_reset)
+        # Late messages of the last episode are stamped before the gap.
+        self._after_ns = self._newest_ns + RESET_GAP_NS // 2
+        self._record = record = EpisodeRecord(self._joints)
+        self._heard_s = time.monotonic()
+        self._reset(self._robot_reset)
         shown = 0
         while not record.report:
             self._watch()
@@ -242,29 +242,23 @@ class EpisodeDriver:
                 shown = len(record.ticks)
                 on_tick(record)
             if time.monotonic() - self._heard_s > SILENCE_LIMIT_S:
-                raise DemoError(f'a message expected every {SILENCE_LIMIT_S:g} s, got none')
-        self._collect_the_rest(record)
+                raise DemoError(f'robot: expected a message every {SILENCE_LIMIT_S:g} s, got none')
+        # Other topics may deliver what was sent before the report only after it.
+        frames, ticks = record.report['frames'], record.report['trajectories']
+        self._serve(
+            lambda: len(record.images) >= frames and len(record.ticks) >= ticks, REST_LIMIT_S
+        )
+        if len(record.ticks) < ticks:
+            raise DemoError(
+                f'seed {record.seed}: expected {ticks} tick reports of the policy, '
+                f'got {len(record.ticks)}'
+            )
         return record
 
-    def _collect_the_rest(self, record: EpisodeRecord) -> None:
-        """Wait for what was sent before the end but on other topics than the report of it."""
-        report = record.report
-
-        def complete() -> bool:
-            return (
-                len(record.images) >= report['frames']
-                and len(record.ticks) >= report['trajectories']
-            )
-
-        end_s = time.monotonic() + REST_LIMIT_S
-        while not complete() and time.monotonic() < end_s:
-            self._watch()
-            self._executor.spin_once(timeout_sec=SPIN_S)
-        if len(record.ticks) < report['trajectories']:
-            raise DemoError(
-                f'{report["trajectories"]} tick reports of the policy expected for seed '
-                f'{report["seed"]}, got {len(record.ticks)}'
-            )
+    def _reset(self, client: Any) -> None:
+        answer = self._call(client, Trigger.Request())
+        if not answer.success:
+            raise DemoError(f'{client.srv_name} refused: {answer.message}')
 
     def close(self) -> None:
         """Leave the domain."""

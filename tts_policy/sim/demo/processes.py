@@ -21,6 +21,8 @@ from pathlib import Path
 
 DOMAINS = range(1, 102)  # the ports of higher ones are also given to clients on Linux
 PATIENT_S, HURRIED_S = 10.0, 1.2
+# How long robot and policy wait for each other; less than SILENCE_LIMIT_S of the driver.
+OWED_LIMIT_S = 60.0
 TAIL_LINES = 12
 _SEVERE = re.compile(r'\[(?:ERROR|FATAL)\] \[[\d.]+\] \[[\w/.]+\]: (.*)')
 
@@ -48,7 +50,7 @@ def share_directory() -> Path:
     for candidate in candidates:
         if (candidate / 'config').is_dir():
             return candidate
-    raise DemoError(f'config/ expected in one of {[str(path) for path in candidates]}, got none')
+    raise DemoError(f'config/: expected in one of {[str(path) for path in candidates]}, got none')
 
 
 def private_domain() -> int:
@@ -68,7 +70,7 @@ def private_domain() -> int:
             except OSError:
                 continue
             return domain
-    raise DemoError(f'a free ROS domain expected in 1 to {DOMAINS[-1]}, got none')
+    raise DemoError(f'ROS domain: expected a free one of 1 to {DOMAINS[-1]}, got none')
 
 
 def prepare_environment(share: Path, domain: int, log: Path) -> None:

@@ -76,7 +76,7 @@ class DemoBundle:
     def sampler(self, name: str) -> Sampler:
         """Sampler of that name; raises DemoError naming those there are."""
         if name not in self.samplers:
-            raise DemoError(f'sampler must be one of {list(self.samplers)}, got {name!r}')
+            raise DemoError(f'sampler: expected one of {list(self.samplers)}, got {name!r}')
         return self.samplers[name]
 
 
@@ -84,7 +84,7 @@ def read_bundle(path: Path) -> DemoBundle:
     """Read model.yaml; raises DemoError naming the file and the reason."""
     file = path / 'model.yaml'
     if not file.is_file():
-        raise DemoError(f'bundle expected at {file}, got nothing')
+        raise DemoError(f'bundle: expected {file}, got nothing')
     try:
         data = yaml.safe_load(file.read_text(encoding='utf-8'))
         samplers = {name: _sampler(name, entry) for name, entry in data['samplers'].items()}
@@ -119,12 +119,12 @@ def choose_variants(
     limit = 1.0 - 1.0 / sparse.steps
     if not 0.0 < value <= limit + 1e-9:
         raise DemoError(
-            f'sparsity must be above 0 and at most {limit:g} (1 - 1/{sparse.steps} steps) for '
+            f'sparsity: expected above 0 and at most {limit:g} (1 - 1/{sparse.steps} steps) for '
             f'{sampler!r}, got {value:g}'
         )
     if episodes < 1 or dense_episodes < 1:
         raise DemoError(
-            f'episodes and dense-episodes must be at least 1, got {episodes} and {dense_episodes}'
+            f'episodes, dense-episodes: expected at least 1, got {episodes}, {dense_episodes}'
         )
     variants = [
         Variant('sparse', sparse, value, episodes),

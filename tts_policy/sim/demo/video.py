@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One episode as a video: what the robot's camera sees, beside the joints and the plan.
 
-`write_video` writes demo.gif, and demo.mp4 where OpenCV has an encoder. Axes, names and grids are
+`write_video` writes demo.gif, and demo.mp4 where OpenCV can encode one. Axes, names and grids are
 drawn once; for every camera frame only what moves is drawn over that background. Positions on the
 page are pixels from its upper left corner.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,10 +75,10 @@ class _Curves:
         self._limits()
         first, last = 0.08, 0.82
         colours = colormaps['viridis'](np.linspace(first, last, max(2, len(columns))))
-        self._lines, self._executed, self._tail = [], [], []
+        self.lines, self._executed, self._tail = [], [], []
         for colour in colours[: len(columns)]:
             new = {'color': colour, 'animated': True}
-            self._lines += axes.plot([], [], lw=1.8, **new)
+            self.lines += axes.plot([], [], lw=1.8, **new)
             self._executed += axes.plot([], [], ls='none', marker='o', ms=3.2, **new)
             self._tail += axes.plot([], [], ls='none', marker='o', ms=2.2, alpha=0.35, **new)
         self._bounds = axes.plot([], [], color=MUTED, lw=0.8, ls=(0, (3, 2)), animated=True)[0]
@@ -94,11 +95,6 @@ class _Curves:
         self._axes.grid(color=GRID, lw=0.8)
         self._axes.set_axisbelow(True)
 
-    @property
-    def handles(self) -> list[Any]:
-        """Measured lines, for a legend."""
-        return self._lines
-
     def update(self, stamp_ns: int, command: Any, next_ns: int, bounds_s: list[float]) -> None:
         """Show the state at a stamp."""
         upto = bisect_right(self._stamps, stamp_ns)
@@ -111,7 +107,7 @@ class _Curves:
                 self._shown(command.positions)[ahead],
             )
             executed = due_ns <= next_ns
-        for j, line in enumerate(self._lines):
+        for j, line in enumerate(self.lines):
             line.set_data(self._seconds[:upto], self._measured[:upto, j])
             if due_s is not None and values is not None:
                 self._executed[j].set_data(due_s[executed], values[executed, j])
@@ -126,7 +122,7 @@ class _Curves:
 
     def draw(self) -> None:
         """Draw what moves."""
-        moving = (self._bounds, *self._tail, *self._executed, *self._lines, self._cursor)
+        moving = (self._bounds, *self._tail, *self._executed, *self.lines, self._cursor)
         for artist in moving:
             self._axes.draw_artist(artist)
 
@@ -205,7 +201,7 @@ class FrameRenderer:
         top.set_ylabel('arm, from start\n[rad]')
         top.tick_params(labelbottom=False, labelsize=8)
         top.legend(
-            [*self._curves[0].handles],
+            self._curves[0].lines,
             [f'joint {1 + i}' for i in range(len(arm))],
             loc='lower left',
             bbox_to_anchor=(-0.01, 1.0),
@@ -341,11 +337,12 @@ def write_video(scene: Scene, folder: Path) -> list[Path]:
     record = scene.record
     if not record.images or not record.ticks or not record.states:
         raise DemoError(
-            f'seed {record.seed}: a video needs frames, joint states and ticks, got '
+            f'seed {record.seed}: expected frames, joint states and ticks for a video, got '
             f'{len(record.images)}, {len(record.states)} and {len(record.ticks)}'
         )
     rate = 1.0 / (scene.bundle.contract.observation.period_s * SLOWDOWN)
-    movie = _Movie(folder / 'demo.mp4', rate)
+    path = folder / 'demo.mp4'
+    movie = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*'mp4v'), rate, (WIDTH, HEIGHT))
     small = []
     with rc_context(STYLE):
         renderer = FrameRenderer(scene)
@@ -353,39 +350,15 @@ def write_video(scene: Scene, folder: Path) -> list[Path]:
         every = -(-renderer.frames // GIF_FRAMES)
         for index in range(renderer.frames):
             frame = renderer.render(index)
-            movie.add(frame)
+            movie.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
             # Counted from the end, so that the outcome is always seen.
             if (last - index) % every == 0:
                 small.append(_shrink(frame))
     for _ in range(round(HOLD_S * rate)):
-        movie.add(frame)
-    written = [folder / 'demo.mp4'] if movie.close() else []
+        movie.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    written = [path] if movie.isOpened() else []
+    movie.release()
     return [*written, _write_gif(small, folder / 'demo.gif', every / rate)]
-
-
-class _Movie:
-    """An mp4 file, if OpenCV is there and can encode one."""
-
-    def __init__(self, path: Path, rate: float) -> None:
-        self._writer: Any = None
-        try:
-            import cv2
-        except ImportError:
-            return
-        self._to_bgr = lambda frame: cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
-        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*'mp4v'), rate, (WIDTH, HEIGHT))
-        self._writer = writer if writer.isOpened() else None
-
-    def add(self, frame: Frame) -> None:
-        """Append a picture."""
-        if self._writer is not None:
-            self._writer.write(self._to_bgr(frame))
-
-    def close(self) -> bool:
-        """Finish the file; whether there is one."""
-        if self._writer is not None:
-            self._writer.release()
-        return self._writer is not None
 
 
 def _shrink(frame: Frame) -> Any:

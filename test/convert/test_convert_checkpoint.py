@@ -225,19 +225,22 @@ def test_a_random_crop_is_remarked(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ('change', 'reason'),
     [
-        ({'_target_': 'x.DiffusionUnetLowdimPolicy'}, 'U-Nets have no residual blocks'),
-        ({'obs_as_cond': False}, 'obs_as_cond must be true'),
+        (
+            {'_target_': 'x.DiffusionUnetLowdimPolicy'},
+            'convolutional U-Nets are not supported yet',
+        ),
+        ({'obs_as_cond': False}, 'obs_as_cond: expected true, got false'),
         ({'model.time_as_cond': False}, 'encoder-only model has no memory'),
-        ({'model.n_layer': 3}, r'decoder\.layers\.2.*expected, got nothing'),
+        ({'model.n_layer': 3}, r'decoder\.layers\.2.*: expected a weight, got nothing'),
         ({'model.n_layer': 1}, 'unknown architecture'),
-        ({'model.n_emb': 64}, 'must be'),
+        ({'model.n_emb': 64}, r'weight: expected shape \(64, 5\), got \(32, 5\)'),
         ({'model.n_head': 5}, 'multiple of 2 x heads'),
-        ({'model.n_emb': '32'}, "n_emb must be int, got '32'"),
-        ({'model.gain': 2}, 'unknown options: gain'),
-        ({'eta': 0.5}, 'unknown options: eta'),
-        ({'obs_dim': 10**9}, 'observation must have 1 to 4096 values, got 1000000000'),
-        ({'action_dim': 10**9}, 'action must have 1 to 4096 values, got 1000000000'),
-        ({'action_dim': 0}, 'action must have 1 to 4096 values, got 0'),
+        ({'model.n_emb': '32'}, r"cfg\.policy\.model\.n_emb: expected an integer, got '32'"),
+        ({'model.gain': 2}, r'model\.gain: expected no field of this name, got 2'),
+        ({'eta': 0.5}, r'policy\.eta: expected no field of this name, got 0\.5'),
+        ({'obs_dim': 10**9}, 'observation: expected 1 to 4096 values, got 1000000000'),
+        ({'action_dim': 10**9}, 'action: expected 1 to 4096 values, got 1000000000'),
+        ({'action_dim': 0}, 'action: expected 1 to 4096 values, got 0'),
         ({'horizon': 10**9}, r'action\.horizon: expected at most 1024, got 1000000000'),
         ({'model.n_layer': 10**9}, r'network\.layers: expected at most 16384'),
         ({'model.n_cond_layers': 10**9}, r'cond_layers: expected at most 16384'),
@@ -249,7 +252,7 @@ def test_a_random_crop_is_remarked(tmp_path: Path, capsys: pytest.CaptureFixture
         ({'noise_scheduler.variance_type': 'learned'}, "got 'learned'"),
         ({'noise_scheduler.prediction_type': 'v_prediction'}, "got 'v_prediction'"),
         ({'noise_scheduler._target_': 'x.EulerScheduler'}, 'got EulerScheduler'),
-        ({'noise_scheduler.thresholding': True}, 'thresholding must be false'),
+        ({'noise_scheduler.thresholding': True}, 'thresholding: expected False, got True'),
         ({'num_inference_steps': 21}, 'steps: expected at most train_steps = 20, got 21'),
     ],
 )
@@ -272,8 +275,12 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(
     ('sizes', 'pruner', 'reason'),
     [
         (Sizes(), PublishedPruner(64), 'memory of width 32, got 64'),
-        (Sizes(), PublishedPruner(32, classes=3), '4 classes apart, got 3'),
-        (Sizes(cond_layers=1), PublishedPruner(32), 'n_cond_layers 0, got 1'),
+        (Sizes(), PublishedPruner(32, classes=3), 'expected 4 classes, got 3'),
+        (
+            Sizes(cond_layers=1),
+            PublishedPruner(32),
+            'n_cond_layers: expected 0 of a policy with a pruner, got 1',
+        ),
     ],
 )
 def test_a_pruner_of_another_policy_is_refused(
@@ -310,7 +317,7 @@ def test_an_existing_bundle_is_left_alone(
     out = _convert(tmp_path)
     before = (out / 'policy.safetensors').read_bytes()
     assert main([str(tmp_path / 'a.ckpt'), str(out)]) == 2
-    assert 'without a bundle expected' in capsys.readouterr().err
+    assert 'expected a folder without a bundle' in capsys.readouterr().err
     assert (out / 'policy.safetensors').read_bytes() == before
 
 

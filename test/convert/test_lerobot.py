@@ -123,26 +123,38 @@ def inputs(kind: str, *shape: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ('changes', 'reason'),
     [
-        (inputs('VISUAL', 1, 40, 48), 'observation.images.top: 3 channels, height and width'),
-        (inputs('ENV', 3), "observation.images.top: type STATE or VISUAL expected, got 'ENV'"),
+        (
+            inputs('VISUAL', 1, 40, 48),
+            'observation.images.top: expected 3 channels, height and width',
+        ),
+        (inputs('ENV', 3), "observation.images.top: expected type STATE or VISUAL, got 'ENV'"),
         (
             inputs('VISUAL', 3, 40, 48),
-            'vision_encoder.model.embeddings.patch_embedding.weight exp',
+            'vision_encoder.model.embeddings.patch_embedding.weight: exp',
         ),
-        ({'input_features': {}}, 'observation.state must be a mapping'),
-        ({'type': 'diffusion'}, 'its U-Net has no residual blocks'),
-        ({'type': 'act'}, "type 'act' is not converted"),
-        ({'objective': 'guessing'}, 'objective must be'),
-        ({'sigma_min': 0.1, 'objective': 'flow_matching'}, 'sigma_min must be 0'),
-        ({'text_encoder_name': 'laion/CLIP-ViT'}, 'text_encoder_name must begin with openai'),
-        ({'hidden_dim': 32}, 'must map'),
-        ({'num_layers': 3}, r'weight noise_predictor.transformer_blocks.2'),
-        ({'num_layers': 1}, 'weights of an unknown architecture'),
+        (
+            {'input_features': {}},
+            'observation.state: expected the length of a vector, got nothing',
+        ),
+        ({'type': 'diffusion'}, "got 'diffusion': convolutional U-Nets are not supported yet"),
+        ({'type': 'act'}, "expected multi_task_dit, got 'act'"),
+        ({'objective': 'guessing'}, 'config.objective: expected'),
+        ({'sigma_min': 0.1, 'objective': 'flow_matching'}, 'sigma_min: expected 0, got 0.1'),
+        (
+            {'text_encoder_name': 'laion/CLIP-ViT'},
+            'text_encoder_name: expected a name beginning with openai',
+        ),
+        ({'hidden_dim': 32}, 'weight: expected shape (192, 74), got (96, 74)'),
+        (
+            {'num_layers': 3},
+            'noise_predictor.transformer_blocks.2.multihead_attn.in_proj_weight: expected',
+        ),
+        ({'num_layers': 1}, 'of an unknown architecture such as noise_predictor'),
         ({'num_layers': 1 << 40}, 'network.layers: expected at most 16384'),
-        ({'use_rope': True}, 'qkv_proj.weight expected'),
+        ({'use_rope': True}, 'qkv_proj.weight: expected a weight'),
         ({'n_action_steps': 8}, 'action.execute: expected at most'),
-        ({'noise_scheduler_type': 'PNDM'}, 'must be DDPMScheduler or DDIMScheduler'),
-        ({'horizon': 'long'}, 'config.horizon must be int'),
+        ({'noise_scheduler_type': 'PNDM'}, 'expected DDPMScheduler or DDIMScheduler, got PNDM'),
+        ({'horizon': 'long'}, "config.horizon: expected an integer, got 'long'"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_in_one_line(
@@ -158,14 +170,20 @@ def test_what_has_no_counterpart_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ('changes', 'reason'),
     [
-        ({'image_crop_shape': [12, 16]}, 'camera top: images of 16 x 16 expected after resize'),
+        ({'image_crop_shape': [12, 16]}, 'camera top: expected images of 16 x 16 after resize'),
         (
             {'image_crop_shape': [32, 32]},
-            'images of 16 x 16 expected after resize and crop, got 20',
+            'expected images of 16 x 16 after resize and crop, got 20',
         ),
         ({'image_resize_shape': None, 'image_crop_shape': None}, 'got 40 x 48'),
-        ({'image_resize_shape': [64]}, 'image_resize_shape must be height and width, got [64]'),
-        ({'vision_encoder_name': 'laion/CLIP-ViT'}, 'vision_encoder_name must begin with openai'),
+        (
+            {'image_resize_shape': [64]},
+            'image_resize_shape: expected height and width, or nothing, got [64]',
+        ),
+        (
+            {'vision_encoder_name': 'laion/CLIP-ViT'},
+            'vision_encoder_name: expected a name beginning with openai',
+        ),
         ({'use_separate_rgb_encoder_per_camera': True}, 'vision_encoders.0.model.embeddings'),
         (
             inputs('VISUAL', 3, 4000, 48),
@@ -199,13 +217,19 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: _cut(f / 'model.safetensors'), 'model.safetensors: '),
     (lambda f: (f / 'model.safetensors').unlink(), 'weights of at most'),
     (lambda f: (f / 'model.safetensors').write_bytes(b'\xff' * 64), 'model.safetensors: '),
-    (lambda f: (f / 'config.json').write_text('[' * 100_000), 'not JSON'),
-    (lambda f: (f / 'config.json').write_text('[1]'), 'config must be a mapping'),
+    (lambda f: (f / 'config.json').write_text('[' * 100_000), 'config.json: expected JSON'),
+    (lambda f: (f / 'config.json').write_text('[1]'), 'config.json: expected a mapping'),
     (lambda f: (f / 'config.json').write_bytes(b' ' * (2 << 20)), 'at most 1048576 bytes'),
-    (lambda f: (f / 'policy_preprocessor.json').unlink(), 'policy_preprocessor.json expected'),
-    (lambda f: _step(f, state_file='../../etc/passwd'), 'state_file must lie in the folder'),
+    (
+        lambda f: (f / 'policy_preprocessor.json').unlink(),
+        'policy_preprocessor.json: expected a file',
+    ),
+    (
+        lambda f: _step(f, state_file='../../etc/passwd'),
+        'state_file: expected a file in the folder',
+    ),
     (lambda f: _step(f, registry_name='relative_actions_processor'), 'steps of known effect'),
-    (lambda f: _step(f, config={'norm_map': {'STATE': 'MAGIC'}}), 'norm_map must be'),
+    (lambda f: _step(f, config={'norm_map': {'STATE': 'MAGIC'}}), 'expected MEAN_STD or a range'),
     (lambda f: _step(f, config={'norm_map': {'STATE': 'QUANTILES'}}), 'observation.state.q01'),
     (
         lambda f: _cut(f / 'policy_preprocessor_step_1_normalizer_processor.safetensors'),
@@ -232,8 +256,8 @@ def test_a_damaged_folder_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ('tokens', 'reason'),
     [
-        ([], '--instruction-tokens expected'),
-        (['320'], 'must begin with 49406'),
+        ([], '--instruction-tokens: expected'),
+        (['320'], 'expected 49406 first'),
         (['49406', *['320'] * 80, '49407'], 'at most 77 tokens'),
         (['49406', '60000', '49407'], r'each in [0, 49408)'),
     ],

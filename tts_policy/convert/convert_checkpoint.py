@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 
 from tts_policy.convert.checkpoint import Checkpoint
-from tts_policy.convert.converted_policy import ConvertedPolicy, Naming
+from tts_policy.convert.converted_policy import ConvertedPolicy, Naming, parameter_file
 from tts_policy.convert.diffusion_policy import read_diffusion_policy
 from tts_policy.convert.lerobot import read_lerobot
-from tts_policy.convert.parameter_file import parameter_file
-from tts_policy.convert.published_pruner import read_pruner
 from tts_policy.convert.restricted_pickle import CheckpointError
+from tts_policy.convert.transformer_weights import read_pruner
 from tts_policy.policy.bundle import MODEL_FILE, AnyPruner, save_bundle
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser
 from tts_policy.policy.pruner import Pruner, PrunerSpec
@@ -46,7 +45,7 @@ def make_pruners(converted: ConvertedPolicy, file: Path | None) -> dict[str, Any
         denoiser = converted.network.denoiser
         if not isinstance(denoiser, TransformerDenoiser):
             raise CheckpointError(
-                f"{file}: the paper's pruners are for transformers, not for a DiT"
+                f'{file}: expected no pruner of the paper, which is for transformers, got one'
             )
         with Checkpoint(file) as checkpoint:
             try:
@@ -127,9 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         if not 0.1 <= args.rate <= 1000.0:
-            raise CheckpointError(f'--rate must be in [0.1, 1000] Hz, got {args.rate}')
+            raise CheckpointError(f'--rate: expected 0.1 to 1000 Hz, got {args.rate}')
         if (args.out / MODEL_FILE).exists():
-            raise CheckpointError(f'{args.out}: folder without a bundle expected, got one')
+            raise CheckpointError(f'{args.out}: expected a folder without a bundle, got one')
         converted = read_policy(args)
         pruners = make_pruners(converted, args.pruner)
     except CheckpointError as error:

@@ -2,46 +2,128 @@
 """LeRobot's policy folders: the multi-task DiT policy as ours.
 
 A folder holds `config.json`, `model.safetensors` and the two processors that normalise. The
-denoiser is `core/dit.py`, cameras are encoded by `core/vision_transformer.py`. The instruction's
-feature is a constant of the robot: it is encoded here and folded into the biases of the
-modulations, so that no text encoder runs on the robot.
+instruction is the same at every tick, so its feature is encoded here and folded into the biases
+of the modulations: no text encoder runs on the robot.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from tts_policy.convert.clip_text import text_feature
-from tts_policy.convert.configuration import Configuration
+from tts_policy.convert.checkpoint import WeightSource as Source
+from tts_policy.convert.checkpoint import load_state
+from tts_policy.convert.clip import text_feature, vit_spec, vit_state
+from tts_policy.convert.configuration import NoiseScheduler, flow_samplers, read_settings
 from tts_policy.convert.converted_policy import ConvertedPolicy, Naming
-from tts_policy.convert.lerobot_cameras import CLIP, read_cameras, read_encoders
 from tts_policy.convert.lerobot_processors import read_json, read_normalizers
-from tts_policy.convert.noise_schedule import flow_samplers, read_samplers
 from tts_policy.convert.restricted_pickle import CheckpointError
-from tts_policy.convert.weights import WeightSource, load_state
 from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract
 from tts_policy.policy.denoisers.dit import DiTOptions
-from tts_policy.policy.encoders.vit import VisionTransformer
+from tts_policy.policy.encoders.camera_encoder import ImageSize
+from tts_policy.policy.encoders.vit import VisionTransformer, ViTSpec
 from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.schedulers.scheduler import FLOW
+from tts_policy.policy.validation import Flag, Integer, Number, Spec, Text, checked, one_of, quoted
 
 KIND = 'multi_task_dit'
 STATE, ACTION = 'observation.state', 'action'
 MAX_WEIGHT_BYTES = 16 << 30
 MAX_TENSOR_ELEMENTS = 1 << 29
-_REASONS = {
-    'diffusion': 'its U-Net has no residual blocks to reuse, train a multi_task_dit policy',
-}
-Source = WeightSource[str]
+# What their transformers compute with; others have another activation.
+CLIP = 'openai/clip-'
+_ENCODER = f'{CLIP}vit-base-patch16'
+_REASONS = {'diffusion': 'convolutional U-Nets are not supported yet'}
+
+
+@checked('feature', extra='ignore')
+class _Feature(Spec):
+    """An entry of input_features or output_features."""
+
+    type: Text
+    shape: tuple[Annotated[Integer, Field(ge=1, lt=1 << 20)], ...]
+
+
+@checked('config', kw_only=True, extra='ignore')
+class _Config(Spec):
+    """What config.json says of a multi-task DiT policy, with LeRobot's defaults."""
+
+    input_features: dict[str, _Feature]
+    output_features: dict[str, _Feature]
+    n_obs_steps: Integer = 2
+    horizon: Integer = 32
+    n_action_steps: Integer = 24
+    objective: Annotated[Text, one_of('diffusion', 'flow_matching')] = 'diffusion'
+    sigma_min: Number | None = 0.0
+    num_integration_steps: Integer = 100
+    integration_method: Text = 'euler'
+    noise_scheduler_type: Text = 'DDPM'
+    num_train_timesteps: Integer = 100
+    num_inference_steps: Integer | None = None
+    beta_schedule: Text = 'squaredcos_cap_v2'
+    beta_start: Number = 0.0001
+    beta_end: Number = 0.02
+    prediction_type: Text = 'epsilon'
+    clip_sample: Flag = True
+    clip_sample_range: Number = 1.0
+    hidden_dim: Integer = 512
+    num_layers: Integer = 6
+    num_heads: Integer = 8
+    timestep_embed_dim: Integer = 256
+    use_rope: Flag = True
+    rope_base: Number = 10_000.0
+    use_positional_encoding: Flag = False
+    text_encoder_name: Text = _ENCODER
+    vision_encoder_name: Text = _ENCODER
+    use_separate_rgb_encoder_per_camera: Flag = False
+    image_resize_shape: ImageSize | None = None
+    image_crop_shape: ImageSize | None = (224, 224)
+
+    def length(self, features: dict[str, _Feature], key: str) -> int:
+        """Length of a vector; raises CheckpointError if it is missing or none."""
+        if key not in features or len(features[key].shape) != 1:
+            got = quoted(list(features[key].shape)) if key in features else 'nothing'
+            raise CheckpointError(f'{key}: expected the length of a vector, got {got}')
+        return features[key].shape[0]
+
+    def samplers(self) -> dict[str, SamplerSpec]:
+        """Samplers by name, the policy's own first."""
+        if self.objective == 'flow_matching':
+            if self.sigma_min:
+                raise CheckpointError(f'config.sigma_min: expected 0, got {self.sigma_min}')
+            return flow_samplers(self.num_integration_steps)
+        same = 'beta_schedule beta_start beta_end prediction_type clip_sample clip_sample_range'
+        settings = {name: getattr(self, name) for name in (*same.split(), 'num_train_timesteps')}
+        settings['_target_'] = f'{self.noise_scheduler_type}Scheduler'
+        scheduler = read_settings(NoiseScheduler, settings, 'config')
+        return scheduler.samplers(self.num_inference_steps)
+
+    def network_spec(self) -> NetworkSpec:
+        """Sizes of our network, without those of its camera encoders."""
+        flow = self.objective == 'flow_matching'
+        return NetworkSpec(
+            width=self.hidden_dim,
+            layers=self.num_layers,
+            heads=self.num_heads,
+            train_steps=NetworkSpec.train_steps if flow else self.num_train_timesteps,
+            denoiser=DiTOptions(
+                time_features=self.timestep_embed_dim,
+                rotary=self.use_rope,
+                rotary_base=self.rope_base,
+                learned_position=self.use_positional_encoding,
+            ),
+            objective=FLOW if flow else 'diffusion',
+        )
 
 
 def read_lerobot(folder: Path, naming: Naming, tokens: Sequence[int]) -> ConvertedPolicy:
@@ -57,43 +139,53 @@ def read_lerobot(folder: Path, naming: Naming, tokens: Sequence[int]) -> Convert
     """
     if not (folder / 'config.json').is_file():
         raise CheckpointError(
-            f'{folder}: checkpoint file or LeRobot policy expected, got a folder'
+            f'{folder}: expected a checkpoint file or a LeRobot policy, got a folder'
         )
-    config = Configuration('config', read_json(folder / 'config.json'))
-    kind = config.text('type', 'none')[:80]
+    data = read_json(folder / 'config.json')
+    if not isinstance(data, dict):
+        raise CheckpointError(f'config.json: expected a mapping, got {quoted(data)}')
+    kind = data.get('type')
     if kind != KIND:
-        reason = _REASONS.get(kind, f'only {KIND} is')
-        raise CheckpointError(f'LeRobot policy of type {kind!r} is not converted: {reason}')
-    cameras = read_cameras(config)
-    state_dim, action_dim = _features(config)
+        reason = _REASONS.get(str(kind)[:80], 'others are not supported')
+        raise CheckpointError(f'LeRobot policy: expected {KIND}, got {quoted(kind)}: {reason}')
+    config = read_settings(_Config, data, 'config')
+    cameras = _cameras(config.input_features)
+    state_dim = config.length(config.input_features, STATE)
+    action_dim = config.length(config.output_features, ACTION)
     if not tokens:
-        raise CheckpointError('--instruction-tokens expected: the policy is told what to do')
+        raise CheckpointError(
+            '--instruction-tokens: expected what the policy is told to do, got nothing'
+        )
     weights = folder / 'model.safetensors'
     if not weights.is_file() or weights.stat().st_size > MAX_WEIGHT_BYTES:
-        raise CheckpointError(f'{weights}: weights of at most {MAX_WEIGHT_BYTES} bytes expected')
-    specs = tuple(camera for _, camera in cameras)
-    contract = _contract(config, naming, specs, state_dim, action_dim)
-    samplers, train_steps = _samplers(config)
-    lengths = {STATE: state_dim, ACTION: action_dim, **{feature: 3 for feature, _ in cameras}}
-    normalizers = read_normalizers(folder, lengths)
+        raise CheckpointError(
+            f'{weights}: expected weights of at most {MAX_WEIGHT_BYTES} bytes, got none or more'
+        )
+    observed, acted = naming.joints([('state', state_dim)], action_dim)
+    contract = PolicyContract(
+        ObservationSpec(tuple(cameras.values()), observed, config.n_obs_steps, naming.period_s),
+        ActionSpec(acted, config.horizon, config.n_action_steps, offset_steps=0),
+    )
+    samplers = config.samplers()
+    normalizers = read_normalizers(
+        folder, {STATE: state_dim, ACTION: action_dim, **dict.fromkeys(cameras, 3)}
+    )
     try:
         with safe_open(weights, 'pt') as file:
-            source = WeightSource({name: name for name in file.keys()}, _Reader(file))  # noqa: SIM118
-            network = _build(config, contract, train_steps, source, tokens)
+            source = Source({name: name for name in file.keys()}, _Reader(file))  # noqa: SIM118
+            network = _build(config, contract, source, tokens)
     except SafetensorError as error:
         raise CheckpointError(f'{weights}: {" ".join(str(error).split())[:200]}') from error
-    for feature, normalizer in (
-        (STATE, network.joint_normalizer),
-        (ACTION, network.action_normalizer),
-        *((feature, _encoder(network, camera.key).normalizer) for feature, camera in cameras),
-    ):
-        load_state(normalizer, normalizers[feature])
+    load_state(network.joint_normalizer, normalizers[STATE])
+    load_state(network.action_normalizer, normalizers[ACTION])
+    for feature, camera in cameras.items():
+        load_state(_encoder(network, camera.key).normalizer, normalizers[feature])
     remarks = ['the instruction is part of the weights: convert once for each']
     if cameras:
         remarks.append(
             'every frame passes a vision transformer, which sparsity does not make cheaper'
         )
-    if config.text('integration_method', 'euler') != 'euler':
+    if config.integration_method != 'euler':
         remarks.append('Euler steps, where LeRobot integrates by the Runge-Kutta method')
     return ConvertedPolicy(f'LeRobot {KIND}', network, samplers, tuple(remarks))
 
@@ -105,103 +197,52 @@ class _Reader:
         self._file = file
 
     def __call__(self, name: str) -> Tensor:
-        count = 1
-        for size in self._file.get_slice(name).get_shape():
-            count *= size
+        count = math.prod(self._file.get_slice(name).get_shape())
         if count > MAX_TENSOR_ELEMENTS:
             raise CheckpointError(
-                f'weight {name}: at most {MAX_TENSOR_ELEMENTS} values, got {count}'
+                f'{name}: expected at most {MAX_TENSOR_ELEMENTS} values, got {count}'
             )
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
 
-def _features(config: Configuration) -> tuple[int, int]:
-    """Lengths of state and action."""
-    inputs, outputs = config.section('input_features'), config.section('output_features')
-    lengths = []
-    for section, key in ((inputs, STATE), (outputs, ACTION)):
-        shape = section.section(key).integers('shape')
-        if len(shape) != 1:
-            raise CheckpointError(f'{key} must be a vector, got shape {shape}')
-        lengths.append(shape[0])
-    return lengths[0], lengths[1]
+def _cameras(features: dict[str, _Feature]) -> dict[str, CameraSpec]:
+    """Cameras by feature, in the order of the configuration; a key is the feature's last word."""
+    cameras: dict[str, CameraSpec] = {}
+    for name, feature in features.items():
+        if feature.type == 'STATE' or name == STATE:
+            continue
+        if feature.type != 'VISUAL':
+            raise CheckpointError(
+                f'{name}: expected type STATE or VISUAL, got {quoted(feature.type)}'
+            )
+        if len(feature.shape) != 3 or feature.shape[0] != 3:
+            raise CheckpointError(
+                f'{name}: expected 3 channels, height and width, got {list(feature.shape)}'
+            )
+        try:
+            cameras[name] = CameraSpec(name.rpartition('.')[2], *feature.shape[1:])
+        except ValueError as error:
+            raise CheckpointError(f'{name}: {error}') from error
+    return cameras
 
 
-def _contract(
-    config: Configuration,
-    naming: Naming,
-    cameras: tuple[CameraSpec, ...],
-    state_dim: int,
-    action_dim: int,
-) -> PolicyContract:
-    observed, acted = naming.joints([('state', state_dim)], action_dim)
-    return PolicyContract(
-        ObservationSpec(cameras, observed, config.integer('n_obs_steps', 2), naming.period_s),
-        ActionSpec(
-            acted,
-            horizon=config.integer('horizon', 32),
-            execute=config.integer('n_action_steps', 24),
-            offset_steps=0,
-        ),
-    )
-
-
-def _samplers(config: Configuration) -> tuple[dict[str, SamplerSpec], int]:
-    """Samplers by name, the policy's own first, and the length of the training schedule."""
-    objective = config.text('objective', 'diffusion')
-    if objective == 'flow_matching':
-        if config.number('sigma_min', 0.0):
-            raise CheckpointError(f'sigma_min must be 0, got {config.number("sigma_min")}')
-        steps = config.integer('num_integration_steps', 100)
-        return flow_samplers(steps), NetworkSpec.train_steps
-    if objective != 'diffusion':
+def _require_clip(option: str, name: str) -> None:
+    if not name.startswith(CLIP):
         raise CheckpointError(
-            f"objective must be 'diffusion' or 'flow_matching', got {objective[:80]!r}"
+            f'{option}: expected a name beginning with {CLIP}, got {quoted(name)}'
         )
-    train_steps = config.integer('num_train_timesteps', 100)
-    scheduler = {
-        '_target_': f'{config.text("noise_scheduler_type", "DDPM")}Scheduler',
-        'num_train_timesteps': train_steps,
-        'beta_schedule': config.text('beta_schedule', 'squaredcos_cap_v2'),
-        'beta_start': config.number('beta_start', 0.0001),
-        'beta_end': config.number('beta_end', 0.02),
-        'prediction_type': config.text('prediction_type', 'epsilon'),
-        'clip_sample': config.flag('clip_sample', True),
-        'clip_sample_range': config.number('clip_sample_range', 1.0),
-    }
-    steps = config.integer('num_inference_steps', train_steps)
-    settings = {'noise_scheduler': scheduler, 'num_inference_steps': steps}
-    return read_samplers(Configuration('config', settings))
 
 
 def _build(
-    config: Configuration,
-    contract: PolicyContract,
-    train_steps: int,
-    source: Source,
-    tokens: Sequence[int],
+    config: _Config, contract: PolicyContract, source: Source, tokens: Sequence[int]
 ) -> PolicyNetwork:
     """Network with all weights; normalisers as they are new."""
-    text = _text(config, source, tokens)
-    options = DiTOptions(
-        time_features=config.integer('timestep_embed_dim', 256),
-        rotary=config.flag('use_rope', True),
-        rotary_base=config.number('rope_base', 10_000.0),
-        learned_position=config.flag('use_positional_encoding', False),
-    )
-    spec = NetworkSpec(
-        width=config.integer('hidden_dim', 512),
-        layers=config.integer('num_layers', 6),
-        heads=config.integer('num_heads', 8),
-        train_steps=train_steps,
-        denoiser=options,
-        objective=FLOW if config.text('objective', 'diffusion') != 'diffusion' else 'diffusion',
-    )
+    spec, text = config.network_spec(), _text(config, source, tokens)
     # Read before any memory is taken for the sizes that the configuration names.
-    encoders = read_encoders(config, source, contract.observation.cameras)
+    encoders = _encoders(config, source, contract.observation.cameras)
     features = sum(vit.width for vit, _ in encoders.values())
-    state = _denoiser(source, spec, options, contract, features, text)
+    state = _denoiser(source, spec, contract, features, text)
     source.require_empty()
     if encoders:
         spec = replace(spec, encoder=next(iter(encoders.values()))[0])
@@ -220,11 +261,34 @@ def _encoder(network: PolicyNetwork, key: str) -> VisionTransformer:
     return encoder
 
 
-def _text(config: Configuration, source: Source, tokens: Sequence[int]) -> Tensor:
+def _encoders(
+    config: _Config, source: Source, cameras: Sequence[CameraSpec]
+) -> dict[str, tuple[ViTSpec, dict[str, Tensor]]]:
+    """Sizes and weights of the encoder of every camera, without its pixel normaliser."""
+    if cameras:
+        _require_clip('vision_encoder_name', config.vision_encoder_name)
+    encoders = {}
+    for n, camera in enumerate(cameras):
+        number = f's.{n}' if config.use_separate_rgb_encoder_per_camera else ''
+        prefix = f'observation_encoder.vision_encoder{number}.model.'
+        # transformers 5 has done away with this part of the name.
+        if f'{prefix}vision_model.embeddings.class_embedding' in source:
+            prefix += 'vision_model.'
+        resize, crop = config.image_resize_shape or (), config.image_crop_shape or ()
+        rows, columns = resize or (camera.height, camera.width)
+        # LeRobot leaves out a crop that does not fit.
+        if crop and (crop[0] > rows or crop[1] > columns):
+            crop = ()
+        spec = vit_spec(source, prefix, camera, resize, crop)
+        encoders[camera.key] = spec, vit_state(source, prefix, spec)
+    if len({spec for spec, _ in encoders.values()}) > 1:
+        raise CheckpointError('camera encoders: expected one size, got different ones')
+    return encoders
+
+
+def _text(config: _Config, source: Source, tokens: Sequence[int]) -> Tensor:
     """Feature of the instruction, as wide as the denoiser."""
-    name = config.text('text_encoder_name', 'openai/clip-vit-base-patch16')
-    if not name.startswith(CLIP):
-        raise CheckpointError(f'text_encoder_name must begin with {CLIP}, got {name[:80]!r}')
+    _require_clip('text_encoder_name', config.text_encoder_name)
     prefix = 'observation_encoder.text_encoder.'
     inner = f'{prefix}text_encoder.'
     # transformers 5 has done away with this part of the name.
@@ -234,7 +298,7 @@ def _text(config: Configuration, source: Source, tokens: Sequence[int]) -> Tenso
     weight, bias = (source.take(f'{prefix}projection.{part}') for part in ('weight', 'bias'))
     if weight.ndim != 2 or weight.shape[1] != len(feature) or bias.shape != weight.shape[:1]:
         raise CheckpointError(
-            f'text projection must map {len(feature)} values, got {tuple(weight.shape)}'
+            f'text projection: expected a map of {len(feature)} values, got {tuple(weight.shape)}'
         )
     return F.linear(feature, weight, bias)
 
@@ -242,12 +306,13 @@ def _text(config: Configuration, source: Source, tokens: Sequence[int]) -> Tenso
 def _denoiser(
     source: Source,
     spec: NetworkSpec,
-    options: DiTOptions,
     contract: PolicyContract,
     camera_features: int,
     text: Tensor,
 ) -> dict[str, Tensor]:
     """State of our DiTDenoiser from LeRobot's DiffusionTransformer."""
+    options = spec.denoiser
+    assert isinstance(options, DiTOptions)
     prefix = 'noise_predictor.'
     state = {
         **source.pair(f'{prefix}input_proj', 'action'),
@@ -276,13 +341,9 @@ def _denoiser(
             state |= source.pair(f'{layer}.multihead_attn.out_proj', f'{targets[0]}.out')
         state |= source.pair(f'{layer}.mlp.0', f'{targets[1]}.up')
         state |= source.pair(f'{layer}.mlp.2', f'{targets[1]}.down')
-        weight = source.take(f'{layer}.adaLN_modulation.1.weight')
-        bias = source.take(f'{layer}.adaLN_modulation.1.bias')
-        if weight.shape != (6 * spec.width, len(columns)) or bias.shape != (6 * spec.width,):
-            raise CheckpointError(
-                f'{layer}.adaLN_modulation must map {len(columns)} to {6 * spec.width} values, '
-                f'got {tuple(weight.shape)}'
-            )
+        modulation = f'{layer}.adaLN_modulation.1'
+        weight = source.shaped(f'{modulation}.weight', 6 * spec.width, len(columns))
+        bias = source.shaped(f'{modulation}.bias', 6 * spec.width)
         # The text is the same at every tick, and the map is linear behind the SiLU.
         told = F.silu(text).repeat(contract.observation.steps)
         bias = bias + weight[:, ~columns] @ told

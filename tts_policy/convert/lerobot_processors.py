@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tts_policy.convert.configuration import Configuration
+from tts_policy.convert.configuration import read_settings
 from tts_policy.convert.restricted_pickle import CheckpointError
+from tts_policy.policy.validation import Number, Spec, Text, checked, quoted
 
 MAX_JSON_BYTES = 1 << 20
 MAX_STATISTICS_BYTES = 16 << 20
@@ -38,13 +39,15 @@ _ACTED = ('policy_postprocessor.json', 'unnormalizer_processor')
 def read_json(path: Path) -> Any:
     """Content of a JSON file; raises CheckpointError for one that is missing, large or none."""
     if not path.is_file():
-        raise CheckpointError(f'{path.name} expected, got nothing')
+        raise CheckpointError(f'{path.name}: expected a file, got nothing')
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f'{path.name}: at most {MAX_JSON_BYTES} bytes expected')
+        raise CheckpointError(f'{path.name}: expected at most {MAX_JSON_BYTES} bytes, got more')
     try:
         return json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f'{path.name}: not JSON: {str(error)[:100]}') from error
+        raise CheckpointError(
+            f'{path.name}: expected JSON, got other text: {str(error)[:100]}'
+        ) from error
 
 
 def read_normalizers(folder: Path, lengths: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
@@ -61,24 +64,48 @@ def read_normalizers(folder: Path, lengths: Mapping[str, int]) -> dict[str, dict
     return {key: _field(folder, key, length) for key, length in lengths.items()}
 
 
+@checked('step', extra='ignore')
+class _Step(Spec):
+    """A step of a processor."""
+
+    registry_name: Text = 'a class'
+    state_file: Text | None = None
+    config: dict[str, Any] | None = None
+
+
+@checked('processor', extra='ignore')
+class _Processor(Spec):
+    """Content of a processor's file."""
+
+    steps: tuple[_Step, ...]
+
+
+@checked('config', extra='ignore')
+class _Normalizer(Spec):
+    """Settings of a normaliser; norm_map: its mode by the type of a feature."""
+
+    norm_map: dict[str, Text]
+    eps: Number = 1e-8
+    normalize_observation_keys: None = None
+
+
 def _field(folder: Path, key: str, length: int) -> dict[str, Tensor]:
     file, wanted = _ACTED if key == 'action' else _OBSERVED
-    steps = Configuration(file, read_json(folder / file)).sections('steps')
-    unknown = [s.text('registry_name', 'a class')[:80] for s in steps]
-    unknown = [name for name in unknown if name not in _PASSIVE | {wanted}]
-    if unknown:
-        raise CheckpointError(f'{file}: steps of known effect expected, got {unknown[0]!r}')
-    found = [step for step in steps if step.text('registry_name') == wanted]
+    steps = read_settings(_Processor, read_json(folder / file), file).steps
+    for step in steps:
+        if step.registry_name not in _PASSIVE | {wanted}:
+            raise CheckpointError(
+                f'{file}: expected steps of known effect, got {quoted(step.registry_name)}'
+            )
+    found = [step for step in steps if step.registry_name == wanted]
     if len(found) != 1:
-        raise CheckpointError(f'{file}: one {wanted} expected, got {len(found)}')
-    settings = found[0].section('config')
-    if 'normalize_observation_keys' in settings.given:
-        raise CheckpointError(f'{file}: normalize_observation_keys must be null, got a list')
-    mode = settings.section('norm_map').text(_TYPES.get(key, 'VISUAL'), 'IDENTITY')
-    statistics = _statistics(folder, found[0].text('state_file', ''))
+        raise CheckpointError(f'{file}: expected one {wanted}, got {len(found)}')
+    settings = read_settings(_Normalizer, found[0].config or {}, file)
+    mode = settings.norm_map.get(_TYPES.get(key, 'VISUAL'), 'IDENTITY')
+    statistics = _statistics(folder, found[0].state_file or '')
     if mode == 'IDENTITY' or not any(name.rpartition('.')[0] == key for name in statistics):
         return {'scale': torch.ones(length), 'offset': torch.zeros(length)}
-    return _affine(key, length, mode, settings.number('eps', 1e-8), statistics)
+    return _affine(key, length, mode, settings.eps, statistics)
 
 
 def _statistics(folder: Path, name: str) -> dict[str, Tensor]:
@@ -86,9 +113,9 @@ def _statistics(folder: Path, name: str) -> dict[str, Tensor]:
         return {}
     path = folder / name
     if Path(name).name != name or not path.is_file():
-        raise CheckpointError(f'state_file must lie in the folder, got {name[:80]!r}')
+        raise CheckpointError(f'state_file: expected a file in the folder, got {quoted(name)}')
     if path.stat().st_size > MAX_STATISTICS_BYTES:
-        raise CheckpointError(f'{name}: at most {MAX_STATISTICS_BYTES} bytes expected')
+        raise CheckpointError(f'{name}: expected at most {MAX_STATISTICS_BYTES} bytes, got more')
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -101,7 +128,7 @@ def _affine(
     def take(name: str) -> Tensor:
         value = statistics.get(f'{key}.{name}')
         if value is None or value.numel() != length or not torch.isfinite(value).all():
-            raise CheckpointError(f'{key}.{name}: {length} finite statistics expected')
+            raise CheckpointError(f'{key}.{name}: expected {length} finite statistics, got others')
         return value.flatten().double()
 
     if mode == 'MEAN_STD':
@@ -117,5 +144,7 @@ def _affine(
         scale = 2 / width
         offset = -low * scale - 1
     else:
-        raise CheckpointError(f'{key}: norm_map must be MEAN_STD or a range, got {mode[:80]!r}')
+        raise CheckpointError(
+            f'norm_map of {key}: expected MEAN_STD or a range, got {quoted(mode)}'
+        )
     return {'scale': scale.float(), 'offset': offset.float()}

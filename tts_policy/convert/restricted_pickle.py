@@ -14,14 +14,21 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from reprlib import repr as _short
 from typing import Any, ClassVar
 
 import torch
 
+from tts_policy.policy.validation import quoted
+
+_LONGEST = 1000
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, unsafe or of an unknown kind; the message says why."""
+
+    def __init__(self, message: str) -> None:
+        # Names in a file can be as long as the file.
+        super().__init__(message if len(message) <= _LONGEST else f'{message[:_LONGEST]} ...')
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,14 @@ _DAMAGED = (
 
 def _check_key(key: object) -> None:
     # Hashing a nest of tuples that share their parts takes time exponential in its depth. So does
-    # printing one, which is why messages are made with `reprlib`.
-    if not isinstance(key, (str, int, float, bool)) and key is not None:
-        raise CheckpointError(f'dictionary keys must be text or numbers, got {type(key).__name__}')
+    # printing one, which is why messages quote values with `quoted`. OmegaConf's cache of resolved
+    # values has keys that are flat tuples.
+    for part in key if isinstance(key, tuple) else (key,):
+        if not isinstance(part, (str, int, float, bool)) and part is not None:
+            raise CheckpointError(
+                'dictionary key: expected text, a number or a flat tuple of them, '
+                f'got {quoted(part)}'
+            )
 
 
 def _opaque(*_: object) -> type[Record]:
@@ -142,7 +154,7 @@ def _mapping(*args: Any) -> dict[Any, Any]:
 def _encode(text: str = '', encoding: str = 'latin1') -> bytes:
     """Stand in for `_codecs.encode`, which is how protocol 2 writes bytes."""
     if encoding != 'latin1' or not isinstance(text, str):
-        raise CheckpointError(f"bytes must be encoded as 'latin1', got {encoding!r}")
+        raise CheckpointError(f"bytes: expected text encoded as 'latin1', got {quoted(encoding)}")
     return text.encode('latin1')
 
 
@@ -158,10 +170,10 @@ def _tensor(
     counts = (offset, *shape, *stride)
     if len(shape) != len(stride) or len(shape) > 8:
         raise CheckpointError(
-            f'tensor must have matching shape and stride, got {_short(shape)}, {_short(stride)}'
+            f'tensor: expected matching shape and stride, got {quoted(shape)}, {quoted(stride)}'
         )
     if not all(isinstance(count, int) and 0 <= count < 1 << 40 for count in counts):
-        raise CheckpointError(f'tensor sizes must be in [0, 2^40), got {_short(counts)}')
+        raise CheckpointError(f'tensor: expected sizes in [0, 2^40), got {quoted(counts)}')
     last, elements = offset, 1
     for length, step in zip(shape, stride, strict=True):
         elements *= length
@@ -169,7 +181,8 @@ def _tensor(
     # Without the second condition a stride of zero makes a huge tensor of a small storage.
     if elements and (last >= size or elements > size):
         raise CheckpointError(
-            f'tensor must lie in its storage of {size} elements, got {_short(shape)} from {offset}'
+            f'tensor: expected a part of its storage of {size} elements, '
+            f'got {quoted(shape)} from {offset}'
         )
     return StoredTensor(key, dtype, size, offset, tuple(shape), tuple(stride))
 
@@ -254,7 +267,9 @@ class RestrictedUnpickler(pickle._Unpickler):
             return function
         if name not in _RECORDS.get(module, ()):
             raise CheckpointError(
-                f'only tensors, containers and OmegaConf nodes are read, got {module}.{name}'[:300]
+                f'pickle: expected tensors, containers and OmegaConf nodes, got {module}.{name}'[
+                    :300
+                ]
             )
         full = f'{module}.{name}'
         if full not in self._classes:
@@ -265,12 +280,12 @@ class RestrictedUnpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> tuple[str, torch.dtype, int]:
         """Storage key, type and number of elements of a persistent id."""
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != 'storage':
-            raise CheckpointError(f'persistent id must name a storage, got {_short(pid)}')
+            raise CheckpointError(f'persistent id: expected one of a storage, got {quoted(pid)}')
         _, kind, key, _, size = pid
         name = kind.name if isinstance(kind, type) and issubclass(kind, Record) else ''
         dtype = _STORAGES.get(name.removeprefix('torch.'))
         if dtype is None or not isinstance(key, str) or not isinstance(size, int) or size < 0:
-            raise CheckpointError(f'storage must have type, key and size, got {_short(pid)}')
+            raise CheckpointError(f'storage: expected type, key and size, got {quoted(pid)}')
         return key, dtype, size
 
 
@@ -293,17 +308,20 @@ def plain(value: Any) -> Any:
 
 def _plain(value: Any, depth: int, budget: Iterator[int]) -> Any:
     if depth == 0:
-        raise CheckpointError(f'configuration is nested too deep: more than {MAX_DEPTH} levels')
+        raise CheckpointError(f'configuration: expected at most {MAX_DEPTH} levels, got more')
     if next(budget, None) is None:
-        raise CheckpointError(f'configuration is too large: more than {MAX_NODES} nodes')
+        raise CheckpointError(f'configuration: expected at most {MAX_NODES} nodes, got more')
     if isinstance(value, Record):
         state = value.state if isinstance(value.state, dict) else {}
         content = state['_content'] if '_content' in state else state.get('_val')
         return _plain(content, depth - 1, budget)
     if isinstance(value, dict):
-        return {str(key): _plain(item, depth - 1, budget) for key, item in value.items()}
+        for key in value:
+            if not isinstance(key, str):
+                raise CheckpointError(f'configuration: expected text as keys, got {quoted(key)}')
+        return {key: _plain(item, depth - 1, budget) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, depth - 1, budget) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise CheckpointError(f'configuration must be plain data, got {type(value).__name__}')
+    raise CheckpointError(f'configuration: expected plain data, got {type(value).__name__}')

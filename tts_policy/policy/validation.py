@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import wraps
 from reprlib import Repr
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -28,6 +28,7 @@ WRITTEN_IF_SET = Field(exclude_if=lambda value: not value)
 _Class = TypeVar('_Class', bound=type[Any])
 _LONGEST = 80
 _short = Repr()
+_short.maxlevel = 3
 _short.maxstring = _short.maxother = _short.maxlong = _LONGEST
 # What pydantic expected, by its type of error; {} are filled from the error's context.
 _EXPECTED = {
@@ -36,6 +37,7 @@ _EXPECTED = {
     'float_type': 'a number',
     'finite_number': 'a finite number',
     'bool_type': 'true or false',
+    'none_required': 'nothing',
     'string_type': 'a text',
     'tuple_type': 'a list',
     'list_type': 'a list',
@@ -128,11 +130,17 @@ class Spec:
 
 
 @dataclass_transform(frozen_default=True)
-def checked(name: str = '') -> Callable[[_Class], _Class]:
-    """Make a Spec a frozen dataclass that is validated when it is made; it raises Mismatch."""
+def checked(
+    name: str = '', *, kw_only: bool = False, extra: Literal['forbid', 'ignore'] = 'forbid'
+) -> Callable[[_Class], _Class]:
+    """Make a Spec a frozen dataclass that is validated when it is made; it raises Mismatch.
+
+    extra: what happens to fields of a mapping that the Spec does not have.
+    """
+    config = ConfigDict(extra=extra)
 
     def decorate(cls: _Class) -> _Class:
-        made: Any = dataclass(frozen=True, config=ConfigDict(extra='forbid'))(cls)
+        made: Any = dataclass(frozen=True, kw_only=kw_only, config=config)(cls)
         make, names = made.__init__, [field.name for field in fields(made)]
 
         @wraps(make)

@@ -41,7 +41,7 @@ setup(
     extras_require={
         'test': ['pytest'],
         'ray': ['ray'],
-        'datasets': ['numcodecs', 'pyarrow', 'av'],
+        'datasets': ['zarr', 'numcodecs', 'pyarrow', 'av'],
     },
     zip_safe=False,
     entry_points={

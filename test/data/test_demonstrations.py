@@ -141,7 +141,7 @@ def test_without_actions_the_states_that_followed_are_the_actions(tmp_path: Path
     [
         ({'joints': 'state[:2]'}, r"joints: 3 columns \['x', 'y', 'grip'\] expected, got 2"),
         ({'joints': 'state]'}, r"arrays such as keypoint,state\[:2\] expected, got 'state\]'"),
-        ({'joints': 'nothing'}, 'data/nothing: a zarr v2 array expected'),
+        ({'joints': 'nothing'}, 'data/nothing: expected a zarr v2 array'),
         ({'commands': ''}, 'not a data set of this contract'),
         ({'wrist': 'img'}, r"topics: .* expected, got \['wrist'\]"),
     ],
@@ -363,7 +363,7 @@ def test_commands_of_training_say_what_is_wrong_with_a_data_set(
     command = [str(path), '--bundle', str(bundle), '--sampler', 'ddim10', '--out', str(tmp_path)]
     for option, reason in (
         (['--held-out', '2'], 'got 2 of 2'),
-        (['--held-out', '1', '--topic', 'joints:=pose'], 'data/pose: a zarr v2 array expected'),
+        (['--held-out', '1', '--topic', 'joints:=pose'], 'data/pose: expected a zarr v2 array'),
     ):
         assert train_pruner.main([*command, '--sparsities', '0.8', *option]) == 2
         error = capsys.readouterr().err.splitlines()[-1]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ import pytest
 from numpy.typing import NDArray
 
 from tts_policy.data.replay_buffer import ReplayBufferError, load_replay_buffer
+
+numcodecs = pytest.importorskip('numcodecs', reason='numcodecs is not installed')
+pytest.importorskip('zarr', reason='zarr is not installed')
 
 ENDS = np.array([4, 9])
 
@@ -102,7 +106,6 @@ def test_a_chunk_that_was_never_written_is_the_fill_value(
 def test_compressed_chunks_are_read(
     codec: str, tmp_path: Path, arrays: dict[str, NDArray[Any]]
 ) -> None:
-    numcodecs = pytest.importorskip('numcodecs', reason='numcodecs is not installed')
     blosc = numcodecs.Blosc(cname='zstd', clevel=5, shuffle=2)
     encoder = {'zlib': numcodecs.Zlib(), 'blosc': blosc}[codec]
     file = write(
@@ -148,7 +151,6 @@ def test_a_chunk_is_never_unpickled(tmp_path: Path, arrays: dict[str, NDArray[An
 def test_chunks_that_do_not_decompress_are_refused(
     codec: str, junk: bytes, tmp_path: Path, arrays: dict[str, NDArray[Any]]
 ) -> None:
-    pytest.importorskip('numcodecs', reason='numcodecs is not installed')
     compressor, file = {'id': codec}, tmp_path / 'demos.zarr.zip'
     write(file, arrays, compressor=compressor, encode=lambda _: junk)
     with pytest.raises(ReplayBufferError) as error:
@@ -161,7 +163,6 @@ def test_chunks_that_do_not_decompress_are_refused(
 def test_chunks_that_are_cut_short_are_refused(
     codec: str, tmp_path: Path, arrays: dict[str, NDArray[Any]]
 ) -> None:
-    numcodecs = pytest.importorskip('numcodecs', reason='numcodecs is not installed')
     encoder, file = numcodecs.get_codec({'id': codec}), tmp_path / 'demos.zarr.zip'
     compressor = encoder.get_config()
     write(file, arrays, compressor=compressor, encode=lambda raw: bytes(encoder.encode(raw))[:-9])
@@ -199,9 +200,9 @@ def test_images_in_jpeg_2000_are_read(tmp_path: Path, images: NDArray[np.uint8])
 @pytest.mark.parametrize(
     ('encode', 'reason'),
     [
-        (lambda raw: raw, 'an image in JPEG 2000 expected'),
+        (lambda raw: raw, 'expected an image in JPEG 2000'),
         (lambda raw: jpeg2k(raw)[:90], 'chunk data/img/0.0.0.0: '),
-        (lambda raw: jpeg2k(raw, (48, 40)), 'an image of 40 x 48 expected, got one of 48 x 40'),
+        (lambda raw: jpeg2k(raw, (48, 40)), 'expected an image of 40 x 48, got one of 48 x 40'),
     ],
 )
 def test_images_that_are_none_are_refused(
@@ -215,23 +216,49 @@ def test_images_that_are_none_are_refused(
         load_replay_buffer(file, ('img',))
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize('codec', ['zlib', 'gzip', 'bz2', 'lzma', 'zstd', 'lz4', 'blosc'])
+def test_a_chunk_that_expands_beyond_its_array_is_refused_before_it_is_decoded(
+    codec: str, tmp_path: Path, arrays: dict[str, NDArray[Any]]
+) -> None:
+    encoder, file = numcodecs.get_codec({'id': codec}), tmp_path / 'demos.zarr.zip'
+    bomb = bytes(encoder.encode(bytes(64 << 20)))
+    write(file, arrays, compressor=encoder.get_config(), encode=lambda _: bomb)
+    tracemalloc.start()
+    with pytest.raises(ReplayBufferError, match=r'chunk data/action/0.0: .*expected'):
+        load_replay_buffer(file, ('action',))
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.fault
+def test_a_zip_entry_that_expands_is_refused(
+    tmp_path: Path, arrays: dict[str, NDArray[Any]]
+) -> None:
+    file = write(tmp_path / 'demos.zarr.zip', arrays)
+    with zipfile.ZipFile(file, 'a', zipfile.ZIP_LZMA) as archive:
+        put(archive, 'data/extra', arrays['action'], (4, 2))
+    with pytest.raises(ReplayBufferError, match='expected a stored or deflated zip entry'):
+        load_replay_buffer(file, ('extra',))
+
+
 @pytest.mark.parametrize(
     ('changes', 'reason'),
     [
-        ({'zarr_format': 3}, 'zarr_format 2, order C and no filters expected, got 3'),
+        ({'zarr_format': 3}, 'expected zarr_format 2, order C and no filters, got 3'),
         ({'order': 'F'}, 'got 2, F and None'),
-        ({'filters': [{'id': 'delta'}]}, 'no filters expected'),
-        ({'dtype': '|O'}, 'numbers expected, got object'),
-        ({'dtype': 'nonsense'}, 'a zarr v2 array expected'),
-        ({'dtype': '<f8'}, 'must have 64 bytes, got 32'),
-        ({'shape': [8, 2]}, 'must have 9 frames, got shape'),
-        ({'shape': [9, 10**12]}, 'at most 8589934592 bytes expected'),
-        ({'chunks': [4]}, 'chunks (4,) of shape (9, 2)'),
-        ({'chunks': [4, 0]}, 'chunks (4, 0) of shape (9, 2)'),
-        ({'chunks': [10**6, 10**6]}, 'chunks of at most 1073741824 bytes expected'),
-        ({'dtype': '<i4', 'fill_value': 'NaN'}, "a fill value of int32 expected, got 'NaN'"),
-        ({'dtype': '<i4', 'fill_value': float('nan')}, 'a fill value of int32 expected, got nan'),
-        ({'fill_value': [1, 2]}, 'a fill value of float32 expected, got [1, 2]'),
+        ({'filters': [{'id': 'delta'}]}, 'no filters, got 2, C and [{'),
+        ({'dtype': '|O'}, 'expected numbers, got object'),
+        ({'dtype': 'nonsense'}, 'expected a zarr v2 array'),
+        ({'dtype': '<f8'}, 'expected 64 bytes, got 32'),
+        ({'shape': [8, 2]}, 'expected 9 frames, got shape'),
+        ({'shape': [9, 10**12]}, 'expected at most 8589934592 bytes'),
+        ({'chunks': [4]}, 'expected a chunk size for every axis, got (4,) of (9, 2)'),
+        ({'chunks': [4, 0]}, 'expected a chunk size for every axis, got (4, 0) of (9, 2)'),
+        ({'chunks': [10**6, 10**6]}, 'expected chunks of at most 1073741824 bytes'),
+        ({'dtype': '<i4', 'fill_value': 'NaN'}, "expected a fill value of int32, got 'NaN'"),
+        ({'dtype': '<i4', 'fill_value': float('nan')}, 'expected a fill value of int32, got nan'),
+        ({'fill_value': [1, 2]}, 'expected a fill value of float32, got [1, 2]'),
     ],
 )
 def test_an_array_that_is_not_what_it_should_be_is_refused_with_the_reason(
@@ -244,22 +271,17 @@ def test_an_array_that_is_not_what_it_should_be_is_refused_with_the_reason(
     assert str(file) in str(error.value) and '\n' not in str(error.value)
 
 
-def test_images_beyond_a_byte_are_refused(tmp_path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    for bad in (256.0, -1.0, np.nan):
-        arrays['img'][6, 0, 0, 0] = bad
-        file = write(tmp_path / 'demos.zarr.zip', arrays)
-        with pytest.raises(ReplayBufferError, match=r'values in \[0, 255\] expected for uint8'):
-            load_replay_buffer(file, ('img',), {'img': np.uint8})
-
-
-@pytest.mark.parametrize('bad', [256, -1])
-def test_whole_numbers_beyond_a_byte_are_refused_as_images(
-    bad: int, tmp_path: Path, arrays: dict[str, NDArray[Any]]
+@pytest.mark.parametrize(
+    ('dtype', 'bad'),
+    [(np.float32, 256), (np.float32, -1), (np.float32, np.nan), (np.int64, 256), (np.int64, -1)],
+)
+def test_values_beyond_a_byte_are_refused_as_images(
+    dtype: type, bad: float, tmp_path: Path, arrays: dict[str, NDArray[Any]]
 ) -> None:
-    arrays['img'] = arrays['img'].astype(np.int64)
+    arrays['img'] = arrays['img'].astype(dtype)
     arrays['img'][6, 0, 0, 0] = bad
     file = write(tmp_path / 'demos.zarr.zip', arrays)
-    with pytest.raises(ReplayBufferError, match=r'values in \[0, 255\] expected for uint8'):
+    with pytest.raises(ReplayBufferError, match=r'expected values in \[0, 255\] for uint8'):
         load_replay_buffer(file, ('img',), {'img': np.uint8})
 
 
@@ -271,7 +293,7 @@ def test_a_fill_value_beyond_a_byte_is_refused_where_it_is_read(
     file = write(tmp_path / 'demos.zarr.zip', arrays, fill_value='NaN')
     assert (load_replay_buffer(file, ('action',), stored_as).data['action'] == 1).all()
     file = write(tmp_path / 'demos.zarr.zip', arrays, fill_value='NaN', leave_out=(1, 0))
-    with pytest.raises(ReplayBufferError, match=r'values in \[0, 255\] expected for uint8'):
+    with pytest.raises(ReplayBufferError, match=r'expected values in \[0, 255\] for uint8'):
         load_replay_buffer(file, ('action',), stored_as)
 
 
@@ -282,16 +304,16 @@ def test_episodes_that_do_not_end_one_after_another_are_refused(
     file = tmp_path / 'demos.zarr.zip'
     with zipfile.ZipFile(file, 'w') as archive:
         put(archive, 'meta/episode_ends', np.array(ends, np.int64), (16,))
-    with pytest.raises(ReplayBufferError, match='episode_ends must rise'):
+    with pytest.raises(ReplayBufferError, match='episode_ends: expected numbers that rise'):
         load_replay_buffer(file, ())
 
 
 def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / 'text.zip').write_text('not a zip file')
     for name in ('text.zip', 'absent.zip'):
-        with pytest.raises(ReplayBufferError, match=f'{name}: a zip file expected'):
+        with pytest.raises(ReplayBufferError, match=f'{name}: expected a zip file'):
             load_replay_buffer(tmp_path / name, ())
     with zipfile.ZipFile(tmp_path / 'empty.zip', 'w'):
         pass
-    with pytest.raises(ReplayBufferError, match='meta/episode_ends: a zarr v2 array expected'):
+    with pytest.raises(ReplayBufferError, match='meta/episode_ends: expected a zarr v2 array'):
         load_replay_buffer(tmp_path / 'empty.zip', ())

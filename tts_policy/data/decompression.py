@@ -37,13 +37,14 @@ def _pieces(data: bytes, compression: str) -> Iterator[bytes]:
         data = frame.unused_data or b''
 
 
-def check_expansion(data: bytes, compression: str, limit: int, what: str) -> None:
-    """Decompress and forget, piece by piece; raises ExpansionError above `limit` bytes."""
+def check_expansion(data: bytes, compression: str, limit: int, what: str) -> int:
+    """Count what data decompress to, piece by piece; raises ExpansionError above `limit` bytes."""
     total = 0
     for piece in _pieces(data, compression):
         total += len(piece)
         if total > limit:
             raise ExpansionError(f'{what}: expected at most {limit} bytes of it, got more')
+    return total
 
 
 def decompress(data: bytes, limit: int, what: str) -> bytes:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import BUSY_FACTOR
+from processes import BUSY_FACTOR, child_environment
 
 import tts_policy.sim  # noqa: F401  (chooses MuJoCo's renderer before anything imports it)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 90.0
 _domains = itertools.count(os.getpid() % 80)
 
@@ -38,33 +37,21 @@ class Robot:
             ('-p', f'{name}:={value}') for name, value in parameters.items()
         )
         command = [sys.executable, '-m', 'tts_policy.sim.robot_node', '--ros-args', *arguments]
-        with self._log.open('w') as log:
-            self.process = subprocess.Popen(
-                command, env=self._environment(log_directory), stdout=log, stderr=log
-            )
-        self._context = rclpy.Context()
-        rclpy.init(context=self._context, domain_id=self._domain)
-        self.node = rclpy.create_node('client', context=self._context)
-        self._executor = SingleThreadedExecutor(context=self._context)
-        self._executor.add_node(self.node)
-        self._subscribe()
-
-    def _environment(self, log_directory: Path) -> dict[str, str]:
-        # The wheels' bootstrap marker without its LD_LIBRARY_PATH breaks a child's rclpy.
-        dropped = ('_ROS_WHEELS_BOOTSTRAP_COMPLETE', 'LD_LIBRARY_PATH')
-        environment = {k: v for k, v in os.environ.items() if k not in dropped}
-        if '_ROS_WHEELS_BOOTSTRAP_COMPLETE' not in os.environ:
-            environment = dict(os.environ)
-        paths = [str(REPOSITORY), os.environ.get('PYTHONPATH', '')]
-        environment.update(
-            PYTHONPATH=os.pathsep.join(filter(None, paths)),
+        environment = child_environment(
             ROS_DOMAIN_ID=str(self._domain),
             ROS_AUTOMATIC_DISCOVERY_RANGE='LOCALHOST',
             ROS_LOG_DIR=str(log_directory),
             ROS_PYTHON_CHECK_FIELDS='1',
             OMP_NUM_THREADS='1',
         )
-        return environment
+        with self._log.open('w') as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        self._context = rclpy.Context()
+        rclpy.init(context=self._context, domain_id=self._domain)
+        self.node = rclpy.create_node('client', context=self._context)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self.node)
+        self._subscribe()
 
     def _subscribe(self) -> None:
         from rclpy.parameter_client import AsyncParameterClient

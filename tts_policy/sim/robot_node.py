@@ -19,12 +19,7 @@ import time
 
 import numpy as np
 import rclpy
-from rcl_interfaces.msg import (
-    FloatingPointRange,
-    IntegerRange,
-    ParameterDescriptor,
-    SetParametersResult,
-)
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -37,6 +32,7 @@ from trajectory_msgs.msg import JointTrajectory
 from tts_policy.control.conversions import NS_PER_S, seconds_to_ns, time_to_ns
 from tts_policy.node.interface import COMMAND_QOS, LATCHED_QOS, RELIABLE_SENSOR_QOS
 from tts_policy.node.messages import ns_to_time
+from tts_policy.node.parameter_table import Change, ParameterSpec
 from tts_policy.sim.episode import Episode, Timeline
 from tts_policy.sim.panda import FRAME_NS, STEP_NS
 from tts_policy.sim.task import PandaTask
@@ -51,11 +47,41 @@ CAMERA_FRAME = 'camera'
 SENSOR_QOS = RELIABLE_SENSOR_QOS
 
 
-def _number(description: str, low: float, high: float, read_only: bool) -> ParameterDescriptor:
-    value_range = FloatingPointRange(from_value=low, to_value=high)
-    return ParameterDescriptor(
-        description=description, floating_point_range=[value_range], read_only=read_only
-    )
+Type = Parameter.Type
+PARAMETERS = (
+    ParameterSpec(
+        'task', Type.STRING, 'lift', Change.START, '', 'What is simulated.',
+        choices=tuple(PANDA_TASKS),
+    ),
+    ParameterSpec(
+        'clock', Type.STRING, REALTIME, Change.START, '',
+        'Physics follows the wall clock, or waits for the policy.', choices=(REALTIME, LOCKSTEP),
+    ),
+    ParameterSpec(
+        'seed', Type.INTEGER, 0, Change.LIVE, '',
+        'Seed of the next episode. Every reset adds one; setting it starts anew.', 0, 2**31 - 1,
+    ),
+    ParameterSpec(
+        'listeners', Type.INTEGER, 0, Change.LIVE, '',
+        'Lockstep: an episode waits for so many subscriptions to its sensors.', 0, 100,
+    ),
+    ParameterSpec(
+        'episode_s', Type.DOUBLE, None, Change.LIVE, 's',
+        'Time limit of an episode; by default that of the task.', 0.5, 600.0,
+    ),
+    ParameterSpec(
+        'action_period_s', Type.DOUBLE, 0.4, Change.START, 's', 'Lockstep: time between ticks.',
+        0.05, 5.0,
+    ),
+    ParameterSpec(
+        'owed_timeout_s', Type.DOUBLE, 60.0, Change.LIVE, 's',
+        'Lockstep: an episode fails if an action takes longer.', 0.1, 1e4,
+    ),
+    ParameterSpec(
+        'reset_gap_s', Type.DOUBLE, 1.0, Change.START, 's', 'Gap in the stamps at a reset.',
+        0.1, 60.0,
+    ),
+)  # fmt: skip
 
 
 def _image(rgb: np.ndarray, stamp_ns: int) -> Image:
@@ -90,8 +116,7 @@ class RobotNode(Node):
     def __init__(self) -> None:
         """Declare parameters and build the world; raises ValueError for a bad parameter."""
         super().__init__('robot')
-        task = self._declare_task()
-        self._declare(task.frame_limit * FRAME_NS / NS_PER_S)
+        task = self._declare()
         self._lockstep = self._clock_mode() == LOCKSTEP
         self._gap_ns = seconds_to_ns(self._double('reset_gap_s'))
         self._timeline()
@@ -110,39 +135,17 @@ class RobotNode(Node):
             f'ready, task {task.name}, {self._clock_mode()} clock; held until ~/reset'
         )
 
-    def _declare_task(self) -> PandaTask:
-        description = ParameterDescriptor(
-            description=f'one of {", ".join(PANDA_TASKS)}', read_only=True
-        )
-        return panda_task(str(self.declare_parameter('task', 'lift', description).value))
-
-    def _declare(self, episode_s: float) -> None:
-        for name, description, most in (
-            (
-                'seed',
-                'of the next episode; every reset adds one, setting it starts anew',
-                2**31 - 1,
-            ),
-            ('listeners', 'lockstep: subscriptions to its sensors an episode waits for', 100),
-        ):
-            whole = IntegerRange(from_value=0, to_value=most, step=1)
-            descriptor = ParameterDescriptor(description=description, integer_range=[whole])
-            self.declare_parameter(name, 0, descriptor)
-        clock = ParameterDescriptor(
-            description=f'{REALTIME} or {LOCKSTEP}',
-            additional_constraints=f'one of {REALTIME}, {LOCKSTEP}',
-            read_only=True,
-        )
-        self.declare_parameter('clock', REALTIME, clock)
-        for name, value, descriptor in (
-            ('episode_s', episode_s, _number('time limit of an episode [s]', 0.5, 600.0, False)),
-            ('action_period_s', 0.4, _number('lockstep: time between ticks [s]', 0.05, 5.0, True)),
-            ('owed_timeout_s', 60.0, _number('lockstep: wait for an action [s]', 0.1, 1e4, False)),
-            ('reset_gap_s', 1.0, _number('gap in stamps at a reset [s]', 0.1, 60.0, True)),
-        ):
-            self.declare_parameter(name, value, descriptor)
+    def _declare(self) -> PandaTask:
+        task = PANDA_TASKS['lift']
+        for spec in PARAMETERS:
+            limit_s = task.frame_limit * FRAME_NS / NS_PER_S
+            value = limit_s if spec.name == 'episode_s' else spec.default
+            declared = self.declare_parameter(spec.name, value, spec.descriptor())
+            if spec.name == 'task':
+                task = panda_task(str(declared.value))
         self.add_on_set_parameters_callback(self._validate)
         self.add_post_set_parameters_callback(self._after_set)
+        return task
 
     def _connect(self) -> None:
         self._image_pub = self.create_publisher(Image, 'camera/image', SENSOR_QOS)

@@ -15,13 +15,13 @@ from tts_policy.node.interface import ENDPOINTS, Direction
 from tts_policy.node.parameter_table import PARAMETERS
 from tts_policy.node.reference import markdown, renewed
 
-PAGE = REPOSITORY / 'docs' / 'robot.md'
+PAGE = REPOSITORY / 'docs' / 'reference.md'
 POLICY = REPOSITORY / 'config' / 'sros2_policy.xml'
 
 
 def test_the_tables_of_the_page_are_those_of_the_code() -> None:
     text = PAGE.read_text(encoding='utf-8')
-    assert text == renewed(text), 'run: python -m tts_policy.node.reference docs/robot.md'
+    assert text == renewed(text), 'run: python -m tts_policy.node.reference docs/reference.md'
 
 
 def test_the_tables_have_a_row_for_every_endpoint_and_parameter() -> None:

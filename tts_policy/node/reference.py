@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of topics, services and parameters for the documentation.
 
-`python -m tts_policy.node.reference docs/robot.md` brings the page up to date.
+`python -m tts_policy.node.reference docs/reference.md` brings the page up to date.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def renewed(text: str) -> str:
 
 def main() -> int:
     """Bring the page given on the command line up to date."""
-    page = Path(sys.argv[1] if len(sys.argv) > 1 else 'docs/robot.md')
+    page = Path(sys.argv[1] if len(sys.argv) > 1 else 'docs/reference.md')
     page.write_text(renewed(page.read_text(encoding='utf-8')), encoding='utf-8')
     return 0
 

@@ -258,6 +258,6 @@ def test_ctrl_c_ends_everything_within_two_seconds(
     run.interrupt()
     status, _, errors = run.finish(BUSY_FACTOR * 10)
     assert time.monotonic() - began_s < BUSY_FACTOR * END_LIMIT_S
-    assert status == 130
+    assert status == 130, errors
     assert errors.endswith('demo: interrupted, all processes ended\n')
     assert not run.nodes()

@@ -32,7 +32,7 @@ setup(
     maintainer_email='maintainers@tts-policy.org',
     python_requires='>=3.10',
     packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
-    package_data={'': ['*.html', 'templates/*.html']},
+    package_data={'': ['*.html.j2']},
     data_files=[
         ('share/ament_index/resource_index/packages', [f'resource/{PACKAGE}']),
         (SHARE, ['package.xml']),

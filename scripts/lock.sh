@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-files=(requirements/{base,build,ros,sim,test,bench}.txt)
+files=(requirements/{base,build,ros,sim,datasets,test,bench}.txt)
 locked=$(mktemp)
 trap 'rm -f "$locked"' EXIT
 [ ! -f requirements/constraints.txt ] || cp requirements/constraints.txt "$locked"

@@ -99,7 +99,7 @@ pip_install() {
 
 install_requirements() {
     local want args=()
-    local files=(requirements/{base,build,sim,test}.txt)
+    local files=(requirements/{base,build,sim,datasets,test}.txt)
     [ "$ros" != wheels ] || files+=(requirements/ros.txt)
     want=$(cat requirements/*.txt | sha256sum)
     is_done requirements "$want $PIP_ARGS" && return 0

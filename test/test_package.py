@@ -135,6 +135,17 @@ def test_everything_a_user_edits_or_loads_is_installed(distribution: Distributio
     assert installed == expected
 
 
+def test_templates_are_installed_with_the_modules_that_use_them(
+    distribution: Distribution,
+) -> None:
+    patterns = distribution.package_data['']
+    files = [path for path in (ROOT / 'tts_policy').rglob('*') if path.is_file()]
+    templates = [path for path in files if path.suffix not in ('.py', '.pyc')]
+    assert ROOT / 'tts_policy/data/report.html.j2' in templates
+    for path in templates:
+        assert any(path.match(pattern) for pattern in patterns), f'{path} is not installed'
+
+
 def test_every_python_file_begins_with_the_licence_line() -> None:
     without = [
         str(path.relative_to(ROOT))

@@ -1,110 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""report.html: one file that needs nothing else; every string in it is escaped."""
+"""report.html: one self-contained file with its pictures; the template escapes all text."""
 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import cv2
+import jinja2
+import matplotlib
 import numpy as np
+from numpy.typing import NDArray
 
-from tts_policy.data import plots
-from tts_policy.data.summary import Ticks, segments
+from tts_policy.data.summary import Ticks, WorstTick, segments
 from tts_policy.policy.contract import PolicyContract
+from tts_policy.policy.plan import REUSE_COLOURS, Reuse, plan_rgb
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
 
 SHOWN_TICKS = 60
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 68em; padding: 0 1em; }
-table { border-collapse: collapse; margin: 1em 0; }
-th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-tr.knee { background: #fff3d6; font-weight: 600; }
-.bad { color: #a40000; }
-img { max-width: 100%; }
-figure { display: inline-block; margin: .4em; vertical-align: top; }
-figcaption { font-size: .85em; max-width: 19em; }
-figure img { width: 16em; image-rendering: pixelated; }
-"""
+MAP_ROWS = 300
+SPARSE, DENSE, RECORDED = '#d55e00', '#0072b2', '#999999'
 
 
-def _image(png: bytes, alternative: str) -> str:
-    data = b64encode(png).decode()
-    return f'<img alt="{escape(alternative)}" src="data:image/png;base64,{data}">'
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], marked: int | None = None) -> str:
-    lines = ['<tr>' + ''.join(f'<th>{escape(name)}</th>' for name in header) + '</tr>']
-    for number, row in enumerate(rows):
-        mark = ' class="knee"' if number == marked else ''
-        lines.append(f'<tr{mark}>' + ''.join(f'<td>{escape(str(v))}</td>' for v in row) + '</tr>')
-    return '<table>' + '\n'.join(lines) + '</table>'
-
-
-def _show(value: float | None, digits: str = '.4f') -> str:
-    return '–' if value is None else format(value, digits)
-
-
-def _sparsity_table(report: dict[str, Any]) -> str:
-    rows, marked = [], None
-    for number, (sparsity, row) in enumerate(report['sparsity'].items()):
-        if report['knee'] is not None and float(sparsity) == report['knee']:
-            marked = number
-        rows.append(
-            [
-                sparsity,
-                _show(row['trained_for'], 'g'),
-                _show(row['l1_mean_rad']),
-                _show(row['l1_p95_rad']),
-                _show(row['max_p95_rad'], '.3f'),
-                _show(row['max_rad'], '.3f'),
-                _show(row['recorded_l1_rad']),
-                f'{100 * row["realised_sparsity"]:.1f} %',
-                f'{100 * row["flops_ratio"]:.1f} %',
-                _show(row['latency_ms'], '.1f'),
-                ' / '.join(f'{100 * share:.0f}' for share in row['reuse_mix'].values()),
-                row['oldest_rollout_ticks'],
-            ]
-        )
-    header = ['sparsity', 'trained for', 'L1 mean', 'L1 95th', 'max 95th', 'max']
-    header += ['L1 to recorded', 'realised', 'FLOPs', 'latency ms']
-    header += ['compute / forward / timestep / rollout %', 'oldest rollout']
-    return _table(header, rows, marked)
-
-
-def _served(report: dict[str, Any]) -> str:
-    """What the pruner was trained for, and what its sampler cannot do."""
-    others = [
-        f'{float(s):g}'
-        for s, row in report['sparsity'].items()
-        if row['trained_for'] not in (None, float(s))
-    ]
-    text = ''
-    if others:
-        text += f'The pruner was not trained for {", ".join(others)}: the nearest table serves. '
-    if report['left_out']:
-        asked = ', '.join(f'{s:g}' for s in report['left_out'])
-        text += f'{asked} left out: above what the sampler {report["sampler"]} can do.'
-    return f'<p>{escape(text)}</p>' if text else ''
-
-
-def _joint_table(report: dict[str, Any]) -> str:
-    key = str(report['knee']) if report['knee'] is not None else list(report['sparsity'])[-1]
-    joints = report['sparsity'][key]['joints']
-    rows = [
-        [name, _show(v['l1_mean'], '.5f'), _show(v['max']), _show(v['recorded_l1'])]
-        for name, v in joints.items()
-    ]
-    return f'<h3>Joints at sparsity {escape(key)}</h3>' + _table(
-        ['joint', 'L1 mean', 'max', 'L1 to recorded'], rows
+def write_report(
+    out: Path,
+    report: dict[str, Any],
+    ticks: Ticks,
+    folders: Sequence[Path],
+    contract: PolicyContract,
+) -> None:
+    """Write out/report.html."""
+    sparsities = [float(key) for key in report['sparsity']]
+    chosen = report['knee'] if report['knee'] is not None else sparsities[-1]
+    names = [Path(bag).name for bag in report['bags']]
+    curves, plans = _shown_bag(report, folders, sparsities.index(chosen), contract)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
+    environment.globals['format'] = format
+    environment.filters['base64'] = lambda png: b64encode(png).decode()
+    page = environment.get_template('report.html.j2').render(
+        report=report,
+        bag_names=names,
+        served=', '.join(
+            f'{float(s):g}'
+            for s, row in report['sparsity'].items()
+            if row['trained_for'] not in (None, float(s))
+        ),
+        chosen=str(chosen),
+        shown_ticks=SHOWN_TICKS,
+        error_against_sparsity=error_against_sparsity(report),
+        error_of_ticks=error_of_ticks(ticks, sparsities, report['tolerance_rad']),
+        curves=curves,
+        plans=plans,
+        worst=[
+            {
+                'image': camera_image(worst),
+                'bag': names[ticks.bag[worst.row]],
+                'seconds': ticks.stamp_ns[worst.row] * 1e-9,
+                'errors': zip(report['sparsity'], ticks.l1[worst.row].mean(-1), strict=True),
+            }
+            for worst in ticks.worst
+        ],
+    )
+    (out / 'report.html').write_text(page, encoding='utf-8')
 
 
 def _shown_bag(
     report: dict[str, Any], folders: Sequence[Path], at: int, contract: PolicyContract
-) -> tuple[bytes, bytes] | None:
+) -> tuple[bytes | None, bytes | None]:
     """Joint curves and plan heat map of the first bag that has ticks."""
     for folder in folders:
         for path in segments(folder):
@@ -118,82 +90,124 @@ def _shown_bag(
                 }
                 plans = data['plan'][:SHOWN_TICKS, at]
             execute = report['n_execute'] or contract.action.execute
-            return plots.joint_curves(
+            return joint_curves(
                 stamps, curves, contract.action.joints, contract.observation.period_s, execute
-            ), plots.plan_heat_map(plans)
-    return None
+            ), plan_heat_map(plans)
+    return None, None
 
 
-def _worst(report: dict[str, Any], ticks: Ticks) -> str:
-    figures = []
-    for worst in ticks.worst:
-        errors = ', '.join(
-            f'{s}: {ticks.l1[worst.row, at].mean():.3f}' for at, s in enumerate(report['sparsity'])
-        )
-        caption = (
-            f'{Path(report["bags"][ticks.bag[worst.row]]).name}, '
-            f'{ticks.stamp_ns[worst.row] * 1e-9:.3f} s. L1 {errors}'
-        )
-        image = _image(plots.camera_image(worst), 'camera at a tick with a large error')
-        figures.append(f'<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>')
-    return ''.join(figures)
+def _png(figure: Any) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format='png', dpi=110, bbox_inches='tight')
+    plt.close(figure)
+    return buffer.getvalue()
 
 
-def _verdict(report: dict[str, Any]) -> str:
-    tolerance = f'{report["tolerance_rad"]:g} rad'
-    if report['knee'] is None:
-        return f'No sparsity asked for keeps its 95th-percentile error under {tolerance}.'
-    return (
-        f'Recommended sparsity {report["knee"]:g}: the highest asked for whose 95th-percentile '
-        f'error stays under {tolerance}.'
+def error_against_sparsity(report: dict[str, Any]) -> bytes:
+    """L1 error, mean and 95th percentile, and cost, at every sparsity."""
+    rows = report['sparsity']
+    x = [float(key) for key in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+    left.plot(x, [row['l1_p95_rad'] for row in rows.values()], 'o-', label='95th percentile')
+    left.plot(x, [row['l1_mean_rad'] for row in rows.values()], 'o-', label='mean')
+    left.axhline(report['tolerance_rad'], color='k', ls=':', label='tolerance')
+    if report['knee'] is not None:
+        left.axvline(report['knee'], color=SPARSE, ls='--', label='recommended')
+    left.set(xlabel='sparsity', ylabel='L1 to dense, rad')
+    left.legend()
+    right.plot(x, [100 * row['flops_ratio'] for row in rows.values()], 'o-', color=DENSE)
+    right.set(xlabel='sparsity', ylabel='FLOPs, % of dense', ylim=(0, None))
+    twin = right.twinx()
+    twin.plot(x, [row['latency_ms'] for row in rows.values()], 's--', color=SPARSE)
+    twin.set(ylabel='median latency, ms (dashed)', ylim=(0, None))
+    figure.tight_layout()
+    return _png(figure)
+
+
+def error_of_ticks(ticks: Ticks, sparsities: Sequence[float], tolerance: float) -> bytes:
+    """Share of ticks below an error, and mean error over the ticks of an episode, per sparsity."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+    errors, steady, since_reset = ticks.l1.mean(-1), ticks.steady, ticks.since_reset
+    count = np.bincount(since_reset)
+    for at, sparsity in enumerate(sparsities):
+        ordered = np.sort(errors[steady, at])
+        share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
+        (line,) = left.step(ordered, share, where='post', label=f'{sparsity:g}')
+        mean = np.bincount(since_reset, errors[:, at]) / np.maximum(count, 1)
+        right.plot(mean, '.-', lw=0.9, color=line.get_color(), label=f'{sparsity:g}')
+    left.axvline(tolerance, color='k', ls=':')
+    left.axhline(95, color='k', ls=':')
+    left.set(xlabel='L1 to dense, rad', ylabel='ticks below it, %', xlim=(0, None))
+    left.locator_params(axis='x', nbins=6)
+    left.legend(title='sparsity', loc='lower right', fontsize='small')
+    right.set(xlabel='tick of its episode', ylabel='mean L1 to dense, rad', ylim=(0, None))
+    figure.tight_layout()
+    return _png(figure)
+
+
+def joint_curves(
+    stamps_ns: NDArray[np.int64],
+    curves: dict[str, NDArray[np.float64]],
+    joints: Sequence[str],
+    period_s: float,
+    execute: int,
+) -> bytes:
+    """Executed set-points of consecutive ticks over time, one panel per joint.
+
+    curves: dense, sparse and recorded, each [ticks, T - To + 1, A].
+    """
+    columns = 2 if len(joints) > 1 else 1
+    rows = -(-len(joints) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(10, 1.6 * rows), sharex=True, squeeze=False
     )
+    start_s = stamps_ns[0] * 1e-9
+    times = stamps_ns[:, None] * 1e-9 - start_s + period_s * np.arange(execute)
+    styles = {'recorded': (RECORDED, 3.0), 'dense': (DENSE, 1.2), 'sparse': (SPARSE, 0.9)}
+    for j, name in enumerate(joints):
+        panel = axes[j // columns][j % columns]
+        for label, (colour, width) in styles.items():
+            panel.plot(
+                times.ravel(),
+                curves[label][:, :execute, j].ravel(),
+                color=colour,
+                lw=width,
+                label=label,
+            )
+        panel.set_ylabel(name.replace('$', r'\$'), fontsize='small')
+    axes[0][0].legend(fontsize='small', ncols=3)
+    for panel in axes[-1]:
+        panel.set_xlabel('s')
+    figure.tight_layout()
+    return _png(figure)
 
 
-def write_report(
-    out: Path,
-    report: dict[str, Any],
-    ticks: Ticks,
-    folders: Sequence[Path],
-    contract: PolicyContract,
-) -> None:
-    """Write out/report.html."""
-    sparsities = [float(key) for key in report['sparsity']]
-    chosen = report['knee'] if report['knee'] is not None else sparsities[-1]
-    shown = _shown_bag(report, folders, sparsities.index(chosen), contract)
-    problems = ''.join(f'<li class="bad">{escape(text)}</li>' for text in report['problems'])
-    bags = report['bags']
-    parts = [
-        f'<h1>{escape(Path(bags[0]).name)}{f" and {len(bags) - 1} more" if bags[1:] else ""}</h1>',
-        f'<p>{report["ticks"]} ticks of {len(bags)} recordings, sampler '
-        f'{escape(report["sampler"])}. <b>{_verdict(report)}</b></p>',
-        f'<h2>Problems</h2><ul>{problems}</ul>' if problems else '',
-        '<h2>Sparse against dense</h2>',
-        _sparsity_table(report),
-        _served(report),
-        '<p>Errors in rad (m for a finger), same noise in every arm: L1 is the mean over the '
-        'set-points of a chunk and the joints, max the largest of them, 95th the 95th percentile '
-        'over ticks. '
-        'The first tick of an episode is dense in every arm: it is left out of errors, '
-        'realised sparsity, FLOPs and latency.</p>',
-        _image(plots.error_against_sparsity(report), 'error and cost against sparsity'),
-        _image(
-            plots.error_of_ticks(ticks, sparsities, report['tolerance_rad']),
-            'distribution of errors, and errors over the ticks of an episode',
-        ),
-        _joint_table(report),
-    ]
-    if shown is not None:
-        parts += [
-            f'<h2>Set-points and plans at sparsity {chosen:g}</h2>',
-            f'<p>The first {SHOWN_TICKS} ticks at most of the first recording.</p>',
-            _image(shown[0], 'executed set-points per joint'),
-            _image(shown[1], 'plan of every tick'),
-        ]
-    if ticks.worst:
-        parts += ['<h2>Ticks that sparsity changed most</h2>', _worst(report, ticks)]
-    parts += ['<h2>Recordings</h2><ul>', *(f'<li>{escape(bag)}</li>' for bag in bags), '</ul>']
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Bag evaluation</title>'
-        f'<style>{STYLE}</style></head><body>{"".join(parts)}</body></html>'
+def plan_heat_map(plans: NDArray[np.int8]) -> bytes:
+    """Classes of every cell (rows, step-major) at every tick (columns); plans [ticks, K, N].
+
+    Where there are more cells than rows to show, a row has the mean colour of its cells.
+    """
+    ticks, steps, blocks = plans.shape
+    cells = plan_rgb(plans.reshape(ticks, -1).T)
+    if len(cells) > MAP_ROWS:
+        cells = cv2.resize(cells, (ticks, MAP_ROWS), interpolation=cv2.INTER_AREA)
+    figure, axes = plt.subplots(figsize=(10, 3.6))
+    axes.imshow(
+        cells,
+        aspect='auto',
+        interpolation='nearest',
+        extent=(-0.5, ticks - 0.5, steps * blocks - 0.5, -0.5),
     )
-    (out / 'report.html').write_text(page, encoding='utf-8')
+    every = max(1, steps // 10)
+    axes.set_yticks(np.arange(0, steps, every) * blocks, [str(s) for s in range(0, steps, every)])
+    axes.set(xlabel='tick', ylabel='denoising step')
+    handles = [Patch(color=REUSE_COLOURS[kind], label=kind.name.lower()) for kind in Reuse]
+    axes.legend(handles=handles, loc='upper left', bbox_to_anchor=(1, 1))
+    return _png(figure)
+
+
+def camera_image(worst: WorstTick) -> bytes:
+    """The newest camera image of a tick."""
+    buffer = BytesIO()
+    plt.imsave(buffer, worst.image, format='png')
+    return buffer.getvalue()

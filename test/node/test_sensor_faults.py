@@ -40,9 +40,10 @@ NAMESPACE = '/sensor_faults'
         (delay(8), 'camera: nothing for'),
         (shrink, f'camera/image: expected an image of {HEIGHT} x 32'),
         (set_field(encoding='16UC1'), 'camera/image: expected encoding rgb8, bgr8, rgba8, bgra8'),
-        (cut, 'camera/image: expected 2304 bytes'),
+        (cut, 'camera/image: expected 2304 bytes (height 24 x step'),
+        (set_field(step=32), 'camera/image: expected step of at least 96 bytes'),
     ],
-    ids=['stops', 'freezes', 'ahead', 'behind', 'late', 'size', '16 bit', 'truncated'],
+    ids=['stops', 'freezes', 'ahead', 'behind', 'late', 'size', '16 bit', 'truncated', 'step'],
 )
 def test_a_bad_camera_stops_the_arm_and_is_named(
     arm: Feeder, spoil: Callable[[Image], Any], reason: str
@@ -60,10 +61,11 @@ def test_a_bad_camera_stops_the_arm_and_is_named(
         (set_field(position=[0.1, 9.0, np.nan, 0.3]), "expected finite positions, got {'elbow'"),
         (set_field(position=[0.1, 9.0, 0.3]), 'got 4 names and 3 positions'),
         (set_field(name=['finger', 'elbow', 'elbow', 'shoulder']), 'expected each joint once'),
+        (set_field(name=['finger', 'spare', 'Elbow', 'shoulder']), "missing ['elbow']"),
         (shift_stamp(-10), 'joints: nothing for 10'),
         (shift_stamp(60), 'joint_states: message is future'),
     ],
-    ids=['stop', 'missing one', 'NaN', 'too short', 'repeated', 'behind', 'ahead'],
+    ids=['stop', 'missing one', 'NaN', 'too short', 'repeated', 'other name', 'behind', 'ahead'],
 )
 def test_bad_joint_states_stop_the_arm_and_are_named(
     arm: Feeder, spoil: Callable[[JointState], Any], reason: str

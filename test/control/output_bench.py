@@ -46,13 +46,15 @@ class Bench:
         min_points: int = 1,
         acceleration: float = np.inf,
         command: Any = None,
+        hold_ns: int = 100,
+        upper: float = np.inf,
     ) -> None:
         self.command, self.proposed = Recorder(), Recorder()
         base = JointLimits.unbounded(JOINTS)
         limits = JointLimits(
             JOINTS,
             base.lower,
-            base.upper,
+            np.full(3, upper),
             np.full(3, velocity),
             np.full(3, acceleration),
             base.upper,
@@ -60,7 +62,7 @@ class Bench:
         self.output = CommandOutput(
             ChunkTiming(JOINTS, PERIOD, 1, 0, min_points),
             LimitSource(limits, 'off'),
-            HoldRule(100, ('grip',), 250_000_000),
+            HoldRule(hold_ns, ('grip',), 250_000_000),
             command or self.command,
             self.proposed,
         )

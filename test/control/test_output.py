@@ -173,6 +173,62 @@ def test_hold_keeps_the_grip_and_stops_the_arm_where_it_is_once() -> None:
     assert not bench.output.hold(T0 + PERIOD)
 
 
+HOLD = 100_000_000
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('glitch', [2.5, -2.5, 0.3, 1e39])
+def test_a_measured_state_out_of_reach_is_not_believed_when_the_arm_has_to_stop(
+    glitch: float,
+) -> None:
+    bench = Bench(velocity=1.0, hold_ns=HOLD)
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    now = T0 + 8 * PERIOD
+    bench.output.measured(now, RAMP[7] + [glitch, 0.0, 0.0], now)
+    assert bench.output.hold(now)
+    (hold,) = bench.command.finished
+    # 0.2 and -0.4 rad/s come to rest evenly within 0.1 s.
+    assert hold.positions[0] == pytest.approx(RAMP[7] + [0.01, -0.02, 0.0])
+    assert hold.times_ns.tolist() == [HOLD]
+
+
+@pytest.mark.fault
+def test_joints_that_fell_silent_in_motion_do_not_make_the_arm_go_back() -> None:
+    bench = Bench(velocity=1.0, hold_ns=HOLD)
+    fast = RAMP * [4.0, 0.0, 1.0]
+    bench.output.send(fast, T0, T0, enabled=True)
+    bench.output.measured(T0 + 4 * PERIOD, fast[3], T0 + 4 * PERIOD)
+    now = T0 + 8 * PERIOD + 20_000_000
+    assert bench.output.hold(now)
+    (hold,) = bench.command.finished
+    assert hold.positions[0, 0] == pytest.approx(fast[7, 0] + 0.8 * 0.02 + 0.8 * 0.05)
+
+
+@pytest.mark.fault
+def test_a_stop_takes_as_long_as_the_acceleration_asks_for() -> None:
+    bench = Bench(velocity=1.0, acceleration=2.0, hold_ns=HOLD)
+    slope = 0.8 * np.arange(1, 16)[:, None] * PERIOD * 1e-9 * [1.0, 0.0, 0.0]
+    bench.output.send(REST + slope**2, T0, T0, enabled=True)
+    now = T0 + 10 * PERIOD
+    _, velocity = bench.output._commanded.state_at(now)
+    assert bench.output.hold(now)
+    (hold,) = bench.command.finished
+    assert hold.times_ns[0] == pytest.approx(velocity[0] / 2.0 * 1e9)
+
+
+@pytest.mark.fault
+def test_the_cubic_between_two_points_stays_within_the_position_bounds() -> None:
+    """The points keep the bound; what a controller interpolates between them has to as well."""
+    bench = Bench(upper=0.5)
+    rise = np.clip(np.arange(15) * 0.06 - 0.02, 0.0, 0.5)[:, None] * [1.0, 0.0, 0.0]
+    rise[10:, 0] = 0.49
+    sent = bench.output.send(rise, T0, T0, enabled=True).trajectory
+    times_s = np.linspace(0.0, 15 * PERIOD * 1e-9, 600)
+    path = [sent.state_at(T0 + round(time_s * 1e9))[0][0] for time_s in times_s]
+    assert max(path) <= 0.5 + 1e-9
+    assert np.allclose(sent.positions, rise)
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize('chunk', [RAMP, RAMP * np.nan])
 def test_a_gate_found_closed_by_a_chunk_holds_before_anything_is_proposed(

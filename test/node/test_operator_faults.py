@@ -6,6 +6,7 @@ One node survives them all.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip('torch', reason='torch is not installed')
 
 from cell import held, moving, reported
 from processes import wait_until
+from spoilers import set_field
 
 if TYPE_CHECKING:
     from feeder import Feeder
@@ -40,6 +42,15 @@ def test_a_gate_that_is_switched_quickly_holds_each_time(arm: Feeder) -> None:
         count = len(arm.commands)
         assert arm.set(enable_output=True) == ''
         wait_until(lambda n=count: len(arm.commands) > n, 3, 'commands')
+
+
+def test_a_glitch_of_the_joints_and_then_a_stop_holds_the_set_point_in_force(arm: Feeder) -> None:
+    arm.spoil_joints = set_field(position=[0.1, 9.0, 0.2, 2.8])
+    time.sleep(0.1)
+    assert arm.set(enable_output=False) == ''
+    held(arm)
+    assert arm.commands[-1].points[0].positions[0] == pytest.approx(0.3, abs=0.05)
+    assert arm.set(enable_output=True) == ''
 
 
 def test_an_emergency_stop_closes_the_gate_until_the_service(arm: Feeder) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds of the joints, and the check of a trajectory against them.
+"""Bounds of the joints, and what every command has to keep: chunks and holds.
 
 A chunk that breaks a bound by more than its tolerance is refused whole; within the tolerance its
-positions are clipped. A controller's spline runs through the velocities of the points too: they
-are clipped as well, and zero where a position was, or it would pass the bound between two points.
+positions are clipped. A controller's cubic runs through the velocities of the points too: they are
+clipped as well, and reduced where the cubic would leave the position bounds between two points. A
+hold is made so that it keeps the bounds, whatever the motion that it ends.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tts_policy.control.spline import Cubic, monotone_velocities
 from tts_policy.control.trajectory import Trajectory, TrajectoryRefused
 from tts_policy.control.urdf import UrdfLimits, parse_limits
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 OFF, REQUIRED = 'off', 'required'
+# Rounding, in rad or m.
+_EPSILON = 1e-9
+_BISECTIONS = 40
 
 
 @dataclass(frozen=True)
@@ -123,11 +128,100 @@ class JointLimits:
         )
         clipped = np.clip(positions, self.lower, self.upper)
         velocities = np.clip(trajectory.velocities, -self.velocity, self.velocity)
-        return replace(
-            trajectory,
-            positions=clipped,
-            velocities=np.where(clipped == positions, velocities, 0.0),
+        velocities = np.where(clipped == positions, velocities, 0.0)
+        return self._inside(replace(trajectory, positions=clipped, velocities=velocities))
+
+    def _inside(self, trajectory: Trajectory) -> Trajectory:
+        """Reduce the velocities of joints whose cubic would leave the position bounds."""
+        times_ns, positions, velocities = trajectory.knots()
+        if len(positions) < 2:
+            return trajectory
+        seconds = np.diff(times_ns)[:, None] * 1e-9
+        lower, upper = self._bounds_from(positions[0])
+
+        def beyond(velocities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            low, high = Cubic(
+                positions[:-1], velocities[:-1], positions[1:], velocities[1:], seconds
+            ).extremes()
+            return (low < lower - _EPSILON) | (high > upper + _EPSILON), np.where(
+                low < lower, low, high
+            )
+
+        broken, _ = beyond(velocities)
+        if broken.any():
+            allowed = np.abs(monotone_velocities(positions, seconds))
+            slower = np.clip(velocities[1:], -allowed, allowed)
+            # Where the slope turns or the velocity points against it, only rest is safe.
+            velocities = velocities.copy()
+            velocities[1:] = np.where(broken.any(axis=0), slower, velocities[1:])
+            broken, values = beyond(velocities)
+            self._refuse(
+                broken,
+                values,
+                'the path between points in',
+                lambda j: f'[{self.lower[j]}, {self.upper[j]}]',
+            )
+        return replace(trajectory, velocities=velocities[-len(trajectory.velocities) :])
+
+    def _bounds_from(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Position bounds of a way that begins at `position`, which may be outside already."""
+        return np.minimum(self.lower, position), np.maximum(self.upper, position)
+
+    def stop(
+        self,
+        position: np.ndarray,
+        velocity: np.ndarray,
+        delay_s: float,
+        wanted: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, float]:
+        """Where the joints come to rest, and after how many seconds: `delay_s` or more.
+
+        position and velocity [A] are those in force. The joints decelerate evenly, within the
+        bounds of acceleration and position. They come to rest at `wanted` [A] instead (NaN: no
+        wish) if all of it can be reached within every bound.
+        """
+        with np.errstate(invalid='ignore'):
+            seconds = max(delay_s, float(np.max(np.abs(velocity) / self.acceleration)))
+        rest = np.zeros_like(velocity)
+        lower, upper = self._bounds_from(position)
+        way = velocity * seconds
+
+        def inside(share: np.ndarray) -> np.ndarray:
+            low, high = Cubic(position, velocity, position + share * way, rest, seconds).extremes()
+            return (low >= lower - _EPSILON) & (high <= upper + _EPSILON)
+
+        # Half of the way is even deceleration. Near a bound, brake harder first and come back.
+        good, bad = np.full_like(velocity, 0.5), np.full_like(velocity, 0.5)
+        with np.errstate(divide='ignore', invalid='ignore'):
+            back = np.clip(0.6 * self.velocity / np.abs(velocity), 0.5, 100.0)
+        good = np.where(inside(good), good, -np.nan_to_num(back, nan=0.5))
+        for _ in range(_BISECTIONS):
+            middle = (good + bad) / 2.0
+            fits = inside(middle)
+            good, bad = np.where(fits, middle, good), np.where(fits, bad, middle)
+        target = np.clip(position + good * way, lower, upper)
+        # What set out beyond a bound comes back, if it can be done within the others.
+        wishes = [np.clip(target, self.lower, self.upper)]
+        if wanted is not None:
+            wishes.insert(0, np.where(np.isnan(wanted), wishes[0], wanted))
+        for wish in wishes:
+            if self._reaches(Cubic(position, velocity, wish, rest, seconds)):
+                return wish, seconds
+        return target, seconds
+
+    def _reaches(self, cubic: Cubic) -> bool:
+        """Whether a way to rest keeps every bound, that of the distance included."""
+        scale = 1.0 + self.tolerance
+        lower, upper = self._bounds_from(cubic.p0)
+        (low, high), (speed, change) = cubic.extremes(), cubic.peaks()
+        kept = (
+            (np.abs(cubic.p1 - cubic.p0) <= self.first_distance)
+            & (low >= lower - _EPSILON)
+            & (high <= upper + _EPSILON)
+            & (speed <= self.velocity * scale)
+            & (change <= self.acceleration * scale)
         )
+        return bool(kept.all())
 
     def reachable(
         self,
@@ -237,6 +331,11 @@ class LimitSource:
     def unbounded(self) -> str | None:
         """Which joints nothing bounds by now, in words; None where all are."""
         return self._limits.missing()
+
+    @property
+    def known(self) -> JointLimits:
+        """The newest limits that could be used, unscaled: what a hold has to keep in any case."""
+        return self._limits
 
     def current(self) -> JointLimits:
         """Limits of this moment.

@@ -8,13 +8,14 @@ serialises them with `InferenceWorker.exclusive`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from tts_policy.control.continuity import Continuity, blend, measure
 from tts_policy.control.trajectory import (
+    Origin,
     Trajectory,
     TrajectoryRefused,
     due_times_ns,
@@ -65,10 +66,9 @@ class ChunkTiming:
 
 @dataclass(frozen=True)
 class HoldRule:
-    """How to hold: due after `delay_ns`; `last_command` joints (a gripper) keep their set-point.
+    """How to hold: within `delay_ns`; `last_command` joints (a gripper) keep their set-point.
 
-    A measured state older than `max_age_ns` is no place to go back to, then all joints do; nor is
-    it one that a chunk can be compared with.
+    A measured state older than `max_age_ns` is not used, neither for a hold nor for a chunk.
     """
 
     delay_ns: int
@@ -115,14 +115,15 @@ class CommandOutput:
         self._command = command
         self._proposed = proposed
         self._measured: Measured | None = None
-        # The newest trajectory sent, and whether to the robot.
-        self._last: Trajectory | None = None
-        self._commanded = False
+        # The newest trajectories sent to the robot, a hold included, and as a proposal.
+        self._commanded: Trajectory | None = None
+        self._proposal: Trajectory | None = None
+        self._holding = True
 
     def begin(self) -> None:
         """Forget the measured state and the last command: nothing was commanded yet."""
-        self._measured = self._last = None
-        self._commanded = False
+        self._measured = self._commanded = self._proposal = None
+        self._holding = True
 
     def measured(self, stamp_ns: int, positions: np.ndarray, now_ns: int) -> None:
         """Measured positions [A] of the joints; what comes out of order is passed over.
@@ -168,15 +169,21 @@ class CommandOutput:
             start = old_at or (lambda due_ns: np.repeat(measured[None], len(due_ns), axis=0))
             trajectory = blend(trajectory, start, now_ns, self.blend_ns)
         limits = self._limits.current()
-        set_out = measured if old is None else old.position_at(now_ns)
+        origin = Origin.at_rest(now_ns - stamp_ns, measured)
+        if old is not None:
+            origin = Origin(now_ns - stamp_ns, old.position_at(now_ns), *old.state_at(now_ns))
         trajectory = limits.reachable(
-            trajectory, set_out, now_ns, timing.min_points, at_rest=old is None
+            trajectory, origin.setpoints, now_ns, timing.min_points, at_rest=old is None
         )
         before = None if old is None else self._before(trajectory, old)
-        trajectory = limits.apply(trajectory, measured, before).setting_out(now_ns, set_out)
+        trajectory = limits.apply(replace(trajectory, origin=origin), measured, before)
         continuity = measure(trajectory, old_at, timing.period_ns)
-        (self._command if enabled else self._proposed).send(trajectory)
-        self._last, self._commanded = trajectory, enabled
+        if enabled:
+            self._command.send(trajectory)
+            self._commanded, self._proposal, self._holding = trajectory, None, False
+        else:
+            self._proposed.send(trajectory)
+            self._proposal = trajectory
         return Sent(trajectory, continuity)
 
     def committed(
@@ -204,19 +211,29 @@ class CommandOutput:
         return CommittedActions(last.positions_at(due_ns), weights)
 
     def hold(self, now_ns: int) -> bool:
-        """Command the present position once; False when nothing was commanded before.
+        """Bring the joints to rest, once; False when nothing was commanded since the last hold.
 
-        It is on its way to all joints before any controller is waited for.
+        They come to rest where they were measured, as far as that is believed: recently, and
+        within reach of the set-points in force. Otherwise the set-points in force are brought to
+        rest. Limits that are missing at the moment do not keep the arm from stopping.
+
+        The hold is on its way to all joints before any controller is waited for.
         """
-        if self._last is None or self._measured is None or not self._commanded:
+        if self._commanded is None or self._holding:
             return False
         rule, joints = self._hold_rule, self._timing.joints
-        position = self._last.position_at(now_ns)
-        if self._measured.age_ns(now_ns) <= rule.max_age_ns:
+        position, velocity = self._commanded.state_at(now_ns)
+        wanted = None
+        if self._measured is not None and self._measured.age_ns(now_ns) <= rule.max_age_ns:
             keep = [name in rule.last_command for name in joints]
-            position = np.where(keep, position, self._measured.positions)
-        self._command.finish(hold_trajectory(joints, position, rule.delay_ns))
-        self._last, self._commanded = None, False
+            wanted = np.where(keep, np.nan, self._measured.positions)
+        target, seconds = self._limits.known.stop(position, velocity, rule.delay_ns * 1e-9, wanted)
+        hold = replace(
+            hold_trajectory(joints, target, round(seconds * 1e9)),
+            origin=Origin(0, self._commanded.position_at(now_ns), position, velocity),
+        )
+        self._command.finish(hold)
+        self._commanded, self._holding = replace(hold, stamp_ns=now_ns), True
         self._command.settle()
         return True
 
@@ -236,14 +253,12 @@ class CommandOutput:
         """Return the trajectory to be replaced; None where there is none of this kind."""
         last = self._newest(now_ns, enabled)
         # After its end the arm is at rest: the next chunk is a start, bounded by its distance.
-        if last is None or now_ns > last.stamp_ns + int(last.times_ns[-1]):
-            return None
-        return last
+        return None if last is None or now_ns > last.end_ns else last
 
     def _newest(self, now_ns: int, enabled: bool) -> Trajectory | None:
         """Return what was sent last; None where it was of the other kind or is not followed."""
-        last = self._last
-        if last is None or self._commanded is not enabled or now_ns < last.stamp_ns:
+        last = self._commanded if enabled else self._proposal
+        if last is None or now_ns < last.stamp_ns:
             return None
         return last if not enabled or self._command.following else None
 

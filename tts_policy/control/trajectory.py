@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tts_policy.control.spline import Cubic
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -31,12 +33,30 @@ class ChunkTooLate(TrajectoryRefused):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the joints set out for the first point of a trajectory, `time_ns` after its stamp.
+
+    setpoints [A] lie on straight lines between points, as set-points are blended and streamed;
+    positions and velocities [A] on the cubic that a controller runs.
+    """
+
+    time_ns: int
+    setpoints: np.ndarray
+    positions: np.ndarray
+    velocities: np.ndarray
+
+    @staticmethod
+    def at_rest(time_ns: int, positions: np.ndarray) -> Origin:
+        """Set out from rest."""
+        return Origin(time_ns, positions, positions, np.zeros_like(positions))
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """Points of one chunk that are still to come.
 
     times_ns int64 [P] after `stamp_ns`, positions and velocities float64 [P, A]; `dropped` points
-    were past. `origin`, where it is known: when the joints set out for the first point, in ns
-    after the stamp, and from where [A].
+    were past. `origin` is known once the trajectory is on its way.
     """
 
     joints: tuple[str, ...]
@@ -45,11 +65,12 @@ class Trajectory:
     positions: np.ndarray
     velocities: np.ndarray
     dropped: int
-    origin: tuple[int, np.ndarray] | None = None
+    origin: Origin | None = None
 
-    def setting_out(self, now_ns: int, positions: np.ndarray) -> Trajectory:
-        """The same points; the joints set out for the first one from `positions` [A] now."""
-        return replace(self, origin=(now_ns - self.stamp_ns, positions))
+    @property
+    def end_ns(self) -> int:
+        """When the last point is due, of the stamp's clock; the joints rest from then on."""
+        return self.stamp_ns + int(self.times_ns[-1])
 
     def positions_at(self, due_ns: np.ndarray) -> np.ndarray:
         """Set-points [P, A] at times [P] of the stamp's clock: linear from the origin on.
@@ -58,10 +79,38 @@ class Trajectory:
         """
         known_ns, known = self.times_ns, self.positions
         if self.origin is not None:
-            known_ns = np.concatenate([[self.origin[0]], known_ns])
-            known = np.concatenate([self.origin[1][None], known])
+            known_ns = np.concatenate([[self.origin.time_ns], known_ns])
+            known = np.concatenate([self.origin.setpoints[None], known])
         times_ns = np.asarray(due_ns) - self.stamp_ns
         return np.stack([np.interp(times_ns, known_ns, column) for column in known.T], axis=1)
+
+    def knots(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Times in ns, positions and velocities of the origin, if any, and of every point."""
+        if self.origin is None:
+            return self.times_ns, self.positions, self.velocities
+        return (
+            np.concatenate([[self.origin.time_ns], self.times_ns]),
+            np.concatenate([self.origin.positions[None], self.positions]),
+            np.concatenate([self.origin.velocities[None], self.velocities]),
+        )
+
+    def state_at(self, now_ns: int) -> tuple[np.ndarray, np.ndarray]:
+        """Position and velocity [A] on the controller's cubic; at rest before and after it."""
+        times_ns, positions, velocities = self.knots()
+        at_ns = now_ns - self.stamp_ns
+        after = int(np.searchsorted(times_ns, at_ns, side='right'))
+        if after == 0 or at_ns >= times_ns[-1]:
+            position = positions[0 if after == 0 else -1]
+            return position, np.zeros_like(position)
+        begin_ns, end_ns = (int(time_ns) for time_ns in times_ns[after - 1 : after + 1])
+        cubic = Cubic(
+            positions[after - 1],
+            velocities[after - 1],
+            positions[after],
+            velocities[after],
+            (end_ns - begin_ns) * 1e-9,
+        )
+        return cubic.state((at_ns - begin_ns) / (end_ns - begin_ns))
 
     def position_at(self, now_ns: int) -> np.ndarray:
         """Set-points [A] at one time, see `positions_at`."""
@@ -80,12 +129,16 @@ class Trajectory:
     def of(self, joints: Sequence[str]) -> Trajectory:
         """The same points for some of the joints, in their order."""
         columns = [self.joints.index(joint) for joint in joints]
+        origin = self.origin
+        if origin is not None:
+            states = (origin.setpoints, origin.positions, origin.velocities)
+            origin = Origin(origin.time_ns, *(state[columns] for state in states))
         return replace(
             self,
             joints=tuple(joints),
             positions=self.positions[:, columns],
             velocities=self.velocities[:, columns],
-            origin=self.origin and (self.origin[0], self.origin[1][columns]),
+            origin=origin,
         )
 
 

@@ -146,10 +146,11 @@ class GripperStream:
         self._trajectory = trajectory
 
     def finish(self, trajectory: Trajectory) -> None:
-        """Send the last set-point and stream no more."""
+        """Stay at the set-point in force and stream no more."""
+        origin = trajectory.origin
         with self._lock:
             self._trajectory = None
-            self._publish(trajectory.positions[-1])
+            self._publish(trajectory.positions[-1] if origin is None else origin.setpoints)
 
     def settle(self) -> None:
         """Do not wait: a gripper that misses a number keeps the one before."""

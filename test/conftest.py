@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import tts_policy.sim  # noqa: F401  (chooses MuJoCo's renderer before anything imports it)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 

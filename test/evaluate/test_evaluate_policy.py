@@ -396,4 +396,4 @@ def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str], tmp_path
     with pytest.raises(SystemExit) as status:
         evaluate_policy.main(['juggle', '--out', str(tmp_path)])
     assert status.value.code == 2
-    assert "task must be one of ['lift', 'stack', 'can', 'pusht']" in capsys.readouterr().err
+    assert "task: expected one of ['can', 'lift', 'pusht', 'stack']" in capsys.readouterr().err

@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 from processes import BUSY_FACTOR, child_environment
 
-import tts_policy.sim  # noqa: F401  (chooses MuJoCo's renderer before anything imports it)
-
 START_LIMIT_S = 90.0
 _domains = itertools.count(os.getpid() % 80)
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from test_replay_buffer import put
 
 from tts_policy.control.images import ImageFit
-from tts_policy.data.array_samples import Selection, parse_selections
 from tts_policy.data.demonstrations import find_demonstrations
 from tts_policy.data.reader import BagError
+from tts_policy.data.samples import Selection, parse_selections
 from tts_policy.data.windows import Episode, Windows, read_episodes
 from tts_policy.policy.bundle import load_bundle, save_random_bundle
 from tts_policy.policy.contract import ActionSpec, CameraSpec, ObservationSpec, PolicyContract

@@ -28,10 +28,10 @@ from rosbags.typesys import get_types_from_msg
 
 from tts_policy.data import evaluate_bag
 from tts_policy.data.bag_evaluation import EvaluationSpec
+from tts_policy.data.bag_samples import SampleReader, Topics
 from tts_policy.data.evaluate_bag import bag_folder
 from tts_policy.data.reader import BagReader
 from tts_policy.data.replay import RecordedTicks
-from tts_policy.data.samples import SampleReader, Topics
 from tts_policy.data.summary import knee, segments
 from tts_policy.policy.bundle import save_random_bundle
 from tts_policy.policy.network import NetworkSpec

@@ -24,10 +24,9 @@ from recordings import (
 )
 
 from tts_policy.control.observation import ObservationWindow, WindowSpec
-from tts_policy.data.decoding import make_decoder
+from tts_policy.data.bag_samples import SampleReader, Topics, make_decoder
 from tts_policy.data.reader import BagError, BagReader, RawMessage
 from tts_policy.data.replay import RecordedTicks
-from tts_policy.data.samples import SampleReader, Topics
 from tts_policy.policy.policy import TestTimeSparsePolicy
 
 if TYPE_CHECKING:

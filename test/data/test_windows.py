@@ -12,11 +12,11 @@ import torch
 from bags import MS, Recording
 
 from tts_policy.control.images import ImageFit
+from tts_policy.data.bag_samples import SampleReader, Topics
 from tts_policy.data.data_check import DataCheck, describe
 from tts_policy.data.demonstrations import find_demonstrations, load_windows, open_bag
 from tts_policy.data.reader import BagError, BagReader
 from tts_policy.data.replay import RecordedTicks
-from tts_policy.data.samples import SampleReader, Topics
 from tts_policy.data.windows import Episode, Windows, read_episodes, state_lead_steps
 from tts_policy.sim.panda import COMMAND_JOINTS as JOINTS
 from tts_policy.sim.panda import PANDA_CONTRACT

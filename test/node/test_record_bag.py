@@ -23,7 +23,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from tts_policy.data import evaluate_bag
-from tts_policy.data.decoding import make_decoder
+from tts_policy.data.bag_samples import make_decoder
 from tts_policy.data.evaluate_bag import bag_folder
 from tts_policy.data.reader import BagReader, RawMessage
 from tts_policy.data.summary import segments

@@ -12,21 +12,40 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from tqdm import tqdm
 
 from tts_policy.control.images import ImageFit
 from tts_policy.data import lerobot_dataset, replay_buffer
-from tts_policy.data.data_check import DataCheck
-from tts_policy.data.reader import BagError, BagReader, find_bags
-from tts_policy.data.samples import SampleReader, SampleSource, Topics
-from tts_policy.data.topic_arguments import (
+from tts_policy.data.bag_samples import (
+    SampleReader,
+    Topics,
     add_image_fit_argument,
     add_topic_argument,
     parse_pairs,
 )
+from tts_policy.data.data_check import DataCheck
+from tts_policy.data.reader import BagError, BagReader, find_bags
+from tts_policy.data.samples import SampleSource
 from tts_policy.data.windows import Windows, read_episodes
 from tts_policy.policy.contract import CONTRACT_FILE, PolicyContract, read_contract
+
+
+class DataFormat(Protocol):
+    """A module that reads the episodes of one format of data sets; what is no such is a bag."""
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a path is such a data set."""
+
+    def episodes(
+        self, path: Path, contract: PolicyContract, streams: Mapping[str, str], fit: ImageFit
+    ) -> list[Callable[[], SampleSource]]:
+        """Readers of all episodes; raises BagError."""
+
+
+# A new format is a module here, and a word in the help of the argument below.
+DATA_FORMATS: tuple[DataFormat, ...] = (replay_buffer, lerobot_dataset)
 
 
 @dataclass(frozen=True)
@@ -76,17 +95,13 @@ def find_demonstrations(
     topics = Topics.of(contract, dict(streams))
     found: list[Demonstration] = []
     for path in paths:
-        if replay_buffer.is_replay_buffer(path):
-            episodes = replay_buffer.episodes(path, contract, streams, fit)
-        elif lerobot_dataset.is_dataset(path):
-            episodes = lerobot_dataset.episodes(path, contract, streams, fit)
+        data_format = next((f for f in DATA_FORMATS if f.recognises(path)), None)
+        opened: list[Callable[[], SampleSource]]
+        if data_format is None:
+            opened = [partial(open_bag, bag, contract, topics, fit) for bag in find_bags([path])]
         else:
-            found += [
-                Demonstration(contract, partial(open_bag, bag, contract, topics, fit))
-                for bag in find_bags([path])
-            ]
-            continue
-        found += [Demonstration(contract, episode) for episode in episodes]
+            opened = data_format.episodes(path, contract, streams, fit)
+        found += [Demonstration(contract, one) for one in opened]
     return found
 
 

@@ -18,17 +18,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tts_policy.data.bag_evaluation import Arms, EvaluationSpec, Part, PartOutcome
-from tts_policy.data.parallel import ENGINES, run_parts
-from tts_policy.data.reader import BagError, BagReader, find_bags
-from tts_policy.data.report import write_report
-from tts_policy.data.samples import Topics
-from tts_policy.data.summary import read_ticks, summarise, write_csv, write_json
-from tts_policy.data.topic_arguments import (
+from tts_policy.data.bag_evaluation import (
+    ENGINES,
+    Arms,
+    EvaluationSpec,
+    Part,
+    PartOutcome,
+    run_parts,
+)
+from tts_policy.data.bag_samples import (
+    Topics,
     add_image_fit_argument,
     add_topic_argument,
     parse_pairs,
 )
+from tts_policy.data.reader import BagError, BagReader, find_bags
+from tts_policy.data.report import write_report
+from tts_policy.data.summary import read_ticks, summarise, write_csv, write_json
 from tts_policy.policy.bundle import load_bundle
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.pruner import Pruner

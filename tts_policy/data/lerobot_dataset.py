@@ -10,7 +10,7 @@ are optional.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tts_policy.control.images import MAX_SIDE, ImageFit, encoded_size
-from tts_policy.data.array_samples import ArraySamples, parse_selections, take_columns
 from tts_policy.data.reader import BagError
+from tts_policy.data.samples import ArraySamples, SampleSource, read_arrays
 from tts_policy.policy.contract import PolicyContract
 
 INFO = 'meta/info.json'
@@ -51,17 +51,17 @@ class _Episode:
     videos: dict[str, _Video]
 
 
-def is_dataset(path: Path) -> bool:
+def recognises(path: Path) -> bool:
     """Whether a path is the folder of such a data set."""
     return (path / INFO).is_file()
 
 
 def episodes(
     path: Path, contract: PolicyContract, streams: Mapping[str, str], fit: ImageFit
-) -> list[Callable[[], ArraySamples]]:
+) -> list[Callable[[], SampleSource]]:
     """Readers of all episodes.
 
-    streams: columns of camera keys, joints and commands (empty for none), see `array_samples`.
+    streams: columns of camera keys, joints and commands (empty for none), see `samples`.
 
     Raises
     ------
@@ -84,30 +84,15 @@ def _open_episode(
     streams: Mapping[str, str],
     fit: ImageFit,
 ) -> ArraySamples:
-    streams = {**DEFAULT_STREAMS, **streams}
-    name = f'{dataset.root}: episode {episode.index}'
-
-    def columns(stream: str, wanted: Sequence[str]) -> NDArray[np.float64]:
-        parts, names = [], []
-        for selection in parse_selections(streams[stream]):
-            values = dataset.numbers(episode, selection.array)
-            parts.append(values[:, selection.columns])
-            names += dataset.names(selection.array, values.shape[1])[selection.columns]
-        return take_columns(np.concatenate(parts, 1), names, wanted, f'{name}: {stream}')
-
-    return ArraySamples(
-        name,
+    cameras = {camera.key: CAMERA_PREFIX + camera.key for camera in contract.observation.cameras}
+    return read_arrays(
+        f'{dataset.root}: episode {episode.index}',
         contract,
         1.0 / dataset.fps,
-        columns('joints', contract.observation.joints),
-        columns('commands', contract.action.joints) if streams['commands'] else None,
-        {
-            camera.key: dataset.images(
-                episode, streams.get(camera.key, CAMERA_PREFIX + camera.key)
-            )
-            for camera in contract.observation.cameras
-        },
+        {**DEFAULT_STREAMS, **cameras, **streams},
         fit,
+        partial(dataset.numbers, episode),
+        partial(dataset.images, episode),
     )
 
 
@@ -228,22 +213,24 @@ class LeRobotDataset:
             )
         return column
 
-    def numbers(self, episode: _Episode, key: str) -> NDArray[np.float64]:
-        """Column of numbers or lists of them, [F, C]."""
+    def numbers(self, episode: _Episode, key: str) -> tuple[NDArray[np.float64], list[str]]:
+        """Column of numbers or lists of them, [F, C], and the names of its components.
+
+        Components without names are called KEY_0, KEY_1 and so on.
+        """
         rows = self._column(episode, key).to_pylist()
         try:
-            return np.array(rows, np.float64).reshape(episode.frames, -1)
+            values = np.array(rows, np.float64).reshape(episode.frames, -1)
         except (ValueError, TypeError):
-            raise BagError(f'{episode.data}: {key}: numbers in every frame expected') from None
-
-    def names(self, key: str, count: int) -> list[str]:
-        """Names of the components of a column, or KEY_0, KEY_1 and so on."""
+            raise BagError(
+                f'{episode.data}: {key}: expected numbers in every frame, got others'
+            ) from None
         names = self.features[key].get('names')
         if isinstance(names, dict):
             names = [n for group in names.values() if isinstance(group, list) for n in group]
-        if isinstance(names, list) and len(names) == count:
-            return [str(name) for name in names]
-        return [f'{key}_{i}' for i in range(count)]
+        if not isinstance(names, list) or len(names) != values.shape[1]:
+            names = [f'{key}_{i}' for i in range(values.shape[1])]
+        return values, [str(name) for name in names]
 
     def images(self, episode: _Episode, key: str) -> Iterator[NDArray[np.uint8]]:
         """Frames uint8 [H, W, 3] of a camera, decoded one by one."""

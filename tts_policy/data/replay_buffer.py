@@ -27,9 +27,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from tts_policy.control.images import ImageFit
-from tts_policy.data.array_samples import ArraySamples, parse_selections, take_columns
-from tts_policy.data.decompression import check_expansion
-from tts_policy.data.reader import BagError
+from tts_policy.data.reader import BagError, check_expansion
+from tts_policy.data.samples import ArraySamples, SampleSource, read_arrays
 from tts_policy.policy.contract import PolicyContract
 from tts_policy.policy.validation import quoted
 
@@ -91,17 +90,17 @@ def load_replay_buffer(
     return ReplayBuffer(data, ends)
 
 
-def is_replay_buffer(path: Path) -> bool:
+def recognises(path: Path) -> bool:
     """Whether a path has the name of a replay buffer: NAME.zarr, a folder, or NAME.zarr.zip."""
     return path.name.endswith(('.zarr', '.zarr.zip'))
 
 
 def episodes(
     path: Path, contract: PolicyContract, streams: Mapping[str, str], fit: ImageFit
-) -> list[Callable[[], ArraySamples]]:
+) -> list[Callable[[], SampleSource]]:
     """Readers of all episodes, whose frames are taken to be a period of the contract apart.
 
-    streams: arrays of camera keys, joints and commands (empty for none), see `array_samples`.
+    streams: arrays of camera keys, joints and commands (empty for none), see `samples`.
 
     Raises
     ------
@@ -118,35 +117,24 @@ def episodes(
 def _open_episode(
     path: Path, index: int, contract: PolicyContract, streams: Mapping[str, str], fit: ImageFit
 ) -> ArraySamples:
-    name = f'{path}: episode {index}'
-    streams = {**DEFAULT_STREAMS, **streams}
-    with _opened(path) as read_entry:
-        ends = _episode_ends(path, read_entry)
+    cameras = {camera.key: camera.key for camera in contract.observation.cameras}
+    with _opened(path) as read:
+        ends = _episode_ends(path, read)
         rows = slice(int(ends[index - 1]) if index else 0, int(ends[index]))
 
-        def read(key: str, dtype: DTypeLike) -> NDArray[Any]:
-            return _frames(path, read_entry, key, ends).read(dtype, rows)
+        def numbers(key: str) -> tuple[NDArray[np.float64], list[str]]:
+            values = _frames(path, read, key, ends).read(np.float64, rows)
+            flat = values.reshape(len(values), -1)
+            return flat, [f'{key}_{i}' for i in range(flat.shape[1])]
 
-        def columns(stream: str, wanted: Sequence[str]) -> NDArray[np.float64]:
-            parts, names = [], []
-            for selection in parse_selections(streams[stream]):
-                flat = read(selection.array, np.float64).reshape(rows.stop - rows.start, -1)
-                parts.append(flat[:, selection.columns])
-                every = [f'{selection.array}_{i}' for i in range(flat.shape[1])]
-                names += every[selection.columns]
-            return take_columns(np.concatenate(parts, 1), names, wanted, f'{name}: {stream}')
-
-        return ArraySamples(
-            name,
+        return read_arrays(
+            f'{path}: episode {index}',
             contract,
             contract.observation.period_s,
-            columns('joints', contract.observation.joints),
-            columns('commands', contract.action.joints) if streams['commands'] else None,
-            {
-                camera.key: read(streams.get(camera.key, camera.key), np.uint8)
-                for camera in contract.observation.cameras
-            },
+            {**DEFAULT_STREAMS, **cameras, **streams},
             fit,
+            numbers,
+            lambda key: _frames(path, read, key, ends).read(np.uint8, rows),
         )
 
 

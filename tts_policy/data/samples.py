@@ -1,64 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages of a recording to samples of a policy's contract, as the live node converts them.
+"""The one stream of samples that recordings and data sets become.
 
-A message that does not fit is refused and counted, like there. Stamps are header stamps, in
-nanoseconds of the clock that made them.
+Replay, windows and reports read samples alone. `bag_samples` makes them of recorded messages,
+`ArraySamples` of the arrays of an episode with a row a frame. What a stream of such an episode is
+made of is written as array names joined by commas, each with a range of columns if need be:
+`keypoint,state[:2]`. Joints are taken by name where the columns are named like those of the
+contract, and in the order of the columns where their number is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tts_policy.control.conversions import ConversionError, joint_positions, time_to_ns
-from tts_policy.control.images import ImageFit, compressed_to_rgb, raw_to_rgb
-from tts_policy.data.decoding import make_decoder
-from tts_policy.data.reader import BagError, BagReader, RawMessage
+from tts_policy.control.conversions import ConversionError
+from tts_policy.control.images import ImageFit, check_size, fit_image
+from tts_policy.data.reader import BagError
 from tts_policy.policy.contract import PolicyContract
 
-IMAGE = 'sensor_msgs/msg/Image'
-COMPRESSED_IMAGE = 'sensor_msgs/msg/CompressedImage'
-JOINT_STATE = 'sensor_msgs/msg/JointState'
-JOINT_TRAJECTORY = 'trajectory_msgs/msg/JointTrajectory'
-
-
-@dataclass(frozen=True)
-class Topics:
-    """Topic of every stream of the contract; without commands the reference is what was measured.
-
-    cut: a topic each of whose messages begins a new episode.
-    """
-
-    cameras: dict[str, str]
-    joints: str = '/joint_states'
-    commands: str | None = '/joint_trajectory'
-    cut: str | None = None
-
-    @staticmethod
-    def of(contract: PolicyContract, remap: dict[str, str] | None = None) -> Topics:
-        """Topics of the node, absolute; `remap` gives others by camera key or stream name.
-
-        Raises
-        ------
-        BagError
-            for a name that is no camera of the contract, nor joints, commands or cut.
-
-        """
-        remap = remap or {}
-        cameras = {c.key: f'/{c.key}/image' for c in contract.observation.cameras}
-        known = {*cameras, 'joints', 'commands', 'cut'}
-        if set(remap) - known:
-            raise BagError(f'topics: {sorted(known)} expected, got {sorted(set(remap) - known)}')
-        return Topics(
-            {key: remap.get(key, topic) for key, topic in cameras.items()},
-            remap.get('joints', '/joint_states'),
-            remap.get('commands', '/joint_trajectory') or None,
-            remap.get('cut') or None,
-        )
+# Stamps of a data set begin at zero, which in ROS is no time.
+START_NS = 1_000_000_000
+_SELECTION = re.compile(r'([^\[\],]+)(?:\[(\d*):(\d*)\])?')
 
 
 @dataclass(frozen=True)
@@ -111,130 +78,152 @@ class SampleSource(Protocol):
         """One line for everything that did not fit, once all samples were read."""
 
 
-@dataclass
-class Refusals:
-    """Messages of one topic that did not fit, and why the first one did not."""
+@dataclass(frozen=True)
+class Selection:
+    """Columns of one array."""
 
-    reason: str
-    count: int = 0
+    array: str
+    columns: slice
 
 
-@dataclass
-class SampleReader:
-    """Samples of one bag; topics are checked when it is made.
+def parse_selections(text: str) -> list[Selection]:
+    """Inverse of how a stream is written; raises BagError saying what was expected."""
+    selections = []
+    for part in text.split(','):
+        match = _SELECTION.fullmatch(part.strip())
+        if match is None:
+            raise BagError(f'arrays such as keypoint,state[:2] expected, got {text!r}')
+        first, last = (int(number) if number else None for number in match.group(2, 3))
+        selections.append(Selection(match[1], slice(first, last)))
+    return selections
 
-    fit: what is done with images of another size than the contract's, as the node's `image_fit`.
+
+def take_columns(
+    values: NDArray[np.float64],
+    columns: Sequence[str] | None,
+    wanted: Sequence[str],
+    where: str,
+) -> NDArray[np.float64]:
+    """Columns [F, len(wanted)] of values [F, C], by name or else by order.
 
     Raises
     ------
     BagError
-        if a topic is absent, empty or of a type that cannot be converted.
+        if neither names nor number fit, or a value is not finite.
+
+    """
+    named = set(wanted) & set(columns or ())
+    if len(named) == len(wanted):
+        assert columns is not None
+        values = values[:, [list(columns).index(name) for name in wanted]]
+    elif named or values.shape[1] != len(wanted):
+        raise BagError(
+            f'{where}: {len(wanted)} columns {list(wanted)} expected, '
+            f'got {values.shape[1]}{"" if columns is None else f" {list(columns)}"}'
+        )
+    if not np.isfinite(values).all():
+        raise BagError(f'{where}: finite numbers expected, got {values[~np.isfinite(values)][0]}')
+    return values
+
+
+@dataclass(frozen=True)
+class ArraySamples:
+    """Samples of one episode of F frames: joints [F, J], actions [F, A] if there are any.
+
+    images: frames uint8 [H, W, 3] of every camera, in the order of time.
+    """
+
+    name: str
+    contract: PolicyContract
+    frame_s: float
+    joints: NDArray[np.float64]
+    actions: NDArray[np.float64] | None
+    images: Mapping[str, Iterable[NDArray[np.uint8]]]
+    fit: ImageFit = ImageFit.EXACT
+
+    def __post_init__(self) -> None:
+        """Check that a policy could have been trained on this; raises BagError."""
+        observed, acted = self.contract.observation.joints, self.contract.action.joints
+        if self.actions is None and not set(acted) <= set(observed):
+            raise BagError(
+                f'{self.name}: commands expected: {sorted(set(acted) - set(observed))} are not '
+                'observed, so what was done cannot stand for them'
+            )
+
+    @property
+    def has_commands(self) -> bool:
+        """Whether there are actions."""
+        return self.actions is not None
+
+    def problems(self) -> list[str]:
+        """Nothing: what does not fit ends the reading."""
+        return []
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples frame by frame; BagError for an image that does not fit or is missing."""
+        observed = self.contract.observation.joints
+        acted = [observed.index(j) for j in self.contract.action.joints if j in observed]
+        cameras = {key: iter(frames) for key, frames in self.images.items()}
+        for frame, joints in enumerate(self.joints):
+            stamp_ns = START_NS + round(frame * self.frame_s * 1e9)
+            yield Sample('joints', stamp_ns, stamp_ns, joints, joints[acted])
+            if self.actions is not None:
+                command = Command(np.array([stamp_ns]), self.actions[frame : frame + 1])
+                yield Sample('commands', stamp_ns, stamp_ns, command=command)
+            for key, frames in cameras.items():
+                image = next(frames, None)
+                if image is None:
+                    raise BagError(
+                        f'{self.name}: {key}: {len(self.joints)} images expected, got {frame}'
+                    )
+                yield Sample(key, stamp_ns, stamp_ns, self._fitted(key, image))
+
+    def _fitted(self, key: str, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        size = next((c.height, c.width) for c in self.contract.observation.cameras if c.key == key)
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise BagError(f'{self.name}: {key}: images [H, W, 3] expected, got {image.shape}')
+        try:
+            check_size((image.shape[0], image.shape[1]), *size, key, self.fit)
+        except ConversionError as error:
+            raise BagError(f'{self.name}: {error}') from None
+        return fit_image(np.ascontiguousarray(image), *size, self.fit)
+
+
+def read_arrays(
+    name: str,
+    contract: PolicyContract,
+    frame_s: float,
+    streams: Mapping[str, str],
+    fit: ImageFit,
+    numbers: Callable[[str], tuple[NDArray[np.float64], list[str]]],
+    frames: Callable[[str], Iterable[NDArray[np.uint8]]],
+) -> ArraySamples:
+    """Samples of an episode.
+
+    streams: arrays of every camera key, of joints and of commands (empty for none); numbers: gives
+    an array [F, C] and the names of its columns; frames: gives the images of a camera.
+
+    Raises
+    ------
+    BagError
+        if the columns do not fit the contract.
 
     """
 
-    bag: BagReader
-    contract: PolicyContract
-    topics: Topics
-    fit: ImageFit = ImageFit.EXACT
-    refused: dict[str, Refusals] = field(default_factory=dict)
+    def columns(stream: str, wanted: Sequence[str]) -> NDArray[np.float64]:
+        parts, names = [], []
+        for selection in parse_selections(streams[stream]):
+            values, every = numbers(selection.array)
+            parts.append(values[:, selection.columns])
+            names += every[selection.columns]
+        return take_columns(np.concatenate(parts, 1), names, wanted, f'{name}: {stream}')
 
-    def __post_init__(self) -> None:
-        """Check topics and types, and prepare decoding."""
-        observation = self.contract.observation
-        self._camera_of = {topic: key for key, topic in self.topics.cameras.items()}
-        self._size = {c.key: (c.height, c.width) for c in observation.cameras}
-        self._names = list(dict.fromkeys((*observation.joints, *self.contract.action.joints)))
-        self._acted = [self._names.index(name) for name in self.contract.action.joints]
-        cameras = {topic: {IMAGE, COMPRESSED_IMAGE} for topic in self._camera_of}
-        joints = {self.topics.joints: {JOINT_STATE}}
-        for expected in (cameras, joints):
-            self._check(expected, optional=False)
-        self.has_commands = self.topics.commands in self.bag.topics
-        optional: dict[str, set[str]] = {}
-        if self.has_commands and self.topics.commands is not None:
-            optional[self.topics.commands] = {JOINT_TRAJECTORY}
-        self._check(optional, optional=True)
-        self._wanted = [*cameras, *joints, *optional]
-        self._decode = make_decoder(self.bag, self._wanted)
-        if self.topics.cut is not None:
-            if self.topics.cut not in self.bag.topics:
-                raise BagError(f'{self.bag.path}: topic {self.topics.cut!r} expected, not there')
-            self._wanted.append(self.topics.cut)
-
-    def _check(self, expected: dict[str, set[str]], optional: bool) -> None:
-        found = self.bag.topics
-        absent = sorted(set(expected) - set(found))
-        if absent:
-            raise BagError(f'{self.bag.path}: topics {absent} expected, got {sorted(found)}')
-        for topic, types in expected.items():
-            if found[topic].msgtype not in types:
-                raise BagError(
-                    f'{self.bag.path}: {topic}: {" or ".join(sorted(types))} expected, '
-                    f'got {found[topic].msgtype}'
-                )
-            if found[topic].count == 0 and not optional:
-                raise BagError(f'{self.bag.path}: {topic}: messages expected, got none')
-
-    def __iter__(self) -> Iterator[Sample]:
-        """Samples in the order in which they were received; BagError where the bag is damaged."""
-        for raw in self.bag.messages(self._wanted):
-            sample = self.convert(raw)
-            if sample is not None:
-                yield sample
-
-    @property
-    def name(self) -> str:
-        """Where the bag lies."""
-        return str(self.bag.path)
-
-    def problems(self) -> list[str]:
-        """Messages that did not fit, a line for every topic."""
-        return [
-            f'{self.name}: {refused.count} messages do not fit, the first: {refused.reason}'
-            for refused in self.refused.values()
-        ]
-
-    def convert(self, raw: RawMessage) -> Sample | None:
-        """Sample of one message; None, counted and with its reason kept, if it does not fit."""
-        try:
-            return self._convert(raw)
-        except ConversionError as error:
-            refusals = self.refused.setdefault(raw.topic, Refusals(str(error)))
-            refusals.count += 1
-            return None
-
-    def _convert(self, raw: RawMessage) -> Sample:
-        topic = raw.topic
-        if topic == self.topics.cut:
-            return Sample('cut', raw.received_ns, raw.received_ns)
-        msg = self._decode(raw)
-        stamp_ns = time_to_ns(msg.header.stamp)
-        if topic in self._camera_of:
-            key = self._camera_of[topic]
-            convert = raw_to_rgb if raw.msgtype == IMAGE else compressed_to_rgb
-            image = convert(msg, *self._size[key], topic, self.fit)
-            return Sample(key, stamp_ns, raw.received_ns, image)
-        if topic == self.topics.joints:
-            values = joint_positions(msg, self._names, topic)
-            observed = values[: len(self.contract.observation.joints)]
-            return Sample('joints', stamp_ns, raw.received_ns, observed, values[self._acted])
-        # A controller takes a stamp of zero as now.
-        start_ns = stamp_ns or raw.received_ns
-        command = self._command(msg, start_ns, topic)
-        return Sample('commands', start_ns, raw.received_ns, command=command)
-
-    def _command(self, msg: Any, start_ns: int, topic: str) -> Command:
-        names, joints = list(msg.joint_names), self.contract.action.joints
-        missing = [name for name in joints if name not in names]
-        if missing or not msg.points:
-            raise ConversionError(
-                f'{topic}: expected set-points of {list(joints)}, got {len(msg.points)} of {names}'
-            )
-        if any(len(point.positions) != len(names) for point in msg.points):
-            raise ConversionError(f'{topic}: expected one position per joint in every point')
-        order = [names.index(name) for name in joints]
-        due = [time_to_ns(point.time_from_start) for point in msg.points]
-        positions = np.array([np.asarray(p.positions, np.float64)[order] for p in msg.points])
-        if not np.isfinite(positions).all():
-            raise ConversionError(f'{topic}: expected finite set-points')
-        return Command(start_ns + np.asarray(due, np.int64), positions)
+    return ArraySamples(
+        name,
+        contract,
+        frame_s,
+        columns('joints', contract.observation.joints),
+        columns('commands', contract.action.joints) if streams['commands'] else None,
+        {c.key: frames(streams[c.key]) for c in contract.observation.cameras},
+        fit,
+    )

@@ -22,9 +22,9 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 
 from tts_policy.control.conversions import seconds_to_ns
+from tts_policy.data.bag_samples import SampleReader, Topics
 from tts_policy.data.reader import BagError, RawMessage
 from tts_policy.data.replay import ReplaySchedule
-from tts_policy.data.samples import SampleReader, Topics
 from tts_policy.node.interface import compressed_topic
 from tts_policy.node.parameters import Settings, sensor_options, window_spec
 from tts_policy.node.player import NAP_S, BagPlayer, Stopped

@@ -18,8 +18,8 @@ from pathlib import Path
 import rclpy
 from rclpy.signals import SignalHandlerOptions
 
+from tts_policy.data.bag_samples import add_topic_argument, parse_pairs
 from tts_policy.data.reader import BagError, BagReader
-from tts_policy.data.topic_arguments import add_topic_argument, parse_pairs
 from tts_policy.node.lockstep import LockstepError, LockstepPlayback
 from tts_policy.node.player import BagPlayer, PacedPlayback, PlayerSpec, Stopped
 

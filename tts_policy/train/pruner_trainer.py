@@ -210,9 +210,10 @@ class PrunerTrainer:
             self._begin(self.best)
 
     def pruner(self) -> Pruner:
-        """The trained pruner."""
-        pruner = Pruner(self._pruner_spec())
-        with torch.no_grad():
+        """Return the trained pruner; weights that no search sets are drawn from the run's seed."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.spec.seed)
+            pruner = Pruner(self._pruner_spec())
             pruner.tables.copy_(torch.stack([self.tables[s] for s in self.sparsities]))
         return pruner
 

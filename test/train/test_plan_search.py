@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan search on a small untrained policy: its loop, its gradient and what a search may do."""
+"""Plan search on a small untrained policy: its errors, its gradient and what a search may do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tts_policy.policy.denoisers.transformer import TransformerDenoiser, TransformerSpec
-from tts_policy.policy.engines.eager import MaskedLoop
 from tts_policy.policy.plan import (
     Reuse,
     make_plan,
@@ -23,25 +22,25 @@ from tts_policy.policy.plan import (
 )
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.schedulers.scheduler import SchedulerSpec
-from tts_policy.train.lesson_choice import LessonChoice
-from tts_policy.train.lessons import (
-    ActionError,
-    Lesson,
-    LessonBatch,
-    SharedPlanLoop,
-    forced_cells,
-    make_lessons,
-)
 from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
+from tts_policy.train.plan_starts import refined, refinement_steps
 from tts_policy.train.pruner_trainer import plan_table
-from tts_policy.train.refinement import refined, refinement_steps
 from tts_policy.train.replicas import Replicas
 from tts_policy.train.reuse_gradient import Flip, flipped, reuse_gradient
-from tts_policy.train.tick_sequences import DenseTeacher, TickSequence
+from tts_policy.train.sequences import (
+    ActionError,
+    DenseTeacher,
+    PlanErrors,
+    SequenceBatch,
+    SequenceChoice,
+    TickSequence,
+    TrainingSequence,
+)
 
 MEASURE = ActionError(first=1, execute=4)
 KINDS = np.arange(6) % 3
+FORCED = np.arange(6)[:, None].repeat(6, 1) == 0
 DDIM = SchedulerSpec('ddim', 5, 20)
 DDPM = SchedulerSpec('ddpm', 6, 6)
 
@@ -66,37 +65,38 @@ def _teacher(scheduler: SchedulerSpec, scale: float = 5.0) -> DenseTeacher:
 def test_the_teacher_has_the_noise_of_its_sampler() -> None:
     for temperature in (0.0, 0.5):
         spec = SamplerSpec(DDPM, temperature=temperature)
-        initial, step = DenseTeacher(_Network(1.0), spec).noise(3)  # type: ignore[arg-type]
-        whole = _teacher(DDPM).noise(3)
-        assert torch.equal(initial, temperature * whole[0]) and initial.shape == (1, 6, 3)
-        assert torch.equal(step, temperature * whole[1])
+        cache = DenseTeacher(_Network(1.0), spec).cache(3)  # type: ignore[arg-type]
+        whole = _teacher(DDPM).cache(3)
+        assert torch.equal(cache.initial_noise, temperature * whole.initial_noise)
+        assert torch.equal(cache.step_noise, temperature * whole.step_noise)
+        assert cache.initial_noise.shape == (1, 6, 3)
 
 
 def test_a_batch_of_several_processes_holds_its_share_and_counts_all() -> None:
     alone = _teacher(DDIM)
-    lessons = _lessons(alone, 5)
-    lessons[4] = replace(lessons[4], target=lessons[4].target[:2])
-    whole = LessonBatch(alone, lessons)
+    sequences = _sequences(alone, 5)
+    sequences[4] = replace(sequences[4], target=sequences[4].target[:2])
+    whole = SequenceBatch(alone, sequences)
     sizes = []
     for rank in range(3):
         teacher = DenseTeacher(_Network(5.0), SamplerSpec(DDIM), Replicas(rank, 3))  # type: ignore[arg-type]
-        batch = LessonBatch(teacher, lessons)
+        batch = SequenceBatch(teacher, sequences)
         assert (batch.count, batch.ticks) == (whole.count, whole.ticks) == (5, 2)
         sizes.append(batch.size)
         assert batch.targets.shape[1] == batch.size
     assert sizes == [1, 2, 2]
-    empty = LessonBatch(
-        DenseTeacher(_Network(5.0), SamplerSpec(DDIM), Replicas(0, 3)), lessons[:1]
+    empty = SequenceBatch(
+        DenseTeacher(_Network(5.0), SamplerSpec(DDIM), Replicas(0, 3)), sequences[:1]
     )  # type: ignore[arg-type]
     assert (empty.size, empty.count) == (0, 1)
 
 
-def _lessons(teacher: DenseTeacher, count: int, ticks: int = 3) -> list[Lesson]:
+def _sequences(teacher: DenseTeacher, count: int, ticks: int = 3) -> list[TrainingSequence]:
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(count, 1, 2, 5, generator=generator)
     drift = 0.3 * torch.randn(count, ticks, 2, 5, generator=generator).cumsum(1)
-    return make_lessons(
-        teacher, [TickSequence(features, n) for n, features in enumerate(start + drift)]
+    return teacher.with_targets(
+        [TickSequence(features, n) for n, features in enumerate(start + drift)]
     )
 
 
@@ -108,23 +108,21 @@ def _random_plan(seed: int, steps: int, sparsity: float) -> np.ndarray:
 @pytest.mark.parametrize('scheduler', [DDIM, DDPM], ids=['ddim', 'ddpm'])
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000), sparsity=st.sampled_from([0.2, 0.5, 0.8]))
-def test_the_shared_plan_loop_is_the_engine_for_every_episode(
+def test_a_batch_of_sequences_gives_what_each_gives_alone(
     scheduler: SchedulerSpec, seed: int, sparsity: float
 ) -> None:
     teacher = _teacher(scheduler)
-    lessons = _lessons(teacher, 3)
-    batch, loop = LessonBatch(teacher, lessons), SharedPlanLoop(teacher)
+    sequences = _sequences(teacher, 3)
+    batch, errors = SequenceBatch(teacher, sequences), PlanErrors(teacher, MEASURE)
     plans = [_random_plan(seed + n, scheduler.steps, sparsity) for n in range(2)]
-    store = batch.first_tick.clone()
-    together = [loop.tick(batch, n + 1, plan, store) for n, plan in enumerate(plans)]
-    for row, lesson in enumerate(lessons):
-        cache = teacher.first_tick(lesson.sequence)
+    cache = batch.cache()
+    together = [errors.tick(batch, n + 1, plan, cache) for n, plan in enumerate(plans)]
+    for row, sequence in enumerate(sequences):
+        cache = teacher.first_tick(sequence.sequence)
         for tick, plan in enumerate(plans):
-            teacher.conditioner.encode(lesson.sequence.features[tick + 1 : tick + 2])
+            teacher.conditioner.encode(sequence.sequence.features[tick + 1 : tick + 2])
             with torch.no_grad():
-                alone = MaskedLoop(
-                    teacher.denoiser, teacher.scheduler, teacher.conditioner, cache
-                ).run(plan)
+                alone = teacher.loop(cache).run(plan)
             cache.commit(plan)
             assert (together[tick][row] - alone[0]).abs().max() < 1e-4
 
@@ -134,16 +132,19 @@ def test_the_reuse_gradient_is_the_derivative_by_the_features_reused(
     scheduler: SchedulerSpec,
 ) -> None:
     teacher = _teacher(scheduler, scale=3.0)
-    batch, loop = LessonBatch(teacher, _lessons(teacher, 4, ticks=2)), SharedPlanLoop(teacher)
+    batch, errors = (
+        SequenceBatch(teacher, _sequences(teacher, 4, ticks=2)),
+        PlanErrors(teacher, MEASURE),
+    )
     plan = _random_plan(3, scheduler.steps, 0.6)
-    gradient = reuse_gradient(loop, batch, plan, MEASURE)
-    base = loop.error(batch, plan, MEASURE)
+    gradient = reuse_gradient(errors, batch, plan)
+    base = errors.mean(batch, plan)
     for step, block in np.argwhere(plan == Reuse.ROLLOUT):
         # A rollout feature scaled by 1 + e changes the error by e times its product.
         scaled = copy.copy(batch)
         scaled.first_tick = batch.first_tick.clone()
         scaled.first_tick[step, block] *= 1.001
-        derivative = (loop.error(scaled, plan, MEASURE) - base) / 0.001
+        derivative = (errors.mean(scaled, plan) - base) / 0.001
         assert derivative == pytest.approx(gradient.rollout[step, block], abs=5e-4)
     assert np.abs(gradient.rollout[plan == Reuse.ROLLOUT]).max() > 0.02
     assert gradient.change(plan) == 0.0
@@ -152,12 +153,15 @@ def test_the_reuse_gradient_is_the_derivative_by_the_features_reused(
 @pytest.mark.parametrize('scheduler', [DDIM, DDPM], ids=['ddim', 'ddpm'])
 def test_the_reuse_gradient_foretells_what_flips_change(scheduler: SchedulerSpec) -> None:
     teacher = _teacher(scheduler, scale=1.0)
-    batch, loop = LessonBatch(teacher, _lessons(teacher, 4, ticks=2)), SharedPlanLoop(teacher)
+    batch, errors = (
+        SequenceBatch(teacher, _sequences(teacher, 4, ticks=2)),
+        PlanErrors(teacher, MEASURE),
+    )
     plan = _random_plan(3, scheduler.steps, 0.6)
-    gradient = reuse_gradient(loop, batch, plan, MEASURE)
-    base = loop.error(batch, plan, MEASURE)
+    gradient = reuse_gradient(errors, batch, plan)
+    base = errors.mean(batch, plan)
     flips = [f for f in gradient.flips(tuple(Reuse)) if 0 < abs(f.change) < 0.2 * base]
-    measured = [loop.error(batch, flipped(plan, KINDS, flip), MEASURE) - base for flip in flips]
+    measured = [errors.mean(batch, flipped(plan, KINDS, flip)) - base for flip in flips]
     assert len(flips) > 20
     assert np.corrcoef([flip.change for flip in flips], measured)[0, 1] > 0.9
 
@@ -171,15 +175,15 @@ def test_a_search_lowers_the_error_and_keeps_budget_and_forced_cells(
     cost: tuple[float, ...], reached: float
 ) -> None:
     teacher = _teacher(DDPM)
-    lessons = _lessons(teacher, 6)
-    loop, batch = SharedPlanLoop(teacher), LessonBatch(teacher, lessons)
-    sample = LessonBatch(teacher, lessons[:3])
-    forced = forced_cells((6, 6), force_first_step=True)
+    sequences = _sequences(teacher, 6)
+    errors, batch = PlanErrors(teacher, MEASURE), SequenceBatch(teacher, sequences)
+    sample = SequenceBatch(teacher, sequences[:3])
+    forced = FORCED
     budget = PlanBudget(12, np.array(cost * 2))
-    search = PlanSearch(loop, MEASURE, static_plan(6, 6, 1), budget, forced, SearchSpec(trials=6))
+    search = PlanSearch(errors, static_plan(6, 6, 1), budget, forced, SearchSpec(trials=6))
     while search.computed < budget.cells:
         search.grow(sample)
-    error = loop.error(batch, search.plan, MEASURE)
+    error = errors.mean(batch, search.plan)
     first = error
     random = np.random.default_rng(0)
     for _ in range(8):
@@ -188,7 +192,7 @@ def test_a_search_lowers_the_error_and_keeps_budget_and_forced_cells(
         assert search.computed == 12 and budget.affords(search.plan)
         assert (search.plan[0] == Reuse.COMPUTE).all()
         error = after
-        assert loop.error(batch, search.plan, MEASURE) == pytest.approx(error)
+        assert errors.mean(batch, search.plan) == pytest.approx(error)
     assert error < reached * first
 
 
@@ -197,12 +201,12 @@ def test_a_plan_that_is_too_dear_shrinks_into_the_budget_and_keeps_forced_cells(
     cells: int,
 ) -> None:
     teacher = _teacher(DDPM)
-    batch = LessonBatch(teacher, _lessons(teacher, 3))
-    forced = forced_cells((6, 6), force_first_step=True)
+    batch = SequenceBatch(teacher, _sequences(teacher, 3))
+    forced = FORCED
     # Three whole passes; the reserve makes even as many cells of whole passes too dear.
     budget = PlanBudget(cells, np.array((4.0, 2.0, 8.0) * 2), reserve=3.0)
     start = static_plan(6, 6, 3)
-    search = PlanSearch(SharedPlanLoop(teacher), MEASURE, start, budget, forced, SearchSpec())
+    search = PlanSearch(PlanErrors(teacher, MEASURE), start, budget, forced, SearchSpec())
     assert not search.affordable
     while not search.affordable and search.shrink(batch):
         assert (search.plan[0] == Reuse.COMPUTE).all()
@@ -216,11 +220,11 @@ def test_a_plan_that_is_too_dear_shrinks_into_the_budget_and_keeps_forced_cells(
 
 def test_a_plan_of_forced_cells_alone_does_not_shrink() -> None:
     teacher = _teacher(DDPM)
-    batch = LessonBatch(teacher, _lessons(teacher, 3))
-    forced = forced_cells((6, 6), force_first_step=True)
+    batch = SequenceBatch(teacher, _sequences(teacher, 3))
+    forced = FORCED
     budget = PlanBudget(6, np.array((4.0, 2.0, 8.0) * 2), reserve=3.0)
     start = static_plan(6, 6, 1)
-    search = PlanSearch(SharedPlanLoop(teacher), MEASURE, start, budget, forced, SearchSpec())
+    search = PlanSearch(PlanErrors(teacher, MEASURE), start, budget, forced, SearchSpec())
     assert not search.affordable and not search.shrink(batch)
     assert np.array_equal(search.plan, start)
 
@@ -280,7 +284,7 @@ def test_a_table_in_half_precision_is_refined_pass_by_pass(steps: int, blocks: i
     plan[refinement_steps(plan)[2], : blocks // 3] = Reuse.COMPUTE
     budget = PlanBudget(int((plan == Reuse.COMPUTE).sum()), np.ones(blocks))
     forced = np.zeros(plan.shape, bool)
-    search = PlanSearch(SharedPlanLoop(teacher), MEASURE, plan, budget, forced, SearchSpec())
+    search = PlanSearch(PlanErrors(teacher, MEASURE), plan, budget, forced, SearchSpec())
     table = plan_table(plan, search.ranking()).half().float().numpy()
     kinds, valid = np.arange(blocks) % 3, np.ones(plan.shape, bool)
     for passes in range(steps - 3):
@@ -297,37 +301,37 @@ def test_a_flip_that_takes_away_a_source_leaves_a_plan_that_can_be_executed() ->
     assert (np.delete(without, 2, axis=1) == np.delete(plan, 2, axis=1)).all()
 
 
-def test_lessons_in_which_reuse_errs_most_are_drawn_more_often() -> None:
+def test_sequences_in_which_reuse_errs_most_are_drawn_more_often() -> None:
     teacher = _teacher(DDIM)
-    lessons, loop = _lessons(teacher, 8), SharedPlanLoop(teacher)
-    choice = LessonChoice(teacher, lessons, preference=0.5)
+    sequences, errors = _sequences(teacher, 8), PlanErrors(teacher, MEASURE)
+    choice = SequenceChoice(teacher, sequences, preference=0.5)
     plan = _random_plan(1, DDIM.steps, 0.8)
-    choice.judge(loop, plan, MEASURE, size=3)
-    alone = [loop.error(LessonBatch(teacher, [lesson]), plan, MEASURE) for lesson in lessons]
+    choice.measure(errors, plan, size=3)
+    alone = [errors.mean(SequenceBatch(teacher, [sequence]), plan) for sequence in sequences]
     assert choice.errors.tolist() == pytest.approx(alone, rel=1e-3)
     random = np.random.default_rng(0)
     counts = np.zeros(8)
     for _ in range(4000):
         (drawn,) = choice.draw(random, 1)
-        counts[next(n for n, lesson in enumerate(lessons) if lesson is drawn)] += 1
+        counts[next(n for n, sequence in enumerate(sequences) if sequence is drawn)] += 1
     expected = 0.5 / 8 + 0.5 * np.array(alone) / sum(alone)
     assert expected.max() > 1.2 * expected.min()
     assert counts / 4000 == pytest.approx(expected, abs=0.03)
 
 
-def test_without_preference_all_lessons_are_alike() -> None:
+def test_without_preference_all_sequences_are_alike() -> None:
     teacher = _teacher(DDIM)
-    choice = LessonChoice(teacher, _lessons(teacher, 4), preference=0.0)
-    choice.judge(SharedPlanLoop(teacher), _random_plan(1, 5, 0.8), MEASURE, size=2)
+    choice = SequenceChoice(teacher, _sequences(teacher, 4), preference=0.0)
+    choice.measure(PlanErrors(teacher, MEASURE), _random_plan(1, 5, 0.8), size=2)
     assert choice.errors is None
     assert len(choice.draw(np.random.default_rng(0), 9)) == 4
-    with pytest.raises(ValueError, match=r'preference must be in \[0, 1\], got 2'):
-        LessonChoice(teacher, _lessons(teacher, 2), preference=2)
+    with pytest.raises(ValueError, match=r'preference: expected a share in \[0, 1\], got 2'):
+        SequenceChoice(teacher, _sequences(teacher, 2), preference=2)
 
 
-def test_lessons_without_an_error_are_drawn_when_there_are_no_others() -> None:
+def test_sequences_without_an_error_are_drawn_when_there_are_no_others() -> None:
     teacher = _teacher(DDIM)
-    choice = LessonChoice(teacher, _lessons(teacher, 4), preference=1.0)
+    choice = SequenceChoice(teacher, _sequences(teacher, 4), preference=1.0)
     for errors in ([0.0, 0.0, 0.0, 0.0], [0.0, 0.3, 0.0, 0.0]):
         choice.errors = torch.tensor(errors)
-        assert len({id(lesson) for lesson in choice.draw(np.random.default_rng(0), 3)}) == 3
+        assert len({id(sequence) for sequence in choice.draw(np.random.default_rng(0), 3)}) == 3

@@ -78,7 +78,7 @@ def test_a_table_is_added_beside_those_a_bundle_has(
     first = more.index('--sparsities') + 1
     more[first : first + 2] = ['0.7']
     assert train_pruner.main([*more, '--add']) == 2
-    assert 'pruner with tables for 6 blocks expected, got none' in capsys.readouterr().err
+    assert 'expected a pruner with tables for 6 blocks, got none' in capsys.readouterr().err
     assert train_pruner.main(_pruner_command(bags, bundle, tmp_path / 'first')) == 0
     before = _pruner(bundle)
     assert train_pruner.main([*more, '--add']) == 0
@@ -150,7 +150,7 @@ def test_a_run_of_other_settings_is_not_continued(
     command = _pruner_command(bags, bundle, tmp_path)
     assert train_pruner.main(command) == 0
     assert train_pruner.main([*command, '--seed', '1']) == 2
-    assert '--seed: this run began with 0, got 1' in capsys.readouterr().err
+    assert '--seed: expected 0, with which this run began, got 1' in capsys.readouterr().err
 
 
 def _change_policy(bundle: Path) -> None:
@@ -190,10 +190,10 @@ def test_plans_of_a_policy_are_not_given_to_another(
     # The pruner that it made does not keep it from being repeated.
     assert train_pruner.main(command) == 0
     _change_sampler(bundle, temperature=0.5)
-    assert _refused(command, 'sampler of --bundle: this run began with', capsys)
+    assert _refused(command, 'sampler of --bundle: expected ', capsys)
     _change_sampler(bundle, temperature=1.0)
     _change_policy(bundle)
-    assert _refused(command, 'policy of --bundle: this run began with', capsys)
+    assert _refused(command, 'policy of --bundle: expected ', capsys)
     assert load_bundle(bundle).sampler('ddim10')[1] is None
 
 
@@ -203,7 +203,9 @@ def test_a_search_is_continued_at_the_sparsities_that_it_began_with(
     bundle, command = searched
     assert train_pruner.main([*command, '--sparsities', '0.8']) == 0
     _change_sampler(bundle, recommended_sparsity=0.7)
-    assert _refused(command, '--sparsities: this run began with [0.8], got [0.7]', capsys)
+    assert _refused(
+        command, '--sparsities: expected [0.8], with which this run began, got [0.7]', capsys
+    )
 
 
 def test_a_search_is_continued_with_the_prior_that_it_began_with(
@@ -216,7 +218,7 @@ def test_a_search_is_continued_with_the_prior_that_it_began_with(
     assert train_pruner.main([*command, '--prior', str(prior)]) == 0
     moved = prior.rename(tmp_path / 'moved')
     assert train_pruner.main([*command, '--prior', str(moved)]) == 0
-    assert _refused(command, 'plans of --prior: this run began with', capsys)
+    assert _refused(command, 'plans of --prior: expected ', capsys)
 
 
 def test_noise_that_is_drawn_for_every_chunk_is_refused(
@@ -225,7 +227,7 @@ def test_noise_that_is_drawn_for_every_chunk_is_refused(
     bundle = Path(shutil.copytree(bundle, tmp_path / 'bundle'))
     command = _short_command(bags, bundle, tmp_path / 'out')
     _change_sampler(bundle, hold_noise=False)
-    assert _refused(command, "expected of 'ddim10'", capsys)
+    assert _refused(command, "expected 'ddim10' to have hold_noise", capsys)
     _change_sampler(bundle, temperature=0.0)
     assert train_pruner.main(command) == 0
 
@@ -249,7 +251,7 @@ def test_numbers_that_no_search_can_do_with_are_refused(
     # Before anything is read.
     command = ['absent', '--bundle', 'absent', '--sampler', 'ddim10', '--out', 'absent']
     assert train_pruner.main([*command, option, value]) == 2
-    expected = f'{option} must be at least {least}, got {value}'
+    expected = f'{option}: expected at least {least}, got {value}'
     assert capsys.readouterr().err == f'train_pruner: {expected}\n'
 
 
@@ -273,12 +275,12 @@ def test_plans_of_another_bundle_are_starts(bags: Path, bundle: Path, tmp_path: 
     ('arguments', 'reason'),
     [
         (['--sampler', 'euler'], "one of ['ddim10', 'ddpm100'], got 'euler'"),
-        (['--sampler', 'ddim10', '--prior-sampler', 'ddim10'], '--prior expected with it'),
+        (['--sampler', 'ddim10', '--prior-sampler', 'ddim10'], 'expected --prior with it'),
         (
             ['--sampler', 'ddim10', '--bundle', 'absent'],
             'absent/model.yaml: expected a bundle file',
         ),
-        (['--sampler', 'ddim10', '--sparsities', '0.95'], 'must be in (0, 0.9], got 0.95'),
+        (['--sampler', 'ddim10', '--sparsities', '0.95'], 'expected in (0, 0.9], got 0.95'),
         (['--sampler', 'ddim10', '--held-out', '2'], '2 or more episodes of more than 8 windows'),
     ],
 )

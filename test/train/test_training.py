@@ -25,7 +25,7 @@ from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 from tts_policy.sim.panda import PANDA_CONTRACT
 from tts_policy.train import train_policy
-from tts_policy.train.stop_request import StopRequest
+from tts_policy.train.training_run import StopRequest
 
 
 def _weights(bundle: Path) -> dict[str, Tensor]:
@@ -110,10 +110,18 @@ def test_an_interrupt_that_is_ignored_stays_so() -> None:
 @pytest.mark.parametrize(
     ('option', 'value', 'reason'),
     [
-        ('--objective', 'flow', 'network objective: this run began with diffusion, got flow'),
-        ('--seed', '1', 'training seed: this run began with 0, got 1'),
-        ('--learning-rate', '1', 'training learning_rate: this run began with 0.0003, got 1.0'),
-        ('--width', '40', 'network width: this run began with 32, got 40'),
+        (
+            '--objective',
+            'flow',
+            'network objective: expected diffusion, with which this run began, got flow',
+        ),
+        ('--seed', '1', 'training seed: expected 0, with which this run began, got 1'),
+        (
+            '--learning-rate',
+            '1',
+            'training learning_rate: expected 0.0003, with which this run began, got 1.0',
+        ),
+        ('--width', '40', 'network width: expected 32, with which this run began, got 40'),
     ],
 )
 def test_a_training_of_other_settings_is_not_continued(
@@ -129,7 +137,7 @@ def test_a_training_of_other_settings_is_not_continued(
     command = [str(bags), '--out', str(out), '--steps', '6', '--encoder-steps', '2', *SMALL]
     before = (out / 'bundle' / 'model.yaml').read_bytes()
     assert train_policy.main([*command, option, value]) == 2
-    expected = f'train_policy: {out}: {reason}; another --out begins a new one'
+    expected = f'train_policy: {out}: {reason}; another --out begins a new run'
     assert capsys.readouterr().err.splitlines()[-1] == expected
     assert (out / 'bundle' / 'model.yaml').read_bytes() == before
 
@@ -143,7 +151,7 @@ def test_a_checkpoint_of_an_earlier_version_is_not_continued(
     torch.save(state, out / 'checkpoint.pt')
     command = [str(bags), '--out', str(out), '--steps', '6', '--encoder-steps', '2', *SMALL]
     assert train_policy.main(command) == 2
-    assert 'this run began with an unknown one' in capsys.readouterr().err
+    assert 'expected an unknown value, with which this run began' in capsys.readouterr().err
 
 
 def test_a_training_goes_on_for_longer_than_it_was_meant_to(
@@ -177,7 +185,7 @@ def test_a_training_starts_from_the_weights_of_another_bundle(
     contract['action']['execute'] -= 1
     (tmp_path / 'contract.yaml').write_text(yaml.safe_dump(contract))
     assert train_policy.main([*command, '--contract', str(tmp_path / 'contract.yaml')]) == 2
-    assert 'observation and action must be those to be trained' in capsys.readouterr().err
+    assert 'observation and action: expected those to be trained' in capsys.readouterr().err
 
 
 def test_residual_blocks_that_are_added_to_a_camera_encoder_change_nothing_at_first(
@@ -238,7 +246,7 @@ def test_another_objective_than_that_of_the_initial_bundle_is_refused(
 ) -> None:
     command = [str(bags), '--out', str(tmp_path), '--initial', str(bundle), '--objective', 'flow']
     assert train_policy.main(command) == 2
-    expected = '--objective: diffusion, that of --initial, expected, got flow'
+    expected = '--objective: expected diffusion, that of --initial, got flow'
     assert capsys.readouterr().err == f'train_policy: {expected}\n'
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan may compute: a number of cells, at no more than so many whole passes would cost.
+"""The budget of a plan: a number of cells, and the cost of as many cells of whole passes.
 
-The sparsity of a plan counts cells, but a feed-forward block costs four times a cross-attention
-block. A search that counts cells alone gathers the dear ones. So the computed cells may not cost
-more than as many cells of whole denoiser passes, which is what a static schedule executes, less
-what the pruner itself costs.
+Sparsity counts cells, but a feed-forward block costs four times as much as a cross-attention
+block. A search that only counts cells collects expensive ones. So the computed cells may not cost
+more than the same number of cells in whole denoiser passes, which a static schedule executes,
+minus the cost of the pruner itself.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from tts_policy.policy.plan import Plan, Reuse
 from tts_policy.train.reuse_gradient import Flip
 
-# Of a block's column, flips this close in steps replace one another: their changes do not add up.
+# Changes of flips in the same block and this close in steps do not add up.
 NEIGHBOURS = 2
-# Error that one mean cell of cost may be worth, the cheapest first.
+# Prices of one average cell in units of error, in ascending order.
 PRICES = (0.0, *np.geomspace(1e-7, 1.0, 57).tolist())
 
 
 class PlanBudget:
-    """Budget of `cells` computed cells, whose cost is that of average cells at most.
+    """Budget of `cells` computed cells that together cost at most as much as average cells.
 
-    block_cost [N]: cost of every block in any unit; reserve: cost in that unit that the cells stay
-    below the average by.
+    block_cost [N]: cost of every block in any unit; reserve: part of the budget, in that unit,
+    that the cells may not use.
     """
 
     def __init__(self, cells: int, block_cost: NDArray[np.number], reserve: float = 0.0) -> None:
@@ -37,23 +37,24 @@ class PlanBudget:
         self._reserve = reserve / mean
 
     @property
-    def dear(self) -> NDArray[np.bool_]:
+    def expensive(self) -> NDArray[np.bool_]:
         """Blocks [N] that cost more than the mean."""
         return self._excess > 0
 
     def room(self, plan: Plan) -> float:
-        """Cost, in mean cells, that a plan could add before it is too dear; negative if it is."""
+        """Return the cost in average cells that a plan may still add; negative if over budget."""
         computed = (plan == Reuse.COMPUTE).sum(axis=0)
         return -self._reserve - float(computed @ self._excess)
 
     def affords(self, plan: Plan) -> bool:
-        """Whether the plan computes no more, and nothing dearer, than the budget allows."""
+        """Return whether the plan is within the budget in both number and cost of cells."""
         return int((plan == Reuse.COMPUTE).sum()) <= self.cells and self.room(plan) >= -1e-9
 
     def additions(self, flips: Sequence[Flip], count: int, room: float) -> list[Flip]:
-        """The `count` most promising flips to COMPUTE that fit into the room together.
+        """Return the `count` most promising flips to COMPUTE whose total cost fits into the room.
 
-        Neighbours come in only where there are not enough others. The cheapest ones, if none fit.
+        Neighbours are used only if there are not enough others. If none fit, the cheapest are
+        returned.
         """
 
         def choose(price: float) -> tuple[list[Flip], list[Flip]]:
@@ -67,7 +68,7 @@ class PlanBudget:
     def exchange(
         self, additions: Sequence[Flip], removals: Sequence[Flip], count: int, room: float
     ) -> tuple[list[Flip], list[Flip]]:
-        """At most `count` additions, and as many removals, that fit into the room together."""
+        """Return at most `count` additions, and as many removals, that fit into the room."""
 
         def choose(price: float) -> tuple[list[Flip], list[Flip]]:
             added = apart(self._priced(additions, price), count)
@@ -85,7 +86,7 @@ class PlanBudget:
     def _fitting(
         self, choose: Callable[[float], tuple[list[Flip], list[Flip]]], room: float
     ) -> tuple[list[Flip], list[Flip]]:
-        """The choice at the lowest price of cost at which it fits, or that at the highest."""
+        """Return the choice at the lowest price at which it fits, or that at the highest price."""
         low, high = 0, len(PRICES) - 1
         while low < high:
             middle = (low + high) // 2
@@ -98,7 +99,7 @@ class PlanBudget:
 
 
 def apart(flips: Sequence[Flip], count: int) -> list[Flip]:
-    """The first `count` flips that are not neighbours of one another."""
+    """Return the first `count` flips that are not neighbours of one another."""
     chosen: list[Flip] = []
     for flip in flips:
         if len(chosen) >= count:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of a policy on windows of demonstrations: its losses, and what survives a stop.
+"""Training of a policy on windows of demonstrations: losses, optimiser and checkpoints.
 
 See `train_policy` for the order in which encoder and denoiser are trained.
 """
@@ -7,6 +7,7 @@ See `train_policy` for the order in which encoder and denoiser are trained.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 from tts_policy.policy.schedulers.flow import flow_targets
 from tts_policy.policy.schedulers.noise_schedule import TrainingNoise
 from tts_policy.policy.schedulers.scheduler import FLOW, SchedulerSpec
-from tts_policy.train.checkpoint import (
+from tts_policy.train.training_run import (
     check_settings,
     digest,
     read_checkpoint,
@@ -31,7 +32,7 @@ from tts_policy.train.checkpoint import (
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """Optimisation settings; `encoder_steps` of `steps` train the encoder alone.
+    """Optimisation settings; the first `encoder_steps` of `steps` train the encoder alone.
 
     bfloat16: matrix products and convolutions in that precision, weights and sums in float32.
     """
@@ -49,18 +50,18 @@ class TrainingSpec:
     bfloat16: bool = False
 
     def learning_rate_factor(self, step: int) -> float:
-        """Linear warm-up, then half a cosine; the denoiser gets a warm-up of its own."""
+        """Return the factor of a step: linear warm-up, one for each phase, and half a cosine."""
         first = 0 if step < self.encoder_steps else self.encoder_steps
         warmup = min(1.0, (step - first + 1) / self.warmup_steps)
         return warmup * (0.02 + 0.49 * (1 + math.cos(math.pi * step / self.steps)))
 
     def ema_decay(self, step: int) -> float:
-        """Decay that grows with the step, as in Diffusion Policy's EMA model."""
+        """Return a decay that grows with the step, as in Diffusion Policy's EMA model."""
         return min(self.ema_max, 1 - (1 + max(step - self.encoder_steps, 0)) ** -self.ema_power)
 
 
 class PolicyTrainer:
-    """Owns network, average, optimiser and random state of one training run."""
+    """Owns network, moving average, optimiser and random state of one training run."""
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class PolicyTrainer:
         self.spec, self.windows, self.step = spec, windows, 0
         self.network = PolicyNetwork(contract, network)
         if initial is not None:
-            # Residual blocks of the camera encoder that it lacks are identities.
+            # Residual blocks that the initial camera encoder lacks begin as identities.
             self.network.load_state_dict(self.network.state_dict() | initial.state_dict())
         actions, joints = windows.actions, windows.joints
         self.network.action_normalizer.fit(actions.amin(0), actions.amax(0))
@@ -106,7 +107,7 @@ class PolicyTrainer:
         )
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """Denoising loss (zero while the encoder trains alone) and regression loss of a batch."""
+        """Return denoising loss (zero during encoder training) and regression loss of a batch."""
         spec, network = self.spec, self.network
         index = torch.randint(len(self.windows), (spec.batch,), generator=self.generator)
         images, joints, actions = self.windows.gather(index)
@@ -125,34 +126,59 @@ class PolicyTrainer:
         predicted = network.denoiser(self.noise.add(target, noise, t), t, features)
         return F.mse_loss(predicted.float(), noise), regression
 
+    def _backward(self) -> tuple[Tensor, Tensor]:
+        with torch.autocast('cpu', torch.bfloat16, enabled=self.spec.bfloat16):
+            denoising, regression = self.losses()
+        weight = 1.0 if self.step < self.spec.encoder_steps else self.spec.auxiliary_weight
+        self.optimizer.zero_grad(set_to_none=True)
+        (denoising + weight * regression).backward()
+        return denoising, regression
+
     def train_step(self) -> dict[str, float]:
-        """One optimiser step; returns the losses."""
+        """Take one optimiser step; return the losses."""
         factor = self.spec.learning_rate_factor(self.step)
         for group in self.optimizer.param_groups:
             group['lr'] = self.spec.learning_rate * factor
-        with torch.autocast('cpu', torch.bfloat16, enabled=self.spec.bfloat16):
-            denoising, regression = self.losses()
-        encoder_only = self.step < self.spec.encoder_steps
-        weight = 1.0 if encoder_only else self.spec.auxiliary_weight
-        self.optimizer.zero_grad(set_to_none=True)
-        (denoising + weight * regression).backward()
+        denoising, regression = self._backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        if not encoder_only:
+        if self.step >= self.spec.encoder_steps:
             self.average.update_parameters(self.network)
         self.step += 1
         return {'denoising': denoising.item(), 'regression': regression.item()}
 
+    def seconds_left(self) -> float:
+        """Estimate the time to the last step from one measured step of each phase.
+
+        Losses and gradients are computed as in training, and then dropped: weights, step and
+        random numbers stay as they are. Saving and validation are not included.
+        """
+        step, state, left = self.step, self.generator.get_state(), 0.0
+        encoder_end = min(self.spec.encoder_steps, self.spec.steps)
+        for first, last in ((0, encoder_end), (encoder_end, self.spec.steps)):
+            if (count := last - max(step, first)) <= 0:
+                continue
+            self.step = first
+            with torch.random.fork_rng(devices=[]):
+                self._backward()
+                started = time.perf_counter()
+                self._backward()
+            left += count * (time.perf_counter() - started)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.generator.set_state(state)
+        self.step = step
+        return left
+
     @property
     def averaged_network(self) -> PolicyNetwork:
-        """The moving average, in evaluation mode."""
+        """Network of the moving average, in evaluation mode."""
         network = self.average.module
         assert isinstance(network, PolicyNetwork)
         return network.eval()
 
     @torch.inference_mode()
     def action_error(self, windows: Windows, count: int = 64) -> float:
-        """Mean absolute error (normalised units) of ten-step samples on windows held out."""
+        """Return the mean absolute error (normalised) of ten-step samples on held-out windows."""
         network = self.averaged_network
         generator = torch.Generator().manual_seed(0)
         index = torch.randperm(len(windows), generator=generator)[:count]
@@ -167,7 +193,7 @@ class PolicyTrainer:
         return (x - target).abs().mean().item()
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint that `load` continues from."""
+        """Write a checkpoint for `load`."""
         state = {
             'settings': self.settings,
             'step': self.step,
@@ -180,9 +206,9 @@ class PolicyTrainer:
         write_checkpoint(folder, state)
 
     def load(self, folder: Path) -> bool:
-        """Continue from the checkpoint in `folder`, False where there is none.
+        """Continue from the checkpoint in `folder`; return False if there is none.
 
-        Raises ValueError if it is another run's.
+        Raises ValueError if it belongs to another run.
         """
         state = read_checkpoint(folder)
         if state is None:
@@ -203,9 +229,9 @@ def run_settings(
     spec: TrainingSpec,
     initial: PolicyNetwork | None,
 ) -> dict[str, str]:
-    """What a resumed run must have in common with the one it continues, by name.
+    """Return what a continued run must have in common with its beginning, by name.
 
-    Not the number of steps: a run may go on for longer than it was meant to.
+    The number of steps is not part of it, so that a run can be made longer.
     """
     optimisation = {k: v for k, v in asdict(spec).items() if k != 'steps'}
     return {
@@ -217,7 +243,7 @@ def run_settings(
 
 
 def ten_steps(network: NetworkSpec) -> SchedulerSpec:
-    """Ten deterministic steps for a network of either objective."""
+    """Return a scheduler of ten deterministic steps for a network of either objective."""
     if network.objective == FLOW:
         return SchedulerSpec(FLOW, 10, prediction='velocity')
     return SchedulerSpec('ddim', 10, network.train_steps)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of the pruner of one sampler: a searched plan per sparsity, and what survives a stop.
 
-Every plan starts from whole passes, placed where they help most (see `pass_search`), grows from
-the next sparser one's, or is another bundle's, whichever is best within the budget of cells and
-their cost (see `plan_budget`). Each is searched for a number of steps (see `plan_search`); the one
-that did best on lessons kept back, which are of other episodes, becomes the table of its sparsity.
-The lessons of a step are drawn with a preference for those in which reuse errs most.
+A search starts from placed passes, from the next sparser plan made denser, or from the plan of
+another bundle (see `plan_starts`), whichever is best within the budget of cells and their cost
+(see `plan_budget`). It takes a number of steps (see `plan_search`). The plan that did best on
+validation sequences, which come from other episodes, becomes the table of its sparsity. The
+sequences of a step are drawn with a preference for those with large errors.
 """
 
 from __future__ import annotations
@@ -22,29 +22,28 @@ from torch import Tensor
 from tts_policy.policy.plan import Plan, Reuse, passes_plan, static_plan
 from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
-from tts_policy.train.lesson_choice import LessonChoice
-from tts_policy.train.lessons import (
-    ActionError,
-    Lesson,
-    LessonBatch,
-    SharedPlanLoop,
-    forced_cells,
-)
-from tts_policy.train.pass_search import placed_passes
 from tts_policy.train.plan_budget import PlanBudget
 from tts_policy.train.plan_search import PlanSearch, SearchSpec
-from tts_policy.train.prior_plans import PriorPlans
-from tts_policy.train.refinement import refined
-from tts_policy.train.tick_sequences import DenseTeacher
+from tts_policy.train.plan_starts import PriorPlans, placed_passes, refined
+from tts_policy.train.sequences import (
+    ActionError,
+    DenseTeacher,
+    PlanErrors,
+    SequenceBatch,
+    SequenceChoice,
+    TrainingSequence,
+)
 
 VALIDATE_EVERY = 4
 
 
 @dataclass(frozen=True)
 class PrunerTrainingSpec:
-    """Settings: search steps per sparsity, lessons a step and of them in a gradient, seed.
+    """Settings of a training.
 
-    preference: share of the draws that go by the error of a lesson, the others are uniform.
+    steps: search steps per sparsity; batch: sequences of a step; sample: of them, those that the
+    gradient uses; preference: share of the draws that follows the error of a sequence, the others
+    are uniform.
     """
 
     steps: int
@@ -56,29 +55,30 @@ class PrunerTrainingSpec:
 
 
 class PrunerTrainer:
-    """Searches one plan per sparsity, the sparsest first, and owns all state of that."""
+    """Searches one plan per sparsity, the sparsest first, and owns all state of the search."""
 
     def __init__(
         self,
         teacher: DenseTeacher,
         sampler: SamplerSpec,
         sparsities: list[float],
-        lessons: list[Lesson],
-        kept_back: list[Lesson],
+        sequences: list[TrainingSequence],
+        validation: list[TrainingSequence],
         measure: ActionError,
         spec: PrunerTrainingSpec,
         prior: PriorPlans | None = None,
     ) -> None:
-        self._loop, self._measure, self.spec = SharedPlanLoop(teacher), measure, spec
+        self._errors, self.spec = PlanErrors(teacher, measure), spec
         self.sampler, self.sparsities = sampler, sorted(sparsities)
-        self._kept = [
-            LessonBatch(teacher, kept_back[first : first + spec.batch])
-            for first in range(0, len(kept_back), spec.batch)
+        self._validation = [
+            SequenceBatch(teacher, validation[first : first + spec.batch])
+            for first in range(0, len(validation), spec.batch)
         ]
         self._teacher = teacher
-        self.choice = LessonChoice(teacher, lessons, spec.preference)
+        self.choice = SequenceChoice(teacher, sequences, spec.preference)
         shape = (sampler.scheduler.steps, teacher.denoiser.spec.blocks)
-        self._forced = forced_cells(shape, sampler.force_first_step)
+        self._forced = np.zeros(shape, bool)
+        self._forced[0] = sampler.force_first_step
         self.tables: dict[float, Tensor] = {}
         self.best_error = float('inf')
         self.step = 0
@@ -87,40 +87,39 @@ class PrunerTrainer:
 
     @property
     def sparsity(self) -> float:
-        """The sparsity in work."""
+        """The sparsity that is being searched."""
         return self.sparsities[-1 - len(self.tables)]
 
     @property
     def total_steps(self) -> int:
-        """Search steps for all sparsities."""
+        """Number of search steps for all sparsities."""
         return self.spec.steps * len(self.sparsities)
 
     def _budget(self) -> PlanBudget:
-        """Cells of the sparsity in work, at the cost of whole passes with the pruner's in it."""
+        """Return the budget of the present sparsity, less the cost of the pruner."""
         cells = round((1 - self.sparsity) * self._forced.size)
         cost = self._teacher.denoiser.spec.stack.flops
         return PlanBudget(cells, cost, self._pruner_spec().flops)
 
     def _whole_passes(self) -> list[int]:
-        """Whole passes that the cells of the sparsity in work suffice for, and are short of.
+        """Return the numbers of whole passes just below and just above the budget, at least one.
 
-        At least one pass; a single number if the cells are those of whole passes.
+        It is a single number if the cells make whole passes.
         """
         passes = self._budget().cells / self._forced.shape[1]
         return sorted({max(1, int(passes)), max(1, ceil(passes))})
 
     def _begin(self, start: Plan) -> None:
-        """Begin with the sparsity in work; a plan that the search may start from."""
+        """Begin with the next sparsity; the search may start from a plan."""
         self._search: PlanSearch | None = None
         self.best, self.best_error = start, float('inf')
 
-    def _placed_passes(self, batch: LessonBatch) -> list[Plan]:
-        """Plans of whole passes near the budget, each placed where its error is least."""
+    def _placed_passes(self, batch: SequenceBatch) -> list[Plan]:
+        """Return plans of whole passes near the budget, placed where their error is least."""
         steps, blocks = self._forced.shape
 
         def error(passes: list[int]) -> float:
-            plan = passes_plan(steps, blocks, passes)
-            return self._loop.error(batch, plan, self._measure)
+            return self._errors.mean(batch, passes_plan(steps, blocks, passes))
 
         found = [
             placed_passes(error, steps, count, self.sampler.force_first_step)
@@ -129,20 +128,19 @@ class PrunerTrainer:
         return [passes_plan(steps, blocks, passes) for passes, _ in found]
 
     def _prior_plans(self) -> list[Plan]:
-        """The prior's plans for the sparsity in work, if there is one."""
+        """Return the plans of the prior for the present sparsity, if there is a prior."""
         if self._prior is None:
             return []
-        kinds = self._teacher.denoiser.spec.stack.kinds
-        return self._prior.plans(self._budget().cells, self.sampler, kinds)
+        return self._prior.plans(self._budget().cells, self.sampler, self._teacher.kinds)
 
     def _new_search(self, plan: Plan) -> PlanSearch:
         budget = self._budget()
-        return PlanSearch(self._loop, self._measure, plan, budget, self._forced, self.spec.search)
+        return PlanSearch(self._errors, plan, budget, self._forced, self.spec.search)
 
     def _start(self, random: np.random.Generator) -> PlanSearch:
-        """Search from the start that is best once it has shrunk or grown to the budget.
+        """Return a search from the start that is best once it has shrunk or grown to the budget.
 
-        It counts as the best plan: a step may help its batch and not the lessons kept back.
+        This start is the best plan so far: a step may help its batch but not in validation.
         """
         placed = self._placed_passes(self._batch(random, self.spec.batch)[0])
         grown = refined(self.best, self._budget().cells)
@@ -153,7 +151,7 @@ class PrunerTrainer:
                 shrinking = search.shrink(self._batch(random, self.spec.sample)[1])
             while search.computed < search.budget.cells:
                 search.grow(self._batch(random, self.spec.sample)[1])
-        merits = [(not s.affordable, self._kept_error(s.plan)) for s in searches]
+        merits = [(not s.affordable, self._validation_error(s.plan)) for s in searches]
         (_, self.best_error), search = min(
             zip(merits, searches, strict=True), key=lambda pair: pair[0]
         )
@@ -161,49 +159,44 @@ class PrunerTrainer:
         return search
 
     def _random(self) -> np.random.Generator:
-        """Random numbers of the step in work; they depend on seed and step alone."""
+        """Return the random numbers of this step; they depend only on seed and step."""
         return np.random.default_rng([self.spec.seed, self.step])
 
-    def _judge_lessons(self, plan: Plan) -> None:
-        self.choice.judge(self._loop, plan, self._measure, self.spec.batch)
-
-    def _batch(self, random: np.random.Generator, size: int) -> tuple[LessonBatch, LessonBatch]:
-        lessons = self.choice.draw(random, size)
-        part = lessons[: self.spec.sample]
-        return LessonBatch(self._teacher, lessons), LessonBatch(self._teacher, part)
+    def _batch(
+        self, random: np.random.Generator, size: int
+    ) -> tuple[SequenceBatch, SequenceBatch]:
+        drawn = self.choice.draw(random, size)
+        part = drawn[: self.spec.sample]
+        return SequenceBatch(self._teacher, drawn), SequenceBatch(self._teacher, part)
 
     def train_step(self) -> tuple[float, float, float]:
-        """One step of the search in work.
-
-        Returns the error on the batch before and after, and the best on the lessons kept back.
-        """
+        """Take a search step; return error before and after, and the best validation error."""
         random = self._random()
         if self._search is None:
             self._search = self._start(random)
-            self._judge_lessons(self.best)
+            self.choice.measure(self._errors, self.best, self.spec.batch)
         before, after = self._search.step(*self._batch(random, self.spec.batch), random)
         self.step += 1
         done = self.step % self.spec.steps == 0
         if done or self.step % VALIDATE_EVERY == 0:
             self._validate(self._search.plan)
-            self._judge_lessons(self._search.plan)
+            self.choice.measure(self._errors, self._search.plan, self.spec.batch)
         best = self.best_error
         if done:
             self._finish(self._search)
         return before, after, best
 
-    def _kept_error(self, plan: Plan) -> float:
-        """Error of a plan on the lessons kept back."""
-        return float(np.mean([self._loop.error(b, plan, self._measure) for b in self._kept]))
+    def _validation_error(self, plan: Plan) -> float:
+        return float(np.mean([self._errors.mean(batch, plan) for batch in self._validation]))
 
     def _validate(self, plan: Plan) -> None:
         """Remember the plan if it is the best so far."""
-        error = self._kept_error(plan)
+        error = self._validation_error(plan)
         if error < self.best_error:
             self.best, self.best_error = plan, error
 
     def _finish(self, search: PlanSearch) -> None:
-        """Turn the best plan into the table of its sparsity and go on to the next."""
+        """Turn the best plan into the table of its sparsity and begin the next one."""
         search.plan = self.best
         self.tables[self.sparsity] = plan_table(self.best, search.ranking())
         if len(self.tables) < len(self.sparsities):
@@ -222,20 +215,20 @@ class PrunerTrainer:
         return PrunerSpec.of(self._teacher.denoiser.spec, steps, sparsities)
 
     def state(self) -> dict[str, Any]:
-        """Everything that `restore` continues from."""
+        """Return everything that `restore` needs to continue."""
         return {
             'step': self.step,
             'tables': self.tables,
             'best': torch.from_numpy(self.best),
             'best_error': self.best_error,
             'search': None if self._search is None else self._search.state(),
-            'lesson_errors': self.choice.errors,
+            'sequence_errors': self.choice.errors,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state`."""
         self.step, self.tables = state['step'], state['tables']
-        self.choice.errors = state['lesson_errors']
+        self.choice.errors = state['sequence_errors']
         if len(self.tables) < len(self.sparsities):
             self._begin(state['best'].numpy())
             self.best_error = state['best_error']
@@ -245,10 +238,10 @@ class PrunerTrainer:
 
 
 def plan_table(plan: Plan, ranking: NDArray[np.float32]) -> Tensor:
-    """Logits [K, N, 4] whose plan at the sparsity of `plan` is that plan.
+    """Return logits [K, N, 4] that give `plan` at its own sparsity.
 
-    ranking [K, N]: above 0 where the plan computes; orders cells for other sparsities. Where the
-    class of the plan has no source, TIMESTEP is preferred to ROLLOUT and that to FORWARD.
+    ranking [K, N]: above 0 where the plan computes; it orders the cells for other sparsities.
+    Where the class of the plan has no source, the order is TIMESTEP, ROLLOUT, FORWARD.
     """
     table = np.zeros((*plan.shape, len(Reuse)), np.float32)
     table[..., Reuse.FORWARD], table[..., Reuse.ROLLOUT], table[..., Reuse.TIMESTEP] = (

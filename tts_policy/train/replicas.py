@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of one training, as torchrun starts them: every batch is shared out among them.
+"""The processes of one training, as torchrun starts them, which share every batch.
 
-All hold the same lessons and draw the same random numbers. What a decision rests on, errors and
-gradients, is gathered from all of them in the order of their ranks, so that all decide alike and
-nothing else has to be sent. The first one alone reads a checkpoint and writes files.
+All hold the same sequences and draw the same random numbers. Errors and gradients are gathered
+from all of them in the order of their ranks, so that all make the same decisions and nothing else
+has to be sent. Only the first process reads a checkpoint and writes files.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class Replicas:
 
     @staticmethod
     def joined(device: str = 'cpu') -> Replicas:
-        """Join those that torchrun started with this one; without torchrun it is alone.
+        """Join the processes that torchrun started; without torchrun there is only this one.
 
-        device: of DEVICES; of several GPUs every process takes the one of its local rank.
-        Raises ValueError for another, or where there is none.
+        device: one of DEVICES; with several GPUs every process uses that of its local rank.
+        Raises ValueError for another device, or if it does not exist.
         """
         if device not in DEVICES:
-            raise ValueError(f'device must be one of {list(DEVICES)}, got {device!r}')
+            raise ValueError(f'device: expected one of {list(DEVICES)}, got {device!r}')
         local, count = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         if device == 'cuda':
             if torch.cuda.device_count() <= local:
                 raise ValueError(
-                    f"device 'cuda': a GPU for each process of this machine expected, got "
+                    'device: expected a GPU for each process of this machine, got '
                     f'{torch.cuda.device_count()} for process {local}'
                 )
             torch.cuda.set_device(local)
@@ -52,7 +52,7 @@ class Replicas:
 
     @staticmethod
     def leave() -> None:
-        """Leave the group, where there is one."""
+        """Leave the group, if there is one."""
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
@@ -62,7 +62,7 @@ class Replicas:
         return self.rank == 0
 
     def of_first(self, made: Item | None) -> Item | None:
-        """What the first process made; the others give None."""
+        """Return what the first process made; the others pass None."""
         if self.count == 1:
             return made
         carried = [made]
@@ -73,7 +73,7 @@ class Replicas:
         return [total * (i + 1) // self.count - total * i // self.count for i in range(self.count)]
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """The part of the items that this process looks at; it may be empty."""
+        """Return the part of the items for this process; it may be empty."""
         before = sum(self._sizes(len(items))[: self.rank])
         return items[before : before + self._sizes(len(items))[self.rank]]
 
@@ -85,7 +85,7 @@ class Replicas:
         return everyone
 
     def gathered(self, values: Tensor, total: int) -> Tensor:
-        """Values [total] of all items, given those of this process's share."""
+        """Return the values [total] of all items, given those of this process's share."""
         sizes = self._sizes(total)
         padded = values.new_zeros(max(sizes))
         padded[: len(values)] = values
@@ -93,7 +93,7 @@ class Replicas:
         return torch.cat([part[:size] for part, size in parts])
 
     def summed(self, values: Tensor) -> Tensor:
-        """Sum over the processes, the same to the last bit in all of them."""
+        """Return the sum over the processes, the same to the last bit in all of them."""
         first, *others = self._all(values)
         for other in others:
             first = first + other

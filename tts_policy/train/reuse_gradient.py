@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every reuse decision would change, to first order: one sparse pass with gradients.
+"""First-order change of the error by every reuse decision, from one sparse pass with gradients.
 
 The action error is differentiated by the residual stream after every cell, and every cell is
-computed beside the sparse pass, without gradient. For a cell c whose feature y_c were replaced by
-feature y_s of the same kind, the error changes by <dE/dstream_c, y_s - y_c> to first order. All
-these products, for all pairs of cells of a kind, tell what any other plan would change, with its
-effect on later cells that reuse what it computes.
+computed beside the sparse pass, without gradient. If the feature y_c of a cell c were replaced by
+a feature y_s of the same kind, the error would change by <dE/dstream_c, y_s - y_c> to first order.
+All these products, for all pairs of cells of a kind, give the change for any other plan, including
+its effect on later cells that reuse what it computes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tts_policy.policy.plan import Plan, Reuse, computed_before, resolve_sources
-from tts_policy.train.lessons import ActionError, LessonBatch, SharedPlanLoop
+from tts_policy.policy.engines.eager import MaskedLoop
+from tts_policy.policy.feature_cache import FeatureCache
+from tts_policy.policy.plan import Plan, Reuse, Segment, computed_before, resolve_sources
+from tts_policy.train.sequences import DenseTeacher, PlanErrors, SequenceBatch
 
 
 def with_sources(plan: Plan, kinds: NDArray[np.int64]) -> Plan:
@@ -30,7 +32,7 @@ def with_sources(plan: Plan, kinds: NDArray[np.int64]) -> Plan:
 
 @dataclass(frozen=True)
 class Flip:
-    """One cell of a plan taking another class, and the change of the error expected of it."""
+    """The change of one cell of a plan to another class, and the expected change of the error."""
 
     step: int
     block: int
@@ -49,7 +51,7 @@ class Flip:
 
 
 def flipped(plan: Plan, kinds: NDArray[np.int64], *flips: Flip) -> Plan:
-    """Plan with some cells changed."""
+    """Return the plan with some cells changed."""
     plan = plan.copy()
     for flip in flips:
         plan[flip.cell] = flip.reuse
@@ -60,7 +62,7 @@ class ReuseGradient:
     """First-order change of the error from `plan` to other plans.
 
     products[j][c, s] is the product of the gradient at cell c with the feature of cell s, both of
-    kind j and counted in order of execution; rollout[i, b] that with the feature of an earlier
+    kind j and counted in order of execution; rollout[i, b] is that with the feature of an earlier
     tick.
     """
 
@@ -88,11 +90,11 @@ class ReuseGradient:
         return np.where(plan.ravel() == Reuse.ROLLOUT, self.rollout.ravel(), values)
 
     def change(self, plan: Plan) -> float:
-        """Expected change of the error with another plan."""
+        """Return the expected change of the error with another plan."""
         return float((self._values(plan) - self._now).sum())
 
     def flip(self, plan: Plan, step: int, block: int, reuse: Reuse) -> Flip | None:
-        """Flip of a cell of `plan`, None if the class has no source there."""
+        """Return the flip of a cell of `plan`, None if the class has no source there."""
         changed = flipped(plan, self.kinds, Flip(step, block, reuse, 0.0))
         if changed[step, block] != reuse:
             return None
@@ -100,7 +102,7 @@ class ReuseGradient:
         return Flip(step, block, reuse, self.change(changed) - before)
 
     def flips(self, classes: tuple[Reuse, ...]) -> list[Flip]:
-        """Flips of reused cells to one of the classes, best first."""
+        """Return all flips of reused cells to one of the classes, best first."""
         found = [
             self.flip(self.plan, int(step), int(block), reuse)
             for step, block in np.argwhere(self.plan != Reuse.COMPUTE)
@@ -110,73 +112,63 @@ class ReuseGradient:
         return sorted((f for f in found if f is not None), key=lambda flip: flip.change)
 
 
-class _GradientTick:
-    """One tick by a plan that keeps the residual stream after every cell for its gradient."""
+class _GradientLoop(MaskedLoop):
+    """The denoising loop, with the residual stream after every cell kept for its gradient.
 
-    def __init__(self, loop: SharedPlanLoop, plan: Plan, store: Tensor) -> None:
-        self._loop, self._store = loop, store
-        self._plan, self._sources = plan, resolve_sources(plan, loop.kinds)
-        self.before = store.clone()
-        self.features = torch.empty_like(store)
+    features: those of all cells [K, N, B, T, D], of reused ones too; stream: tokens after every
+    cell, in order of execution.
+    """
+
+    def __init__(self, teacher: DenseTeacher, cache: FeatureCache) -> None:
+        super().__init__(teacher.denoiser, teacher.scheduler, teacher.conditioner, cache)
+        self._teacher = teacher
+        self.x = cache.initial_noise.clone().requires_grad_()
+        self.features = torch.empty_like(cache.features)
         self.stream: list[Tensor] = []
-        self._live: dict[int, Tensor] = {}
 
-    def run(self, batch: LessonBatch, tick: int) -> Tensor:
-        """Actions [B, T, A] with a graph; fills features, stream and the store."""
-        denoiser = self._loop.denoiser
-        with torch.no_grad():
-            self._loop.conditioner.encode(batch.observations[tick])
-        x, x0 = batch.initial_noise.clone().requires_grad_(), None
-        for step in range(len(self._plan)):
-            tokens = denoiser.embed(x)
-            for block in range(self._plan.shape[1]):
-                tokens = tokens + self._cell(step, block, tokens)
-                tokens.retain_grad()
-                self.stream.append(tokens)
-            eps = denoiser.predict(tokens)
-            x, x0 = self._loop.scheduler.step(step, x, eps, batch.noise(step), x0)
-        return x
-
-    def _cell(self, step: int, block: int, tokens: Tensor) -> Tensor:
-        compute = self._loop.denoiser.blocks[block]
-        cond = self._loop.conditioner.conditioning(step, block)
-        if self._plan[step, block] == Reuse.COMPUTE:
-            residual = compute(tokens, cond)
-            self.features[step, block] = self._store[step, block] = residual.detach()
-            self._live[int(self._sources[step, block])] = residual
-            return residual
-        with torch.no_grad():
-            self.features[step, block] = compute(tokens, cond)
-        if self._plan[step, block] == Reuse.ROLLOUT:
-            return self.before[step, block]
-        return self._live[int(self._sources[step, block])]
+    def add_residuals(self, step: int, segment: Segment, tokens: Tensor) -> Tensor:
+        """Return the tokens [B, T, D] after the residual blocks of a segment."""
+        for number, block in enumerate(segment.blocks):
+            if segment.sources:
+                conditioning = self._teacher.conditioner.conditioning(step, block)
+                with torch.no_grad():
+                    computed = self._teacher.denoiser.blocks[block](tokens, conditioning)
+                residual = self.feature(segment.sources[number])
+            else:
+                computed = residual = self.compute(step, block, tokens)
+            self.features[step, block] = computed.detach()
+            tokens = tokens + residual
+            tokens.retain_grad()
+            self.stream.append(tokens)
+        return tokens
 
 
-def reuse_gradient(
-    loop: SharedPlanLoop, batch: LessonBatch, plan: Plan, measure: ActionError
-) -> ReuseGradient:
-    """Gradient of the mean error over the ticks of a batch, all shares of it.
+def reuse_gradient(errors: PlanErrors, batch: SequenceBatch, plan: Plan) -> ReuseGradient:
+    """Return the gradient of the mean error over all ticks of a batch, all shares of it.
 
     It costs about one dense pass a tick.
     """
-    steps, blocks = plan.shape
-    of_kind = [torch.from_numpy(loop.kinds == kind) for kind in np.unique(loop.kinds)]
+    teacher, (steps, blocks) = errors.teacher, plan.shape
+    of_kind = [torch.from_numpy(errors.kinds == kind) for kind in np.unique(errors.kinds)]
     sizes = [steps * int(columns.sum()) for columns in of_kind]
-    store = batch.first_tick.clone()
-    products = [store.new_zeros(size, size) for size in sizes]
-    rollout = store.new_zeros(steps, blocks)
+    cache = batch.cache()
+    products = [cache.store.new_zeros(size, size) for size in sizes]
+    rollout = cache.store.new_zeros(steps, blocks)
     for number in range(1, batch.ticks):
-        tick = _GradientTick(loop, plan, store)
-        errors = measure(tick.run(batch, number), batch.targets[number])
-        (errors[: batch.size].sum() / (batch.count * (batch.ticks - 1))).backward()
-        gradients = [tokens.grad for tokens in tick.stream]
+        before = cache.features.clone()
+        with torch.no_grad():
+            teacher.conditioner.encode(batch.observations[number])
+        loop = _GradientLoop(teacher, cache)
+        measured = errors.measure(loop.run(plan), batch.targets[number])
+        (measured[: batch.size].sum() / (batch.count * (batch.ticks - 1))).backward()
+        gradients = [tokens.grad for tokens in loop.stream]
         assert all(gradient is not None for gradient in gradients)
         gradient = torch.stack(gradients).view(steps, blocks, -1)  # type: ignore[arg-type]
-        features = tick.features.view(steps, blocks, -1)
-        rollout += torch.linalg.vecdot(gradient, tick.before.view(steps, blocks, -1))
+        features = loop.features.view(steps, blocks, -1)
+        rollout += torch.linalg.vecdot(gradient, before.view(steps, blocks, -1))
         for product, columns in zip(products, of_kind, strict=True):
             left, right = gradient[:, columns], features[:, columns]
             product += left.flatten(0, 1) @ right.flatten(0, 1).T
-    rollout, *products = (loop.replicas.summed(part).cpu() for part in (rollout, *products))
+    rollout, *products = (teacher.replicas.summed(part).cpu() for part in (rollout, *products))
     by_kind = [product.numpy() for product in products]
-    return ReuseGradient(plan, loop.kinds, by_kind, rollout.numpy())
+    return ReuseGradient(plan, errors.kinds, by_kind, rollout.numpy())

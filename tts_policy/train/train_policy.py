@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`train_policy`: demonstrations in rosbag2 files to a model bundle without pruners.
+"""`train_policy`: train a policy on recorded demonstrations and write a bundle without pruners.
 
-The observation encoder is warmed up by regressing the action chunk from its features, which
-costs a fraction of a denoising step, and keeps that regression as an auxiliary loss while the
-denoiser trains. The regression head is dropped afterwards. The bundle holds the exponential
-moving average of the weights. A run can start from the weights of a bundle of another task, and
-can be interrupted and resumed.
+The observation encoder is trained first, by regressing the action chunk from its features, which
+costs a fraction of a denoising step. The regression stays as an auxiliary loss while the denoiser
+trains, and its head is dropped afterwards. The bundle holds the exponential moving average of the
+weights. A run can start from the weights of a bundle of another task, and can be interrupted and
+continued.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,11 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from tqdm import tqdm
 
 from tts_policy.data.data_check import DataCheck, write_check
 from tts_policy.data.demonstrations import (
-    add_demonstration_arguments,
     demonstrated_contract,
     load_windows,
     split_demonstrations,
@@ -41,35 +38,36 @@ from tts_policy.policy.sampler import DIFFUSION_SAMPLERS, FLOW_SAMPLERS, Sampler
 from tts_policy.policy.schedulers.scheduler import FLOW
 from tts_policy.policy.validation import Mismatch, Spec
 from tts_policy.train.policy_trainer import PolicyTrainer, TrainingSpec
-from tts_policy.train.stop_request import StopRequest
+from tts_policy.train.training_run import (
+    RunLog,
+    StopRequest,
+    duration,
+    report_interruption,
+    training_parser,
+)
 
 Kind = TypeVar('Kind', bound=Spec)
 
 
+COLUMNS = ('step', 'seconds', 'denoising', 'regression', 'held_out_l1')
+SHOW_EVERY, VALIDATE_EVERY = 50, 500
+
+
 def _train(trainer: PolicyTrainer, held_out: Windows, out: Path, save_every_s: float) -> None:
-    """Train to the end, or to that of the step in which one asks to stop; both are saved."""
-    log_path = out / 'log.csv'
-    new = not log_path.exists()
-    with log_path.open('a', newline='') as handle, StopRequest() as stop:
-        log = csv.writer(handle)
-        if new:
-            log.writerow(['step', 'seconds', 'denoising', 'regression', 'held_out_l1'])
-        started = saved = time.monotonic()
-        first, last = trainer.step, trainer.spec.steps
-        bar = tqdm(total=last, initial=first, unit='step', mininterval=5)
+    """Train to the end, or to the end of the step in which a stop is requested; save at both."""
+    first, last = trainer.step, trainer.spec.steps
+    with RunLog(out, COLUMNS, first, last) as log, StopRequest() as stop:
+        saved = time.monotonic()
         means = {'denoising': 0.0, 'regression': 0.0}
         while trainer.step < last and not stop.made:
             losses = trainer.train_step()
             for name, value in losses.items():
-                means[name] += (value - means[name]) / min(trainer.step - first, 50)
-            bar.update()
-            if trainer.step % 50 == 0:
-                bar.set_postfix({name: f'{value:.4f}' for name, value in means.items()})
-            if trainer.step % 500 == 0 or trainer.step == last:
+                means[name] += (value - means[name]) / min(trainer.step - first, SHOW_EVERY)
+            shown = {name: f'{value:.4f}' for name, value in means.items()}
+            log.advance(**shown if trainer.step % SHOW_EVERY == 0 else {})
+            if trainer.step % VALIDATE_EVERY == 0 or trainer.step == last:
                 error = trainer.action_error(held_out)
-                elapsed = time.monotonic() - started
-                log.writerow([trainer.step, round(elapsed), *means.values(), error])
-                handle.flush()
+                log.write(trainer.step, log.seconds, *means.values(), error)
             due = time.monotonic() - saved > save_every_s
             if due or stop.made or trainer.step == last:
                 trainer.save(out)
@@ -77,11 +75,11 @@ def _train(trainer: PolicyTrainer, held_out: Windows, out: Path, save_every_s: f
 
 
 def initial_network(bundle: Path, contract: PolicyContract) -> PolicyNetwork:
-    """Network of a bundle to start from; raises BundleError unless it has this contract."""
+    """Return the network of a bundle; raise BundleError unless it has this contract."""
     network = load_bundle(bundle).network
     if network.contract != contract:
         raise BundleError(
-            f'{bundle}: observation and action must be those to be trained, '
+            f'{bundle}: observation and action: expected those to be trained, '
             f'{contract.to_dict()}, got {network.contract.to_dict()}'
         )
     return network
@@ -90,7 +88,7 @@ def initial_network(bundle: Path, contract: PolicyContract) -> PolicyNetwork:
 def chosen(
     option: str, kinds: Mapping[str, type[Kind]], words: Sequence[str], **defaults: dict[str, Any]
 ) -> Kind:
-    """Settings of the kind that an option names, such as `vit width=64 layers=2`.
+    """Return the settings of the kind that an option names, such as `vit width=64 layers=2`.
 
     defaults: settings by the name of a kind. Raises Mismatch for an unknown kind or setting.
     """
@@ -102,14 +100,14 @@ def chosen(
 
 
 def network_spec(args: argparse.Namespace, initial: PolicyNetwork | None) -> NetworkSpec:
-    """Sizes asked for; those of the initial network, but for residual blocks that are added.
+    """Return the sizes asked for, or those of the initial network with added residual blocks.
 
-    Raises ValueError for impossible ones, and for another objective than the initial network's.
+    Raises ValueError for impossible sizes and for another objective than the initial network's.
     """
     if initial is not None:
         if args.objective not in (None, initial.spec.objective):
             raise ValueError(
-                f'--objective: {initial.spec.objective}, that of --initial, expected, '
+                f'--objective: expected {initial.spec.objective}, that of --initial, '
                 f'got {args.objective}'
             )
         encoder = initial.spec.encoder
@@ -127,7 +125,7 @@ def network_spec(args: argparse.Namespace, initial: PolicyNetwork | None) -> Net
 
 
 def network_samplers(network: NetworkSpec, temperature: float) -> dict[str, SamplerSpec]:
-    """Samplers of the network's objective and training schedule; raises ValueError if none fit."""
+    """Return samplers for a network; raise ValueError if its training schedule is too short."""
     known = FLOW_SAMPLERS if network.objective == FLOW else DIFFUSION_SAMPLERS
     samplers = {}
     for name, spec in known.items():
@@ -140,25 +138,29 @@ def network_samplers(network: NetworkSpec, temperature: float) -> dict[str, Samp
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line of `train_policy`."""
-    parser = argparse.ArgumentParser(prog='train_policy', description=__doc__.split('\n')[0])
-    add_demonstration_arguments(parser)
-    parser.add_argument('--out', type=Path, required=True, help='checkpoints, log and bundle')
+    parser = training_parser('train_policy', __doc__, threads=2)
     parser.add_argument(
         '--contract',
         type=Path,
         help='YAML file with observation and action, as in a model.yaml (default: contract.yaml '
         'beside the recordings)',
     )
-    parser.add_argument('--name', default='panda_lift', help='of the bundle')
-    parser.add_argument('--steps', type=int, default=8000, help='optimiser steps in all')
-    parser.add_argument('--encoder-steps', type=int, default=1500, help='of them, encoder alone')
-    parser.add_argument('--batch', type=int, default=32, help='windows a step')
+    parser.add_argument('--name', default='panda_lift', help='name of the bundle')
+    parser.add_argument('--steps', type=int, default=8000, help='optimiser steps in total')
+    parser.add_argument(
+        '--encoder-steps',
+        type=int,
+        default=1500,
+        help='first steps, which train the encoder alone',
+    )
+    parser.add_argument('--batch', type=int, default=32, help='windows of a step')
     parser.add_argument('--learning-rate', type=float, default=3e-4)
     parser.add_argument(
         '--initial',
         type=Path,
         metavar='BUNDLE',
-        help='start from its weights, with its sizes; same contract, normalisers fitted anew',
+        help='start from weights and sizes of a bundle with the same contract; normalisers are '
+        'fitted anew',
     )
     parser.add_argument('--width', type=int, default=256, help='denoiser width D')
     parser.add_argument('--layers', type=int, default=8, help='decoder layers L')
@@ -166,7 +168,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         '--camera-blocks',
         type=int,
         default=0,
-        help='residual blocks of the camera encoder; with --initial, those it lacks are added',
+        help='residual blocks of the camera encoder `cnn`; with --initial, missing ones are added',
     )
     parser.add_argument(
         '--encoder',
@@ -193,26 +195,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--bfloat16',
         action='store_true',
-        help='products in bfloat16: faster where the processor has instructions for it',
+        help='multiply in bfloat16, which is faster if the processor has instructions for it',
     )
     parser.add_argument(
         '--temperature',
         type=float,
         default=1.0,
         metavar='SHARE',
-        help="of the noise that the bundle's samplers start from; 0: none, the same observation "
-        'gives the same chunk (default %(default)s)',
+        help="scale of the noise in the bundle's samplers; with 0 the same observation gives the "
+        'same chunk (default %(default)s)',
     )
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--threads', type=int, default=2, help='torch threads')
     parser.add_argument('--save-every', type=float, default=300.0, help='checkpoint interval, s')
     return parser.parse_args(arguments)
 
 
 def _set_up(args: argparse.Namespace) -> tuple[PolicyTrainer, Windows, dict[str, SamplerSpec]]:
-    """Read what is given; returns trainer, windows held out and samplers of the bundle.
+    """Read the inputs; return trainer, held-out windows and samplers of the bundle.
 
-    Raises ValueError, BagError and BundleError among them.
+    Raises ValueError, including BagError and BundleError.
     """
     set_threads(args.threads)
     contract = demonstrated_contract(args.demonstrations, args.contract)
@@ -234,13 +234,13 @@ def _set_up(args: argparse.Namespace) -> tuple[PolicyTrainer, Windows, dict[str,
     trainer = PolicyTrainer(contract, network, spec, windows, initial)
     args.out.mkdir(parents=True, exist_ok=True)
     if trainer.load(args.out):
-        print(f'resumed at step {trainer.step}')
+        print(f'continuing at step {trainer.step}')
     write_check(args.out / 'data_check.json', check)
     return trainer, held_out, samplers
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, or go on training, and write the bundle; returns the exit status."""
+    """Train, or continue a training, and write the bundle; return the exit status."""
     args = parse_arguments(arguments)
     try:
         trainer, held_out, samplers = _set_up(args)
@@ -248,16 +248,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(f'train_policy: {error}', file=sys.stderr)
         return 2
     try:
+        left = args.steps - trainer.step
+        estimate = duration(trainer.seconds_left())
+        print(f'{left} steps will take about {estimate} on {args.threads} threads')
         _train(trainer, held_out, args.out, args.save_every)
     except KeyboardInterrupt:
-        print('interrupted within a step; the same command goes on from the last checkpoint')
-        return 130
+        return report_interruption('within a step that is not saved')
     if trainer.step < args.steps:
-        print(f'interrupted at step {trainer.step}; run the same command again to go on')
-        return 130
-    dropped = save_bundle(args.out / 'bundle', args.name, trainer.averaged_network, samplers)
+        return report_interruption(f'at step {trainer.step}')
+    bundle = args.out / 'bundle'
+    dropped = save_bundle(bundle, args.name, trainer.averaged_network, samplers)
     if dropped:
-        print(f'pruners of {list(dropped)} were of another policy and are gone')
+        print(f'removed the pruners of {", ".join(dropped)}, which belonged to another policy')
+    recordings = ' '.join(map(str, args.demonstrations))
+    command = f'train_pruner {recordings} --bundle {bundle} --sampler {next(iter(samplers))}'
+    print(f'wrote {bundle}; next: {command} --out {args.out}_pruner')
     return 0
 
 

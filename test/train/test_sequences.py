@@ -12,7 +12,7 @@ import torch
 
 from tts_policy.data.windows import Episode, Windows
 from tts_policy.policy.contract import ActionSpec, ObservationSpec, PolicyContract
-from tts_policy.train.tick_sequences import TickSequence, split_sequences
+from tts_policy.train.sequences import TickSequence, split_sequences
 
 CONTRACT = PolicyContract(
     ObservationSpec(cameras=(), joints=('x',), steps=1, period_s=0.1),
@@ -56,15 +56,15 @@ def _split(
 def test_sequences_kept_back_are_of_episodes_that_are_not_trained_on(
     lengths: tuple[int, ...], kept: set[int], trained: set[int]
 ) -> None:
-    judges, lessons = _split(_windows(*lengths), 200)
-    assert len(judges) == 24 and len(lessons) == 176
-    assert (_episodes(judges), _episodes(lessons)) == (kept, trained)
+    validation, training = _split(_windows(*lengths), 200)
+    assert len(validation) == 24 and len(training) == 176
+    assert (_episodes(validation), _episodes(training)) == (kept, trained)
 
 
 @pytest.mark.parametrize(('count', 'kept'), [(2, 1), (7, 1), (8, 2), (96, 24), (400, 24)])
 def test_a_quarter_of_the_sequences_is_kept_back(count: int, kept: int) -> None:
-    judges, lessons = _split(_windows(9, 9, 9), count)
-    assert (len(judges), len(judges) + len(lessons)) == (kept, count)
+    validation, training = _split(_windows(9, 9, 9), count)
+    assert (len(validation), len(validation) + len(training)) == (kept, count)
 
 
 def test_a_seed_gives_the_same_sequences() -> None:
@@ -76,5 +76,7 @@ def test_a_seed_gives_the_same_sequences() -> None:
 
 
 def test_a_single_episode_cannot_be_split() -> None:
-    with pytest.raises(ValueError, match=r'2 or more episodes of more than 2 windows .* got 1'):
+    with pytest.raises(
+        ValueError, match=r'expected 2 or more episodes of more than 2 windows .* got 1'
+    ):
         _split(_windows(9, 2), 8)

@@ -274,7 +274,7 @@ def test_plans_of_another_bundle_are_starts(bags: Path, bundle: Path, tmp_path: 
 @pytest.mark.parametrize(
     ('arguments', 'reason'),
     [
-        (['--sampler', 'euler'], "one of ['ddim10', 'ddpm100'], got 'euler'"),
+        (['--sampler', 'euler'], "expected one of ddim10, ddpm100, got 'euler'"),
         (['--sampler', 'ddim10', '--prior-sampler', 'ddim10'], 'expected --prior with it'),
         (
             ['--sampler', 'ddim10', '--bundle', 'absent'],

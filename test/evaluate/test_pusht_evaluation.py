@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip('robosuite', reason='robosuite is not installed')
-pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
 
 from tts_policy.evaluate import evaluate_policy
 from tts_policy.policy.bundle import save_random_bundle

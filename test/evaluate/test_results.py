@@ -14,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip('mujoco', reason='mujoco is not installed')
-pytest.importorskip('trajectory_msgs', reason='no ROS messages here')
 
-from tts_policy.evaluate.evaluate_policy import collect_rows
 from tts_policy.evaluate.page import claims, write_page, write_plot
 from tts_policy.evaluate.results import (
     Row,
+    collect_rows,
     compared,
     make_row,
     mcnemar_exact,

@@ -77,14 +77,14 @@ def test_a_name_is_parsed_back(scheduler: str, plan: str, options: list[str]) ->
 @pytest.mark.parametrize(
     ('text', 'reason'),
     [
-        ('heun10', 'begins with a scheduler such as ddim10'),
-        ('ddim10:learned', 'a plan is PLAN:SPARSITY'),
-        ('ddim10:guessed:0.8', 'a plan is PLAN:SPARSITY'),
-        ('ddim10:learned:1', 'sparsity must be above 0 and below 1'),
-        ('ddim10:learned:nan', 'sparsity must be above 0 and below 1'),
-        ('ddim10+execute', 'an option must be one of'),
-        ('ddim10+forced2', 'an option must be one of'),
-        ('ddim10+deaf', 'an option must be one of'),
+        ('heun10', 'variant: expected a scheduler such as ddim10'),
+        ('ddim10:learned', 'plan: expected PLAN:SPARSITY'),
+        ('ddim10:guessed:0.8', 'plan: expected PLAN:SPARSITY'),
+        ('ddim10:learned:1', 'sparsity: expected above 0 and below 1'),
+        ('ddim10:learned:nan', 'sparsity: expected above 0 and below 1'),
+        ('ddim10+execute', 'option: expected one of'),
+        ('ddim10+forced2', 'option: expected one of'),
+        ('ddim10+deaf', 'option: expected one of'),
     ],
 )
 def test_variants_off_the_form_are_refused_with_the_reason(text: str, reason: str) -> None:
@@ -159,7 +159,7 @@ def test_noise_of_a_variant_is_what_its_option_says(
 
 def test_a_plan_without_a_pruner_in_the_bundle_is_refused(bundle: Bundle) -> None:
     with pytest.raises(
-        BundleError, match=r"ddim16:learned:0\.8: the bundle has no pruner for 'ddim1"
+        BundleError, match=r"ddim16:learned:0\.8: expected a bundle with a pruner for 'ddim16'"
     ):
         Variant.parse('ddim16:learned:0.8').plan_source(bundle, torch.empty(0))
 

@@ -27,14 +27,23 @@ from tts_policy.data.worker_processes import worker_processes
 from tts_policy.evaluate.digest import ExpectedDigests
 from tts_policy.evaluate.page import markdown_table, write_page, write_plot
 from tts_policy.evaluate.results import (
+    EvaluationError,
+    Key,
     Row,
-    compared,
-    make_row,
+    collect_rows,
+    read_rows,
     row_seeds,
     timed,
     write_rows,
 )
-from tts_policy.evaluate.variants import VARIANT_SETS, Variant, VariantError, parse_variants
+from tts_policy.evaluate.variants import (
+    LEARNED_PLANS,
+    VARIANT_SETS,
+    Setting,
+    Variant,
+    VariantError,
+    parse_variants,
+)
 from tts_policy.evaluate.worker import (
     Job,
     Worker,
@@ -49,15 +58,10 @@ from tts_policy.sim.tasks import TASKS, task_named
 
 FIRST_SEED = 100_000
 INTERRUPTED = 130
-Key = tuple[str, str, int | None]
-
-
-class EvaluationError(ValueError):
-    """A command line that cannot be run; the message says why in one line."""
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Measurements of earlier runs; a line cut short by a crash is left out."""
+    """Measurements of earlier runs, without a line that a crash has cut short."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -67,77 +71,47 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_earlier(path: Path) -> list[Row]:
-    """Rows of a results.json.
-
-    Raises
-    ------
-    EvaluationError
-        if there is none, or its rows do not say what they were measured with.
-
-    """
-    try:
-        rows = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f'{path}: results.json expected, got {error}') from None
-    needed = {'task', 'variant', 'digest', 'episodes', 'seed_runs', 'failed_seeds'}
-    if not isinstance(rows, list) or not all(
-        isinstance(r, dict) and needed <= set(r) for r in rows
-    ):
-        raise EvaluationError(f'{path}: a list of rows with {sorted(needed)} expected')
-    unknown = sorted({row['task'] for row in rows} - set(TASKS))
-    if unknown:
-        raise EvaluationError(f'{path}: tasks of {list(TASKS)} expected, got {unknown}')
-    return rows
-
-
 def _matching(
     measured: list[dict[str, Any]], expected: ExpectedDigests, where: Path
 ) -> list[dict[str, Any]]:
-    """Measurements of the bundles at hand; says how many there are of others."""
+    """Measurements of the present bundles; prints how many belong to others."""
     matching = expected.matching(measured)
     if len(matching) < len(measured):
         others = len(measured) - len(matching)
-        print(f'{where}: {others} of another bundle left out', file=sys.stderr)
+        print(f'{where}: left out {others} measurements of other bundles', file=sys.stderr)
     return matching
 
 
-def runnable(task: str, variants: Sequence[Variant], bundle: Bundle) -> list[Variant]:
-    """Variants that the bundle can run; says which it cannot, and why."""
-    import torch
+def _why_not(variant: Variant, setting: Setting, bundle: Bundle) -> str:
+    """Why the bundle cannot run the variant; empty if it can."""
+    contract = bundle.network.contract
+    if not 1 <= setting.execute <= contract.usable_actions:
+        usable = f'in [1, {contract.usable_actions}]'
+        raise EvaluationError(f'{variant.name}: execute: expected {usable}, got {setting.execute}')
+    if variant.asked_sparsity > setting.sampler.max_sparsity + 1e-9:
+        most = f'at most {setting.sampler.max_sparsity:.4g}'
+        return f'sparsity: expected {most}, got {variant.asked_sparsity:.4g}'
+    if setting.blind and not contract.observation.cameras:
+        return 'expected a policy with a camera, got one without'
+    if variant.plan in LEARNED_PLANS and variant.pruner(bundle) is None:
+        return f'expected a bundle with a pruner for {variant.sampler!r}, got none'
+    return ''
 
+
+def runnable(task: str, variants: Sequence[Variant], bundle: Bundle) -> list[Variant]:
+    """Variants that the bundle can run, each once; prints which are left out, and why."""
     task_named(task).check(bundle.network.contract)
-    able: list[Variant] = []
-    known: dict[tuple[object, ...], Variant] = {}
+    able: dict[tuple[object, ...], Variant] = {}
     for variant in variants:
-        try:
-            setting = variant.setting(bundle)
-            variant.plan_source(bundle, torch.zeros(1))
-            if setting.blind and not bundle.network.contract.observation.cameras:
-                raise BundleError(f'{variant.name}: the policy has no camera to deceive')
-            usable = bundle.network.contract.usable_actions
-            if not 1 <= setting.execute <= usable:
-                raise EvaluationError(
-                    f'{variant.name}: execute must be in [1, {usable}], got {setting.execute}'
-                )
-        except BundleError as error:
-            print(f'{task}: left out, {error}', file=sys.stderr)
-            continue
-        if variant.asked_sparsity > setting.sampler.max_sparsity + 1e-9:
-            print(
-                f'{task}: left out, {variant.name}: sparsity must be at most '
-                f'{setting.sampler.max_sparsity:.4g}',
-                file=sys.stderr,
-            )
-            continue
-        same = known.setdefault(
-            (variant.made_plan(bundle), variant.asked_sparsity, setting), variant
-        )
-        if same is not variant:
-            print(f'{task}: left out, {variant.name}: here it is {same.name}', file=sys.stderr)
-            continue
-        able.append(variant)
-    return able
+        setting = variant.setting(bundle)
+        reason = _why_not(variant, setting, bundle)
+        if not reason:
+            made = variant.made_plan(bundle), variant.asked_sparsity, setting
+            same = able.setdefault(made, variant)
+            reason = '' if same is variant else f'with this bundle it is {same.name}'
+        if reason:
+            print(f'{task}: left out {variant.name}: {reason}', file=sys.stderr)
+    return list(able.values())
 
 
 def plan_jobs(
@@ -156,32 +130,6 @@ def plan_jobs(
         for seed in ((None, *seeds) if variant.plan else seeds)
     ]
     return [job for job in jobs if job.key not in done]
-
-
-def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()) -> list[Row]:
-    """Rows of everything measured: tasks as in earlier rows, variants as in the set of all.
-
-    An earlier row stands until all of its seeds, or more episodes than it has, are in the log.
-    """
-    episodes: dict[tuple[str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
-    errors: dict[tuple[str, str], float | None] = {}
-    for (task, name, seed), record in done.items():
-        if seed is None:
-            errors[task, name] = record['l1_error']
-        else:
-            episodes[task, name][seed] = record
-    rows = {(row['task'], row['variant']): row for row in earlier}
-    for (task, name), of in episodes.items():
-        row = rows.get((task, name))
-        if row is None or set(of) >= row_seeds(row) or len(of) > row['episodes']:
-            rows[task, name] = make_row(task, Variant.parse(name), of, errors.get((task, name)))
-    rank = {name: index for index, name in enumerate(VARIANT_SETS['all'])}
-    tasks = list(dict.fromkeys([*(row['task'] for row in earlier), *TASKS]))
-    order = sorted(rows, key=lambda e: (tasks.index(e[0]), rank.get(e[1], len(rank)), e[1]))
-    return [
-        compared(rows[task, name], rows.get((task, Variant.parse(name).reference)))
-        for task, name in order
-    ]
 
 
 def _run(
@@ -289,12 +237,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _evaluate(args: argparse.Namespace) -> int:
     if min(args.episodes, args.workers, args.sequences) < 1:
-        raise EvaluationError('episodes, workers and sequences must be at least 1')
+        counts = args.episodes, args.workers, args.sequences
+        raise EvaluationError(f'episodes, workers, sequences: expected at least 1, got {counts}')
     if args.latency < 0:
-        raise EvaluationError(f'latency must be at least 0 episodes, got {args.latency}')
+        raise EvaluationError(f'latency: expected at least 0 episodes, got {args.latency}')
     if not FIRST_SEED <= args.seed <= EXPERT_SEED - args.episodes:
         raise EvaluationError(
-            f'seeds must be in [{FIRST_SEED}, {EXPERT_SEED}), apart from those of demonstrations, '
+            f'seeds: expected some in [{FIRST_SEED}, {EXPERT_SEED}), apart from demonstrations, '
             f'got {args.episodes} from {args.seed} on'
         )
     asked, bundles = parse_variants(args.variants), dict(args.tasks)
@@ -304,7 +253,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     loaded = {task: load_bundle(path) for task, path in bundles.items()}
     variants = {task: runnable(task, asked, bundle) for task, bundle in loaded.items()}
     expected, log = ExpectedDigests(loaded), args.out / 'episodes.jsonl'
-    earlier = [] if args.earlier is None else read_earlier(args.earlier)
+    earlier = [] if args.earlier is None else read_rows(args.earlier)
     earlier = _matching(earlier, expected, args.earlier)
     args.out.mkdir(parents=True, exist_ok=True)
     logged = _matching(read_log(log), expected, log)
@@ -315,7 +264,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         done |= _run(jobs, bundles, args, log)
     rows = collect_rows(done, earlier)
     if not rows:
-        raise EvaluationError('no variant could be run')
+        raise EvaluationError('variants: expected at least one that the bundles can run, got none')
     if args.latency:
         rows = timed_in_turns(rows, bundles, args.latency)
     written = [*write_rows(rows, args.out), args.out / 'results.md', args.out / 'pareto.png']

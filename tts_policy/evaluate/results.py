@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From measurements to rows: intervals, paired tests, costs, and the files made of them.
+"""From measurements to rows, and to results.json and results.csv.
 
-Steady state leaves out the dense first tick of every episode; the episode average has it. GFLOPs
-are those of conditional encoder, pruner and executed decoder blocks.
+A row holds costs, success with its interval, and a paired test against the dense reference. Steady
+state leaves out the dense first tick of every episode; the average over the episode includes it.
+GFLOPs count the conditional encoder, the pruner and the executed decoder blocks.
 """
 
 from __future__ import annotations
@@ -10,33 +11,45 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest, norm
 
-from tts_policy.evaluate.variants import Variant
+from tts_policy.evaluate.variants import VARIANT_SETS, Variant
+from tts_policy.sim.tasks import TASKS
 
-Z95 = 1.959964
+# Standard normal quantile of a two-sided 95 % interval.
+Z95 = float(norm.ppf(0.975))
 Episodes = Mapping[int, dict[str, Any]]
+Key = tuple[str, str, int | None]
 Row = dict[str, Any]
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be run; the message says in one line what was expected."""
 
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """95 % Wilson score interval of a success rate."""
-    rate = successes / episodes
-    centre = rate + Z95 * Z95 / (2 * episodes)
-    spread = Z95 * math.sqrt(rate * (1 - rate) / episodes + Z95 * Z95 / (4 * episodes**2))
-    scale = 1 + Z95 * Z95 / episodes
-    return (centre - spread) / scale, (centre + spread) / scale
+    interval = binomtest(successes, episodes).proportion_ci(method='wilson')
+    return float(interval.low), float(interval.high)
 
 
-def discordant(variant: Row, reference: Row) -> tuple[int, int, int]:
-    """Common seeds: those won by the variant alone, those by the reference alone, and all."""
-    seeds = row_seeds(variant) & row_seeds(reference)
-    failed, reference_failed = (set(row['failed_seeds']) & seeds for row in (variant, reference))
-    return len(reference_failed - failed), len(failed - reference_failed), len(seeds)
+def mcnemar_exact(won: int, lost: int) -> float:
+    """Two-sided p value of McNemar's exact test, which is a binomial one on discordant pairs."""
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def paired_difference(won: int, lost: int, pairs: int) -> tuple[float, float]:
+    """95 % interval of the difference of paired rates (Bonett and Price 2012, adjusted Wald)."""
+    gained, dropped = (won + 1) / (pairs + 2), (lost + 1) / (pairs + 2)
+    difference = gained - dropped
+    spread = Z95 * math.sqrt((gained + dropped - difference**2) / (pairs + 2))
+    return max(-1.0, difference - spread), min(1.0, difference + spread)
 
 
 def row_seeds(row: Row) -> set[int]:
@@ -55,23 +68,8 @@ def _runs(seeds: Iterable[int]) -> list[list[int]]:
     return runs
 
 
-def mcnemar_exact(won: int, lost: int) -> float:
-    """Two-sided exact McNemar test: probability of so uneven a split of the discordant pairs."""
-    pairs = won + lost
-    tail = sum(math.comb(pairs, k) for k in range(min(won, lost) + 1)) / 2**pairs
-    return min(1.0, 2 * tail)
-
-
-def paired_difference(won: int, lost: int, pairs: int) -> tuple[float, float]:
-    """95 % interval of the difference of paired rates (Bonett and Price 2012, adjusted Wald)."""
-    gained, dropped = (won + 1) / (pairs + 2), (lost + 1) / (pairs + 2)
-    difference = gained - dropped
-    spread = Z95 * math.sqrt((gained + dropped - difference**2) / (pairs + 2))
-    return max(-1.0, difference - spread), min(1.0, difference + spread)
-
-
 def make_row(task: str, variant: Variant, episodes: Episodes, l1_error: float | None) -> Row:
-    """Row of one variant, not compared with any other yet."""
+    """Row of one variant, before it is compared with its reference."""
     runs = [episodes[seed] for seed in sorted(episodes)]
     successes = sum(run['success'] for run in runs)
 
@@ -115,7 +113,7 @@ def make_row(task: str, variant: Variant, episodes: Episodes, l1_error: float | 
 
 
 def timed(row: Row, latencies: Sequence[float], device: str) -> Row:
-    """Row with `latencies` [ms] of a variant in turns with others, for those of its episodes."""
+    """Row whose latencies are replaced by those [ms] measured in turns with other variants."""
     turns = {'ticks': len(latencies), 'device': device}
     return row | _percentiles(latencies) | {'latency_in_turns': turns}
 
@@ -132,17 +130,73 @@ def compared(row: Row, reference: Row | None) -> Row:
     row = {name: value for name, value in row.items() if name != 'paired'} | {'p_value': None}
     if reference is None or row['variant'] == reference['variant']:
         return row
-    won, lost, pairs = discordant(row, reference)
-    if pairs:
-        row['p_value'] = round(mcnemar_exact(won, lost), 5)
-        row['paired'] = {
-            'reference': reference['variant'],
-            'episodes': pairs,
-            'won': won,
-            'lost': lost,
-            'difference_ci95': [round(b, 4) for b in paired_difference(won, lost, pairs)],
-        }
+    seeds = row_seeds(row) & row_seeds(reference)
+    if not seeds:
+        return row
+    failed, reference_failed = (set(one['failed_seeds']) & seeds for one in (row, reference))
+    won, lost = len(reference_failed - failed), len(failed - reference_failed)
+    row['p_value'] = round(mcnemar_exact(won, lost), 5)
+    row['paired'] = {
+        'reference': reference['variant'],
+        'episodes': len(seeds),
+        'won': won,
+        'lost': lost,
+        'difference_ci95': [round(b, 4) for b in paired_difference(won, lost, len(seeds))],
+    }
     return row
+
+
+def collect_rows(done: Mapping[Key, dict[str, Any]], earlier: Sequence[Row] = ()) -> list[Row]:
+    """Rows of everything measured, in the order of earlier tasks and of the set of all variants.
+
+    An earlier row stands until all of its seeds, or more episodes than it has, are in the log.
+    """
+    episodes: dict[tuple[str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
+    errors: dict[tuple[str, str], float | None] = {}
+    for (task, name, seed), record in done.items():
+        if seed is None:
+            errors[task, name] = record['l1_error']
+        else:
+            episodes[task, name][seed] = record
+    rows = {(row['task'], row['variant']): row for row in earlier}
+    for (task, name), of in episodes.items():
+        row = rows.get((task, name))
+        if row is None or set(of) >= row_seeds(row) or len(of) > row['episodes']:
+            rows[task, name] = make_row(task, Variant.parse(name), of, errors.get((task, name)))
+    rank = {name: index for index, name in enumerate(VARIANT_SETS['all'])}
+    tasks = list(dict.fromkeys([*(row['task'] for row in earlier), *TASKS]))
+    order = sorted(rows, key=lambda e: (tasks.index(e[0]), rank.get(e[1], len(rank)), e[1]))
+    return [
+        compared(rows[task, name], rows.get((task, Variant.parse(name).reference)))
+        for task, name in order
+    ]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a results.json.
+
+    Raises
+    ------
+    EvaluationError
+        if there is none, or its rows do not say what they were measured with.
+
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f'{path}: expected a results.json, got {error}') from None
+    needed = {'task', 'variant', 'digest', 'episodes', 'seed_runs', 'failed_seeds'}
+    if not isinstance(rows, list):
+        raise EvaluationError(f'{path}: expected a list of rows, got {type(rows).__name__}')
+    for row in rows:
+        found = set(row) if isinstance(row, dict) else set()
+        if not needed <= found:
+            raise EvaluationError(
+                f'{path}: expected rows with {sorted(needed)}, got {sorted(found)}'
+            )
+        if row['task'] not in TASKS:
+            raise EvaluationError(f'{path}: expected tasks of {list(TASKS)}, got {row["task"]!r}')
+    return rows
 
 
 def write_rows(rows: Sequence[Row], out: Path) -> list[Path]:

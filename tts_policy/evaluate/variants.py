@@ -134,20 +134,22 @@ class Variant:
         scheduler, *plan = head.split(':')
         match = _SCHEDULER.fullmatch(scheduler)
         if match is None:
-            raise VariantError(f'a variant begins with a scheduler such as ddim10, got {text!r}')
+            raise VariantError(f'variant: expected a scheduler such as ddim10 first, got {text!r}')
         for option in options:
             _check_option(option)
         variant = Variant(match[1], int(match[2]), options=tuple(options))
         if not plan:
             return variant
         if len(plan) != 2 or plan[0] not in PLANS:
-            raise VariantError(f'a plan is PLAN:SPARSITY with one of {list(PLANS)}, got {text!r}')
+            raise VariantError(
+                f'plan: expected PLAN:SPARSITY, PLAN one of {list(PLANS)}, got {text!r}'
+            )
         try:
             sparsity = float(plan[1])
         except ValueError:
             sparsity = -1.0
         if not 0.0 < sparsity < 1.0:
-            raise VariantError(f'sparsity must be above 0 and below 1, got {text!r}')
+            raise VariantError(f'sparsity: expected above 0 and below 1, got {text!r}')
         return replace(variant, plan=plan[0], sparsity=sparsity)
 
     def setting(self, bundle: Bundle) -> Setting:
@@ -208,7 +210,9 @@ class Variant:
         if self.plan in LEARNED_PLANS:
             pruner = self.pruner(bundle)
             if pruner is None:
-                raise BundleError(f'{self.name}: the bundle has no pruner for {self.sampler!r}')
+                raise BundleError(
+                    f'{self.name}: expected a bundle with a pruner for {self.sampler!r}, got none'
+                )
             return LEARNED_PLANS[self.plan](pruner, tokens)
         denoiser = bundle.network.denoiser.spec
         sizes = PrunerSpec.of(denoiser, self.steps, (0.0,), hidden=1)
@@ -219,7 +223,7 @@ def _check_option(option: str) -> None:
     match = _OPTION.fullmatch(option)
     if match is None or match[1] not in OPTIONS or bool(match[2]) != (match[1] in WITH_NUMBER):
         names = [f'{name}N' if name in WITH_NUMBER else name for name in OPTIONS]
-        raise VariantError(f'an option must be one of {names}, got {option!r}')
+        raise VariantError(f'option: expected one of {names}, got {option!r}')
 
 
 def _named() -> list[str]:
@@ -262,6 +266,7 @@ def _everything() -> list[str]:
         )
     ]
     dense = [
+        *(f'dpm{steps}' for steps in (3, 5, 8)),
         *(f'ddim10+{mode}' for mode in ('fresh', 'held', 'execute4', 'execute2', 'blind')),
         *(f'{REFERENCE}+{mode}' for mode in ('execute4', 'execute2')),
     ]

@@ -163,6 +163,7 @@ def start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
         'autostart': 'true',
         # The pictures are noise, so chunks begin far from the position that the robot reports.
         'limits.first_point_default': 1000.0,
+        'limits.allow_unbounded': True,
     }
     command = [sys.executable, '-m', 'tts_policy.node.policy_node', '--ros-args']
     if args.realtime_priority:

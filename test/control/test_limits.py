@@ -118,10 +118,11 @@ def test_joints_without_a_bound_are_named() -> None:
     assert limits().missing() is None
     assert limits(acceleration=np.full(2, np.inf)).missing() is None
     one = limits(velocity=np.array([1.0, np.inf]), upper=np.array([np.inf, 1.0]))
-    assert one.missing() == "limits: none on position of ['a'] and velocity of ['b']"
+    expected = 'limits: expected bounds of position and velocity for every joint, got none on '
+    assert one.missing() == f"{expected}position of ['a'] and velocity of ['b']"
     source = LimitSource(one, 'when_present')
     source.describe(URDF)
-    assert source.unbounded() == "limits: none on velocity of ['b']"
+    assert source.unbounded() == f"{expected}velocity of ['b']"
 
 
 def test_scaling_tightens_motion_but_not_the_range() -> None:

@@ -19,6 +19,7 @@ pytest.importorskip('rclpy', reason='rclpy is not installed')
 pytest.importorskip('torch', reason='torch is not installed')
 
 import cv2
+from cell import reported
 from feeder import JOINTS, RELIABLE, Feeder, joint_message
 from processes import BUSY_FACTOR, RosProcess, child_environment, wait_until
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -39,7 +40,8 @@ MODULE = 'tts_policy.node.policy_node'
 def start(bundle: Path, namespace: str, **values: Any) -> RosProcess:
     """Start an active node; an untrained policy starts anywhere."""
     arguments = ['--ros-args', '-r', f'__ns:={namespace}']
-    given = {'bundle': bundle, 'autostart': 'true', 'limits.first_point_default': 9.0, **values}
+    free = {'limits.first_point_default': 9.0, 'limits.allow_unbounded': 'true'}
+    given = {'bundle': bundle, 'autostart': 'true', **free, **values}
     for name, value in given.items():
         arguments += ['-p', f'{name}:={value}']
     return RosProcess(MODULE, *arguments)
@@ -279,6 +281,49 @@ def test_two_nodes_in_two_namespaces_do_not_hear_each_other(
         for feeder in feeders:
             feeder.stop()
         assert [process.stop() for process in processes] == [0, 0]
+
+
+UNBOUNDED = 'expected bounds of position and velocity for every joint, got none on position of'
+BOUNDED = {
+    'limits.joints': '[shoulder, elbow, finger]',
+    'limits.lower': '[-9.0, -9.0, -9.0]',
+    'limits.upper': '[9.0, 9.0, 9.0]',
+}
+
+
+@pytest.mark.fault
+def test_output_opens_only_within_limits_or_where_that_is_waived_for_all_to_see(
+    test_node: Node, small_bundle: Path
+) -> None:
+    strict = {'limits.allow_unbounded': 'false', **BOUNDED}
+    cases = {
+        '/unbounded': {'limits.allow_unbounded': 'false', 'enable_output': 'true'},
+        '/no_speed': strict,
+        '/bounded': {**strict, 'limits.velocity': '[900.0, 900.0, 900.0]'},
+        '/waived': {'enable_output': 'true'},
+    }
+    feeders = {name: Feeder(test_node, name) for name in cases}
+    processes = [start(small_bundle, name, **values) for name, values in cases.items()]
+    try:
+        for feeder in feeders.values():
+            wait_until(lambda feeder=feeder: feeder.matched, 20, 'subscriptions')
+            feeder.start()
+            wait_until(lambda feeder=feeder: len(feeder.ticks) >= 2, 10, 'ticks')
+        closed = feeders['/unbounded']
+        reported(closed, f'output closed: limits: {UNBOUNDED}')
+        assert closed.proposals and not closed.commands
+        assert UNBOUNDED not in feeders['/no_speed'].set(enable_output=True)
+        refused = feeders['/no_speed'].set(enable_output=True)
+        assert 'enable_output: limits: expected' in refused and 'velocity of' in refused
+        assert feeders['/bounded'].set(enable_output=True) == ''
+        for name in ('/bounded', '/waived'):
+            wait_until(lambda name=name: feeders[name].commands, 5, f'commands of {name}')
+        reported(feeders['/waived'], f'limits.allow_unbounded: limits: {UNBOUNDED}')
+        assert not closed.commands and not feeders['/no_speed'].commands
+    finally:
+        for feeder in feeders.values():
+            feeder.stop()
+        assert [process.stop() for process in processes] == [0] * 4
 
 
 LEGAL = {

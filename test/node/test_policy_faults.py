@@ -94,3 +94,5 @@ def test_a_bad_chunk_is_dropped_whole_and_counted(arm: Feeder, fault: str, reaso
     reported(arm, reason)
     arm.silent()
     assert int(arm.values()['refused_chunks']) > 0
+    # What it left in the feature cache is forgotten.
+    wait_until(lambda: any(t['reset'] == 'chunk refused' for t in arm.ticks), 3, 'a new episode')

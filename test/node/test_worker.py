@@ -56,6 +56,7 @@ class ScriptedPolicy:
         self.go = threading.Event()
         self.go.set()
         self.error: Exception | None = None
+        self.actions = np.zeros((15, 3))
 
     def reset(self, seed: int) -> None:
         self.calls.append('reset')
@@ -69,7 +70,7 @@ class ScriptedPolicy:
         if self.error is not None:
             raise self.error
         last = int(observation['camera'][-1])
-        return SimpleNamespace(last=last, sparsity=sparsity, actions=np.zeros((15, 3)))
+        return SimpleNamespace(last=last, sparsity=sparsity, actions=self.actions)
 
 
 class Bench:
@@ -309,3 +310,30 @@ def test_a_delivery_that_hangs_is_a_fault_and_blocks_nobody() -> None:
         go.set()
     assert worker.stop(BUSY_FACTOR * 5.0)
     assert bench.policy.calls.count('act') == 1
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ('actions', 'resets'),
+    [(np.full((15, 3), np.nan), ['activate', 'chunk refused']), (np.zeros((15, 3)), ['activate'])],
+)
+def test_after_a_chunk_that_was_refused_the_policy_forgets_what_made_it(
+    bench: Bench, actions: np.ndarray, resets: list[str]
+) -> None:
+    bench.policy.actions = actions
+    bench.frames(0, 1)
+    bench.wait(1)
+    bench.policy.actions = np.zeros((15, 3))
+    bench.frames(2, 9)
+    bench.wait(2)
+    assert stamps(bench) == [1, 9]
+    assert bench.resets == resets
+
+
+def test_without_a_controller_or_limits_the_policy_keeps_its_episode(bench: Bench) -> None:
+    bench.output.output._limits.missing = 'limits: expected a URDF, got none yet'
+    bench.frames(0, 1)
+    bench.wait(1)
+    bench.frames(2, 9)
+    bench.wait(2)
+    assert bench.delivered[0].refused and bench.resets == ['activate']

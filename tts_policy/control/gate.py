@@ -2,6 +2,7 @@
 """The output gate: whether a command may leave the node, and what closed it.
 
     enable_output            the operator's switch, a live parameter; false is a dry run
+    barred                   joints without limits, unless that is allowed explicitly
     emergency_stop: true     closes the gate at once, and keeps it closed
     emergency_stop: nothing  for longer than the timeout (a dead man's switch): the same
 
@@ -20,6 +21,7 @@ class OutputGate:
 
     def __init__(self) -> None:
         self.enabled = False
+        self.barred: str | None = None
         self.timeout_s = 0.0
         self.stops = 0
         self._stopped: str | None = None
@@ -43,7 +45,7 @@ class OutputGate:
             return f'{self._stopped}, opened again by ~/clear_stop only'
         if silence is not None:
             return f'emergency_stop: {silence}'
-        return None if self.enabled else 'output disabled'
+        return self.barred if self.enabled else 'output disabled'
 
     def listen_anew(self) -> None:
         """Forget when the topic was heard last, as nobody listened meanwhile.

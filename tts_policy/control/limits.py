@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tts_policy.control.spline import Cubic, monotone_velocities
-from tts_policy.control.trajectory import Trajectory, TrajectoryRefused
+from tts_policy.control.trajectory import NotReady, Trajectory, TrajectoryRefused
 from tts_policy.control.urdf import UrdfLimits, parse_limits
 
 if TYPE_CHECKING:
@@ -59,7 +59,12 @@ class JointLimits:
             joints = [j for j, bound in zip(self.joints, bounds, strict=True) if np.isinf(bound)]
             if joints:
                 parts.append(f'{name} of {joints}')
-        return f'limits: none on {" and ".join(parts)}' if parts else None
+        if not parts:
+            return None
+        return (
+            'limits: expected bounds of position and velocity for every joint, '
+            f'got none on {" and ".join(parts)}'
+        )
 
     def scaled(self, scale: float) -> JointLimits:
         """Scale what bounds motion, not where the joints may be; `scale` is in (0, 1]."""
@@ -342,10 +347,10 @@ class LimitSource:
 
         Raises
         ------
-        TrajectoryRefused
+        NotReady
             when there are none although there should be.
 
         """
         if self.missing is not None:
-            raise TrajectoryRefused(self.missing)
+            raise NotReady(self.missing)
         return self._limits.scaled(self.scale)

@@ -15,9 +15,9 @@ import numpy as np
 
 from tts_policy.control.continuity import Continuity, blend, measure
 from tts_policy.control.trajectory import (
+    NotReady,
     Origin,
     Trajectory,
-    TrajectoryRefused,
     due_times_ns,
     hold_trajectory,
     plan_trajectory,
@@ -238,12 +238,12 @@ class CommandOutput:
         return True
 
     def _measured_at(self, now_ns: int) -> np.ndarray:
-        """Measured positions [A]; raises TrajectoryRefused where there are none, or old ones."""
+        """Measured positions [A]; raises NotReady where there are none, or old ones."""
         if self._measured is None:
-            raise TrajectoryRefused('chunk: expected a measured joint state, got none yet')
+            raise NotReady('chunk: expected a measured joint state, got none yet')
         age_ns, limit_ns = self._measured.age_ns(now_ns), self._hold_rule.max_age_ns
         if age_ns > limit_ns:
-            raise TrajectoryRefused(
+            raise NotReady(
                 f'chunk: expected a joint state of at most {limit_ns / 1e9:.3f} s, '
                 f'got one of {age_ns / 1e9:.3f} s'
             )

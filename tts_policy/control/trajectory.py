@@ -32,6 +32,10 @@ class ChunkTooLate(TrajectoryRefused):
     """Too few points of a chunk are still to come: the robot finishes the old one and stops."""
 
 
+class NotReady(TrajectoryRefused):
+    """Something but the chunk is missing: limits, a measured state, a controller."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where the joints set out for the first point of a trajectory, `time_ns` after its stamp.

@@ -21,6 +21,7 @@ from std_msgs.msg import String
 
 from tts_policy.node.interface import CHUNK_STATS, DIAGNOSTICS, PLAN_IMAGE
 from tts_policy.node.messages import ns_to_time, plan_image
+from tts_policy.node.worker import CHUNK_REFUSED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,7 +111,8 @@ class Monitor:
         """Count the beginning of an episode."""
         with self._lock:
             self._statistics.resets[reason] += 1
-        self._node.get_logger().info(f'new episode ({reason})')
+        if reason != CHUNK_REFUSED:  # the refusal itself is logged, less often
+            self._node.get_logger().info(f'new episode ({reason})')
 
     def on_tick(self, report: TickReport) -> None:
         """Count a tick, report what was wrong with it, and publish its statistics and plan."""

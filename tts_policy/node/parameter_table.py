@@ -182,6 +182,9 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     _fixed('limits.tolerance', Type.DOUBLE, 0.02, '',
            'Share by which a chunk may exceed a limit. Positions are clipped to the limit.',
            0.0, 0.5),
+    _fixed('limits.allow_unbounded', Type.BOOL, False, '',
+           'Let commands out although joints have no bound of position or velocity. '
+           '/diagnostics warns as long as that is so.'),
     _fixed('limits.urdf', Type.STRING, 'when_present', '',
            'How the limits in robot_description are used. off: not at all. when_present: they '
            'tighten these. required: nothing is commanded before they are known for every joint '

@@ -165,8 +165,6 @@ class PolicyNode(LifecycleNode):
         self._worker.activate()
         self._state = 'active'
         self._monitor.activated()
-        if unbounded := self._limits.unbounded():
-            self.get_logger().warning(unbounded)
         closed = self._gate.closed_by(time.monotonic())
         self.get_logger().info(f'active, {f"{closed} (dry run)" if closed else "output enabled"}')
         return result
@@ -214,6 +212,7 @@ class PolicyNode(LifecycleNode):
             self.get_logger().warning('the inference thread is still busy and is left behind')
         self._worker = None
         self._output = self._limits = None
+        self._gate.barred = None
         for destroy in self._entities:
             destroy()
         self._entities.clear()
@@ -277,6 +276,7 @@ class PolicyNode(LifecycleNode):
         limits = self._limits
         with self._worker.exclusive():
             limits.describe(text)
+            self._gate.barred = self._barred()
         if limits.missing is not None:
             self._monitor.error('limits', limits.missing)
         elif limits.unnamed:
@@ -311,6 +311,9 @@ class PolicyNode(LifecycleNode):
         if worker is not None and self._settings['check_latency']:
             latency_s = worker.latency_s()
         reason = parameters.refusal(changes, worker is not None, policy, latency_s)
+        if reason is None and worker is not None and self._gate.barred is not None:
+            enables = any(c.name == 'enable_output' and c.value for c in changes)
+            reason = f'enable_output: {self._gate.barred}' if enables else None
         return SetParametersResult(successful=reason is None, reason=reason or '')
 
     def _after_set_parameters(self, changes: list[Parameter]) -> None:
@@ -331,8 +334,14 @@ class PolicyNode(LifecycleNode):
             )
             self._gate.enabled = settings['enable_output']
             self._gate.timeout_s = settings['emergency_stop_timeout_s']
+            self._gate.barred = self._barred()
             self._limits.scale = settings['limits_scale']
             self._output.blend_ns = settings.ns('blend_s')
+
+    def _barred(self) -> str | None:
+        """Why no command may leave although output is enabled: joints without limits."""
+        assert self._limits is not None
+        return None if self._settings['limits.allow_unbounded'] else self._limits.unbounded()
 
     def _obey_gate(self) -> None:
         """Hold the position if the gate is closed."""
@@ -357,11 +366,21 @@ class PolicyNode(LifecycleNode):
             else:
                 self._obey_gate()
                 self._monitor.look_at_input(worker, self._settings['max_observation_age_s'])
+        self._look_at_limits()
         if self._gate.stopped is not None:
             self._monitor.error('gate', f'output closed: {self._gate.stopped}')
         self._watch_count += 1
         if self._watch_count % REPORT_EVERY == 0:
             self._publish_report()
+
+    def _look_at_limits(self) -> None:
+        """Report joints without limits, for as long as there are any."""
+        unbounded = None if self._limits is None else self._limits.unbounded()
+        if unbounded is not None and self._settings['enable_output']:
+            if self._settings['limits.allow_unbounded']:
+                self._monitor.warn('unbounded', f'limits.allow_unbounded: {unbounded}')
+            else:
+                self._monitor.error('unbounded', f'output closed: {unbounded}')
 
     def _publish_report(self) -> None:
         gate = self._gate.values(time.monotonic())

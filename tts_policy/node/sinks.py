@@ -12,7 +12,7 @@ from action_msgs.msg import GoalStatus
 from rclpy.duration import Duration
 from std_msgs.msg import Float64MultiArray
 
-from tts_policy.control.trajectory import Trajectory, TrajectoryRefused
+from tts_policy.control.trajectory import NotReady, Trajectory, TrajectoryRefused
 from tts_policy.node.messages import trajectory_message
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ActionSink:
 
         Raises
         ------
-        TrajectoryRefused
+        NotReady
             without a server: the arm will not follow, so nothing may build on it.
 
         """
@@ -92,7 +92,7 @@ class ActionSink:
 
     def _send(self, trajectory: Trajectory, last: bool) -> None:
         if not self._client.server_is_ready():
-            raise TrajectoryRefused('follow_joint_trajectory: expected an action server, got none')
+            raise NotReady('follow_joint_trajectory: expected an action server, got none')
         self._sent += 1
         goal = self._goal_type(trajectory=trajectory_message(trajectory))
         answer = self._client.send_goal_async(goal)

@@ -27,7 +27,7 @@ import numpy as np
 from tts_policy.control.conversions import seconds_to_ns
 from tts_policy.control.latency_budget import SparsityGovernor
 from tts_policy.control.ticks import ScheduledTick, TickSchedule
-from tts_policy.control.trajectory import ChunkTooLate, TrajectoryRefused
+from tts_policy.control.trajectory import ChunkTooLate, NotReady, TrajectoryRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from tts_policy.policy.policy import Chunk, TestTimeSparsePolicy
 
 
+# Why an episode begins after a chunk that was refused.
+CHUNK_REFUSED = 'chunk refused'
 # Pause between two looks at whether a wait for the policy is still wanted.
 _LOOK_S = 0.05
 # How long a hold may take to go out after the inference thread has failed.
@@ -418,6 +420,9 @@ class InferenceWorker:
             )
         except TrajectoryRefused as error:
             refused, too_late = str(error), isinstance(error, ChunkTooLate)
+            if not isinstance(error, (ChunkTooLate, NotReady)):
+                # What made the chunk bad is in the feature cache, and would be in the next ones.
+                self._ticks.restart(CHUNK_REFUSED, keep_rhythm=True)
         if tick.scheduled.reset is None:
             self._governor.record(
                 latency_s, self.settings.sparsity, self.settings.latency_budget_s

@@ -59,6 +59,7 @@ class Demo:
         self._bundle = bundle
         self._log = options.out / 'log'
         self._log.mkdir(parents=True, exist_ok=True)
+        self._share = share
         domain = private_domain()
         prepare_environment(share, domain, self._log)
         self._policy: NodeProcess | None = None
@@ -111,7 +112,8 @@ class Demo:
             'inference_timeout_s': OWED_LIMIT_S,
         }
         log = self._log / f'policy_node_{variant.sampler.name}.log'
-        self._policy = NodeProcess('tts_policy.node.policy_node', parameters, log)
+        limits = self._share / 'config' / 'panda_lift.yaml'
+        self._policy = NodeProcess('tts_policy.node.policy_node', parameters, log, limits)
         if not self._driver.start_policy():
             raise self._policy.failure('policy_node could not be started')
 

@@ -196,7 +196,10 @@ def _family(row: Row) -> str:
 
 
 def write_plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw success against executed GFLOPs a tick and against latency, a line of axes a task."""
+    """Draw success against executed GFLOPs and against latency, one line of axes per task.
+
+    Latencies measured in turns are not drawn beside those of episodes that ran with other work.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -207,35 +210,39 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(tasks), 2, squeeze=False, sharey=True)
     families = list(dict.fromkeys(_family(row) for row in shown))
-    for line, task in zip(axes, tasks, strict=True):
-        for axis, key, label in (
-            (line[0], 'gflops_tick', 'executed GFLOPs a tick, steady state'),
-            (line[1], 'latency_ms', 'latency p50 of a steady tick [ms]'),
-        ):
-            for number, family in enumerate(families):
-                points = [r for r in shown if r['task'] == task and _family(r) == family]
-                points.sort(key=lambda row: row[key])
-                if not points:
-                    continue
-                rate = np.array([p['successes'] / p['episodes'] for p in points])
-                low, high = np.array([p['ci95'] for p in points]).T
-                # The colours begin anew after ten families.
-                style = 's' if family.startswith('dense') else 'o^'[number >= 10]
-                axis.errorbar(
-                    [p[key] for p in points],
-                    rate,
-                    yerr=np.maximum([rate - low, high - rate], 0),
-                    fmt=f'{style}-',
-                    color=f'C{number % 10}',
-                    capsize=2,
-                    alpha=0.85,
-                    label=family,
-                )
-            axis.set(xscale='log', xlabel=label, title=task, ylim=(-0.03, 1.03))
-            axis.grid(alpha=0.3)
-        line[0].set_ylabel('success rate, 95 % Wilson interval')
+    for (cost, latency), task in zip(axes, tasks, strict=True):
+        of = [row for row in shown if row['task'] == task]
+        in_turns = [row for row in of if 'latency_in_turns' in row] or of
+        _draw(cost, of, 'gflops_tick', families)
+        _draw(latency, in_turns, 'latency_ms', families)
+        cost.set(xlabel='executed GFLOPs a tick, steady state', title=task)
+        latency.set(xlabel='latency p50 of a steady tick [ms]', title=task)
+        cost.set_ylabel('success rate, 95 % Wilson interval')
     handles: dict[str, Any] = {}
     for axis in axes[:, 0]:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, fontsize=8, loc='outside right upper')
     figure.savefig(path, dpi=110)
+
+
+def _draw(axis: Any, rows: Sequence[Row], key: str, families: Sequence[str]) -> None:
+    """Draw success against `key`, one colour per family; colours repeat after ten families."""
+    for number, family in enumerate(families):
+        points = sorted((r for r in rows if _family(r) == family), key=lambda row: row[key])
+        if not points:
+            continue
+        rate = np.array([p['successes'] / p['episodes'] for p in points])
+        low, high = np.array([p['ci95'] for p in points]).T
+        style = 's' if family.startswith('dense') else 'o^'[number >= 10]
+        axis.errorbar(
+            [p[key] for p in points],
+            rate,
+            yerr=np.maximum([rate - low, high - rate], 0),
+            fmt=f'{style}-',
+            color=f'C{number % 10}',
+            capsize=2,
+            alpha=0.85,
+            label=family,
+        )
+    axis.set(xscale='log', ylim=(-0.03, 1.03))
+    axis.grid(alpha=0.3)

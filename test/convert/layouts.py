@@ -10,9 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import dill
+import hydra
 import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 
@@ -175,33 +180,69 @@ def lowdim_policy(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def save_workspace(path: Path, policy: dict[str, Any], state: dict[str, Tensor]) -> Path:
-    """Write a workspace checkpoint, with an optimiser that nobody should have to read."""
-    moments = {n: {'exp_avg': torch.zeros_like(v)} for n, v in enumerate(state.values())}
-    torch.save(
-        {
-            'cfg': {'_target_': 'diffusion_policy.workspace.Workspace', 'policy': policy},
-            'state_dicts': {
-                'model': {name: 0 * value for name, value in state.items()},
-                'ema_model': state,
-                'optimizer': {'state': moments, 'param_groups': [{'betas': (0.9, 0.95)}]},
-            },
-            'pickles': {'_output_dir': b'\x80\x04N.'},
+def _composed(policy: dict[str, Any]) -> DictConfig:
+    """Compose a configuration as upstream's train.py does, with resolvers that leave traces."""
+    OmegaConf.register_new_resolver('eval', eval, replace=True)
+    config = {
+        '_target_': 'diffusion_policy.workspace.Workspace',
+        'n_action_steps': policy['n_action_steps'],
+        'n_latency_steps': 0,
+        'policy': {
+            **policy,
+            'n_action_steps': "${eval:'${n_action_steps}+${n_latency_steps}'}",
         },
-        path,
-    )
+        'logging': {'name': '${now:%Y.%m.%d-%H.%M.%S}_run', 'tags': ['run']},
+        'multi_run': {'run_dir': 'data/outputs/${now:%Y.%m.%d}/${now:%H.%M.%S}'},
+    }
+    with TemporaryDirectory() as folder:
+        (Path(folder) / 'train.yaml').write_text(yaml.safe_dump(config, sort_keys=False))
+        with hydra.initialize_config_dir(folder, version_base=None):
+            composed = hydra.compose('train')
+    OmegaConf.resolve(composed)
+    return composed
+
+
+def save_workspace(
+    path: Path,
+    policy: dict[str, Any],
+    state: dict[str, Tensor],
+    average: bool = True,
+    prefix: str = '',
+) -> Path:
+    """Write a workspace checkpoint as upstream's BaseWorkspace.save_checkpoint does.
+
+    average: whether there is an averaged model; the last weights are zeros then. prefix: of the
+    names of all weights.
+    """
+    state = {f'{prefix}{name}': value for name, value in state.items()}
+    parameters = [nn.Parameter(value.detach().clone().float()) for value in state.values()]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    states: dict[str, Any] = {'model': state, 'optimizer': optimizer.state_dict()}
+    if average:
+        states['model'] = {name: 0 * value for name, value in state.items()}
+        states['ema_model'] = state
+    payload = {
+        'cfg': _composed(policy),
+        'state_dicts': states,
+        'pickles': {'global_step': dill.dumps(7), 'epoch': dill.dumps(1)},
+    }
+    with path.open('wb') as file:
+        torch.save(payload, file, pickle_module=dill)
     return path
 
 
 def save_lowdim(
-    path: Path, sizes: Sizes, policy: dict[str, Any] | None = None
+    path: Path, sizes: Sizes, policy: dict[str, Any] | None = None, **options: Any
 ) -> tuple[DiffusionTransformer, Normalizer, Normalizer]:
     """Write a low-dimensional policy; returns its modules: model, normalisers of obs, action."""
     model = DiffusionTransformer(sizes).eval()
     obs, action = Normalizer(sizes.obs_dim), Normalizer(sizes.action_dim)
     state = {f'model.{name}': value for name, value in model.state_dict().items()}
     state |= obs.state('obs') | action.state('action') | {'_dummy_variable': torch.empty(0)}
-    save_workspace(path, policy or lowdim_policy(sizes), state)
+    save_workspace(path, policy or lowdim_policy(sizes), state, **options)
     return model, obs, action
 
 

@@ -7,6 +7,7 @@ import collections
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tts_policy.convert.checkpoint import Checkpoint
+from tts_policy.convert.configuration import NoiseScheduler, read_settings
 from tts_policy.convert.restricted_pickle import (
     CheckpointError,
     Record,
@@ -133,6 +135,7 @@ def _without_lookup(value: object) -> bytes:
         ('builtins.getattr', lambda marker: _Call(getattr, {}, 'clear')),
         ('posix.mkdir', lambda marker: {'state': [_Call(os.mkdir, str(marker))]}),
         ('torch.load', lambda marker: _Call(torch.load, str(marker))),
+        ('posix.mkdir', lambda marker: {'now': {('%Y', _Call(os.mkdir, str(marker))): 1}}),
     ],
 )
 def test_a_name_that_is_not_known_is_refused_before_it_is_called(
@@ -164,7 +167,7 @@ def test_a_name_that_is_not_known_is_refused_before_it_is_called(
         ),
         pytest.param(
             b'\x80\x02)' + b'q\x00h\x00\x86' * 60 + b'}q\x01h\x00Ns.',
-            'dictionary key: expected text, a number or a flat tuple',
+            'dictionary key: expected text, a number or a short tuple',
             id='exponential hash',
         ),
         pytest.param(
@@ -208,6 +211,53 @@ def test_a_pickle_that_is_unsafe_or_damaged_is_refused(
         with pytest.raises(CheckpointError):
             Checkpoint(path)
     assert dict(vars(Record)) == before
+
+
+def _repeated(call: bytes, memo: bytes) -> bytes:
+    """Pickle that calls a function 20,000 times with the same memoised arguments."""
+    return b'\x80\x02' + call + b'q\x00' + memo + b'q\x01(' + b'h\x00h\x01R' * 20_000 + b't.'
+
+
+_LONG_TEXT = b'X' + struct.pack('<I', 100_000) + b'a' * 100_000
+_MANY_PAIRS = b'](' + b''.join(b'J%b]\x86' % struct.pack('<i', n) for n in range(10_000)) + b'e'
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        _repeated(b'c_codecs\nencode\n', _LONG_TEXT + b'X\x06\x00\x00\x00latin1\x86'),
+        _repeated(b'c__builtin__\nbytes\n', _LONG_TEXT + b'X\x06\x00\x00\x00latin1\x86'),
+        _repeated(b'ccollections\nOrderedDict\n', _MANY_PAIRS + b'\x85'),
+        _repeated(b'ccollections\ndefaultdict\n', b'N' + _MANY_PAIRS + b'\x86'),
+    ],
+    ids=['encode', 'bytes', 'OrderedDict', 'defaultdict'],
+)
+def test_a_value_that_is_copied_again_and_again_is_refused_before_it_fills_the_memory(
+    data: bytes,
+) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match='expected every value to be copied once'):
+            RestrictedUnpickler(data).read()
+        assert tracemalloc.get_traced_memory()[1] < 100 * len(data)
+    finally:
+        tracemalloc.stop()
+
+
+def test_keys_are_flat_tuples_at_most() -> None:
+    resolved = {'now': {('%Y', 2): '2026', (): 'x'}}
+    assert RestrictedUnpickler(pickle.dumps(resolved, 2)).read() == resolved
+    for key in (('a', ('b',)), tuple('a' * 17)):
+        with pytest.raises(CheckpointError, match='text, a number or a short tuple'):
+            RestrictedUnpickler(pickle.dumps({key: 1}, 2)).read()
+
+
+def test_a_message_about_a_long_value_is_short() -> None:
+    leaf = 'a' * 100_000
+    wide = [[leaf] * 1000] * 50
+    with pytest.raises(CheckpointError) as caught:
+        read_settings(NoiseScheduler, {'_target_': wide, leaf: wide}, 'cfg')
+    assert len(str(caught.value)) < 2000
 
 
 def test_classes_of_one_file_are_out_of_reach_of_the_next() -> None:

@@ -196,6 +196,26 @@ def test_averaged_weights_are_taken_unless_the_last_are_asked_for(tmp_path: Path
     assert main([str(tmp_path / 'a.ckpt'), str(tmp_path / 'b'), '--weights', 'model']) == 2
 
 
+def test_without_an_average_the_last_weights_are_to_be_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _, _ = save_lowdim(tmp_path / 'a.ckpt', Sizes(), average=False)
+    assert main([str(tmp_path / 'a.ckpt'), str(tmp_path / 'b')]) == 2
+    assert 'ema_model: expected weights, got nothing: use --weights' in capsys.readouterr().err
+    network = load_bundle(_convert(tmp_path, '--weights', 'model')).network
+    assert torch.equal(network.denoiser.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.'])
+def test_wrappers_of_training_are_removed_from_names_and_this_is_said(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _, _ = save_lowdim(tmp_path / 'a.ckpt', Sizes(), prefix=prefix)
+    network = load_bundle(_convert(tmp_path)).network
+    assert torch.equal(network.denoiser.head.weight, model.head.weight)
+    assert 'removed module and _orig_mod from the names of weights' in capsys.readouterr().out
+
+
 def test_names_and_rate_come_from_the_command_line(tmp_path: Path) -> None:
     save_lowdim(tmp_path / 'a.ckpt', Sizes())
     names = ['--observation-joints', *'abcde', '--action-joints', *'xyz', '--rate', '20']

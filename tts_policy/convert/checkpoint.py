@@ -30,6 +30,8 @@ MAX_FILE_BYTES = 16 << 30
 MAX_PICKLE_BYTES = 4 << 20
 MAX_TENSOR_BYTES = 2 << 30
 MAX_ENTRIES = 100_000
+# Parts of names that DistributedDataParallel and torch.compile add.
+WRAPPERS = ('module', '_orig_mod')
 
 
 class Checkpoint:
@@ -156,7 +158,21 @@ class WeightSource:
     """Named tensors in single precision; what nobody took in the end was not understood."""
 
     def __init__(self, tensors: Mapping[str, Any], read: Callable[[Any], Tensor]) -> None:
-        """Take tensors by name, and the function that reads one when it is asked for."""
+        """Take tensors by name, and the function that reads one when it is asked for.
+
+        Raises
+        ------
+        CheckpointError
+            if two names differ only in what DistributedDataParallel and torch.compile add.
+
+        """
+        own = {name: [p for p in name.split('.') if p not in WRAPPERS] for name in tensors}
+        tensors = {'.'.join(own[name]): value for name, value in tensors.items()}
+        if len(tensors) < len(own):
+            raise CheckpointError(
+                'weights: expected each name once, got one with and without a wrapper'
+            )
+        self.wrapped = any(len(parts) <= name.count('.') for name, parts in own.items())
         self._tensors, self._read = tensors, read
         self._left = set(tensors)
 

@@ -15,6 +15,7 @@ from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.validation import quoted
 
 MAX_VALUES = 4096
+LONGEST_NAME = 200
 _HEAD = """\
 # Draft of the parameters of `policy_node` for {name}. Complete what is marked TODO, then:
 #   ros2 launch tts_policy policy.launch.py bundle:={bundle} params_file:={bundle}/parameters.yaml
@@ -52,6 +53,12 @@ class Naming:
             if not 1 <= count <= MAX_VALUES:
                 raise CheckpointError(
                     f'{what}: expected 1 to {MAX_VALUES} values, got {quoted(count)}'
+                )
+        for key, _ in observed:
+            if len(key) > LONGEST_NAME:
+                raise CheckpointError(
+                    f'observation: expected a name of at most {LONGEST_NAME} characters, '
+                    f'got {quoted(key)}'
                 )
         names = tuple(f'{key}_{n}' for key, length in observed for n in range(length))
         acted = tuple(f'action_{n}' for n in range(action_dim))

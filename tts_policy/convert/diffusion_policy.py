@@ -14,13 +14,14 @@ sequence once more, with the linear layer as its fourth member.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from tts_policy.convert.checkpoint import Checkpoint, load_state
+from tts_policy.convert.checkpoint import WRAPPERS, Checkpoint, load_state
 from tts_policy.convert.checkpoint import WeightSource as Source
 from tts_policy.convert.configuration import NoiseScheduler, Target, read_settings
 from tts_policy.convert.converted_policy import ConvertedPolicy, Naming
@@ -34,6 +35,7 @@ from tts_policy.policy.encoders.resnet import ResNetSpec
 from tts_policy.policy.network import NetworkSpec, PolicyNetwork
 from tts_policy.policy.validation import Flag, Integer, Spec, Text, checked, one_of, quoted
 
+UNWRAPPED = f'removed {" and ".join(WRAPPERS)} from the names of weights'
 HYBRID = 'DiffusionTransformerHybridImagePolicy'
 LOWDIM = 'DiffusionTransformerLowdimPolicy'
 Shape = tuple[Annotated[Integer, Field(ge=1, lt=1 << 20)], ...]
@@ -146,7 +148,8 @@ def read_diffusion_policy(checkpoint: Checkpoint, weights: str, naming: Naming) 
         converted = _lowdim(read_settings(_Lowdim, policy, 'cfg.policy'), source, naming)
     source.ignore(lambda name: name.startswith('mask_generator.') or '_dummy_variable' in name)
     source.require_empty()
-    return converted
+    remarks = (UNWRAPPED,) if source.wrapped else ()
+    return replace(converted, remarks=converted.remarks + remarks)
 
 
 def _policy_weights(checkpoint: Checkpoint, weights: str) -> Source:

@@ -21,6 +21,7 @@ import torch
 from tts_policy.policy.validation import quoted
 
 _LONGEST = 1000
+_LONGEST_KEY = 16
 
 
 class CheckpointError(ValueError):
@@ -120,10 +121,11 @@ def _check_key(key: object) -> None:
     # Hashing a nest of tuples that share their parts takes time exponential in its depth. So does
     # printing one, which is why messages quote values with `quoted`. OmegaConf's cache of resolved
     # values has keys that are flat tuples.
-    for part in key if isinstance(key, tuple) else (key,):
+    parts = key if isinstance(key, tuple) and len(key) <= _LONGEST_KEY else (key,)
+    for part in parts:
         if not isinstance(part, (str, int, float, bool)) and part is not None:
             raise CheckpointError(
-                'dictionary key: expected text, a number or a flat tuple of them, '
+                'dictionary key: expected text, a number or a short tuple of them, '
                 f'got {quoted(part)}'
             )
 
@@ -141,23 +143,6 @@ class _Mapping(dict[Any, Any]):
         """Drop the state."""
 
 
-def _mapping(*args: Any) -> dict[Any, Any]:
-    """Stand in for the constructors of OrderedDict and defaultdict."""
-    items = args[-1] if args and isinstance(args[-1], (list, tuple)) else ()
-    result = _Mapping()
-    for key, value in items:
-        _check_key(key)
-        result[key] = value
-    return result
-
-
-def _encode(text: str = '', encoding: str = 'latin1') -> bytes:
-    """Stand in for `_codecs.encode`, which is how protocol 2 writes bytes."""
-    if encoding != 'latin1' or not isinstance(text, str):
-        raise CheckpointError(f"bytes: expected text encoded as 'latin1', got {quoted(encoding)}")
-    return text.encode('latin1')
-
-
 def _tensor(
     storage: tuple[str, torch.dtype, int],
     offset: int,
@@ -167,11 +152,11 @@ def _tensor(
 ) -> StoredTensor:
     """Stand in for `torch._utils._rebuild_tensor_v2`."""
     key, dtype, size = storage
-    counts = (offset, *shape, *stride)
     if len(shape) != len(stride) or len(shape) > 8:
         raise CheckpointError(
             f'tensor: expected matching shape and stride, got {quoted(shape)}, {quoted(stride)}'
         )
+    counts = (offset, *shape, *stride)
     if not all(isinstance(count, int) and 0 <= count < 1 << 40 for count in counts):
         raise CheckpointError(f'tensor: expected sizes in [0, 2^40), got {quoted(counts)}')
     last, elements = offset, 1
@@ -194,16 +179,19 @@ def _parameter(data: StoredTensor, *_: object) -> StoredTensor:
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ('torch._utils', '_rebuild_tensor_v2'): _tensor,
     ('torch._utils', '_rebuild_parameter'): _parameter,
-    ('collections', 'OrderedDict'): _mapping,
-    ('collections', 'defaultdict'): _mapping,
-    ('_codecs', 'encode'): _encode,
-    ('builtins', 'bytes'): _encode,
     ('copyreg', '_reconstructor'): lambda cls, *_: cls(),
     ('operator', 'getitem'): _opaque,
     ('_operator', 'getitem'): _opaque,
     ('dill._dill', '_load_type'): _opaque,
     ('numpy.core.multiarray', 'scalar'): _opaque,
     ('numpy._core.multiarray', 'scalar'): _opaque,
+}
+# Calls that copy what they are given; the unpickler counts the copies.
+_COPIES = {
+    ('collections', 'OrderedDict'): '_mapping',
+    ('collections', 'defaultdict'): '_mapping',
+    ('_codecs', 'encode'): '_encode',
+    ('builtins', 'bytes'): '_encode',
 }
 _RENAMED = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}  # as protocol 2 names them
 
@@ -241,6 +229,9 @@ class RestrictedUnpickler(pickle._Unpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(BytesIO(data))
         self._classes: dict[str, type[Record]] = {}
+        # A value that stands in the file once can be copied as often as there are bytes left to
+        # ask for it. A file that pickle wrote copies every byte and every item once at most.
+        self._copies_left = len(data)
 
     def read(self) -> Any:
         """Read the data.
@@ -262,9 +253,10 @@ class RestrictedUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Stand-in for a name; raises CheckpointError for any that is not known."""
         module = _RENAMED.get(module, module)
-        function = _FUNCTIONS.get((module, name))
-        if function is not None:
-            return function
+        if (module, name) in _COPIES:
+            return getattr(self, _COPIES[module, name])
+        if (module, name) in _FUNCTIONS:
+            return _FUNCTIONS[module, name]
         if name not in _RECORDS.get(module, ()):
             raise CheckpointError(
                 f'pickle: expected tensors, containers and OmegaConf nodes, got {module}.{name}'[
@@ -276,6 +268,32 @@ class RestrictedUnpickler(pickle._Unpickler):
             # A class of this file alone: what the pickle may do to it, it does to nothing else.
             self._classes[full] = type('Record', (Record,), {'name': full})
         return self._classes[full]
+
+    def _count(self, copies: int) -> None:
+        self._copies_left -= copies
+        if self._copies_left < 0:
+            raise CheckpointError(
+                'pickle: expected every value to be copied once, got more copies'
+            )
+
+    def _mapping(self, *args: Any) -> dict[Any, Any]:
+        """Stand in for the constructors of OrderedDict and defaultdict."""
+        items = args[-1] if args and isinstance(args[-1], (list, tuple)) else ()
+        self._count(len(items))
+        result = _Mapping()
+        for key, value in items:
+            _check_key(key)
+            result[key] = value
+        return result
+
+    def _encode(self, text: str = '', encoding: str = 'latin1') -> bytes:
+        """Stand in for `_codecs.encode`, which is how protocol 2 writes bytes."""
+        if encoding != 'latin1' or not isinstance(text, str):
+            raise CheckpointError(
+                f"bytes: expected text encoded as 'latin1', got {quoted(encoding)}"
+            )
+        self._count(len(text))
+        return text.encode('latin1')
 
     def persistent_load(self, pid: Any) -> tuple[str, torch.dtype, int]:
         """Storage key, type and number of elements of a persistent id."""

@@ -69,19 +69,16 @@ def test_costs_are_counted_from_the_plans(worker: Worker) -> None:
     assert dense['mix']['compute'] == 1.0 and sparse['mix']['compute'] == pytest.approx(0.2)
 
 
-def test_the_action_error_is_zero_for_dense_noise_and_reuse_of_nothing(worker: Worker) -> None:
-    error = worker.run(Job('lift', Variant.parse('ddim10:learned:0.001')))['l1_error']
+@pytest.mark.parametrize('noise', ['', '+noiseless', '+fresh'])
+def test_the_action_error_is_zero_where_nothing_is_reused(worker: Worker, noise: str) -> None:
+    # The dense chunk that it is compared with has the same noise.
+    error = worker.run(Job('lift', Variant.parse(f'ddim10:learned:0.001{noise}')))['l1_error']
     assert error == pytest.approx(0.0, abs=1e-6)
+
+
+def test_other_plans_have_an_action_error_and_dense_variants_none(worker: Worker) -> None:
     assert worker.run(Job('lift', Variant.parse('ddim10:random:0.8')))['l1_error'] > 1e-4
     assert worker.run(Job('lift', Variant.parse('ddim10')))['l1_error'] is None
-
-
-@pytest.mark.parametrize('noise', ['noiseless', 'fresh'])
-def test_the_action_error_compares_with_dense_of_the_same_noise(
-    worker: Worker, noise: str
-) -> None:
-    error = worker.run(Job('lift', Variant.parse(f'ddim10:learned:0.001+{noise}')))['l1_error']
-    assert error == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_variant_that_is_another_one_here_is_left_out(
@@ -104,27 +101,25 @@ def test_variants_take_turns_at_every_tick_but_the_first(worker: Worker, bundle:
     assert 0 < few < many
 
 
+def evaluate(bundle: Path, out: Path, arguments: str) -> int:
+    """Exit status of the command, on one other episode of Lift."""
+    options = f'--workers 1 --sequences 1 {arguments}'.split()
+    return evaluate_policy.main([f'lift={bundle}', '--out', str(out), *options])
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_and_tells_what_it_left_out(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [f'lift={bundle}', '--workers', '1', '--sequences', '1', '--out', str(tmp_path)]
-    variants = [
-        '--variants',
-        'ddim2',
-        'ddim10:static:0.8',
-        'ddim16:learned:0.8',
-        '--episodes',
-        '1',
-    ]
-    assert evaluate_policy.main([*command, *variants]) == 0
+    variants = '--variants ddim2 ddim10:static:0.8 ddim16:learned:0.8'
+    assert evaluate(bundle, tmp_path, f'--episodes 1 {variants}') == 0
     log = tmp_path / 'episodes.jsonl'
     before = log.read_text()
     assert len(before.splitlines()) == 3
     with log.open('a') as handle:
-        handle.write('{"task": "lift", "ar')
+        handle.write('{"task": "lift", "va')
     assert 'left out ddim16:learned:0.8: expected a bundle with' in capsys.readouterr().err
-    assert evaluate_policy.main([*command, '--variants', 'ddim2', '--episodes', '2']) == 0
+    assert evaluate(bundle, tmp_path, '--variants ddim2 --episodes 2') == 0
     assert log.read_text().startswith(before) and len(log.read_text().splitlines()) == 5
     rows = json.loads((tmp_path / 'results.json').read_text())
     assert [row['variant'] for row in rows] == ['ddim2', 'ddim10:static:0.8']
@@ -136,22 +131,22 @@ def test_a_run_goes_on_where_it_stopped_and_tells_what_it_left_out(
 @pytest.mark.parametrize(
     ('arguments', 'reason'),
     [
-        (['--variants', 'ddim10:guessed:0.8'], 'plan: expected PLAN:SPARSITY'),
-        (['--variants', 'ddim10+execute16'], 'execute: expected in [1, 15], got 16'),
-        (['--episodes', '0'], 'expected at least 1, got (0, '),
-        (['--latency', '-1'], 'latency: expected at least 0 episodes, got -1'),
-        (['--seed', '99999'], 'seeds: expected some in [100000, 900000)'),
-        (['--seed', '899999', '--episodes', '2'], 'seeds: expected some in [100000, 900000)'),
+        ('--variants ddim10:guessed:0.8', 'plan: expected PLAN:SPARSITY'),
+        ('--variants ddim10+execute16', 'execute: expected in [1, 15], got 16'),
+        ('--episodes 0', 'expected at least 1, got (0, '),
+        ('--latency -1', 'latency: expected at least 0 episodes, got -1'),
+        ('--seed 99999', 'seeds: expected some in [100000, 900000)'),
+        ('--seed 899999 --episodes 2', 'seeds: expected some in [100000, 900000)'),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(
-    arguments: list[str],
+    arguments: str,
     reason: str,
     bundle: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert evaluate_policy.main([f'lift={bundle}', '--out', str(tmp_path), *arguments]) == 2
+    assert evaluate(bundle, tmp_path, arguments) == 2
     error = capsys.readouterr().err
     assert reason in error and error.count('\n') == 1
 
@@ -163,20 +158,17 @@ def test_rows_of_an_earlier_page_are_taken_over_and_not_measured_again(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = [f'lift={bundle}', '--workers', '1', '--sequences', '1', '--episodes', '1']
     first, second = tmp_path / 'first', tmp_path / 'second'
-    assert (
-        evaluate_policy.main([*command, '--out', str(first), '--variants', 'ddim2', 'ddim3']) == 0
-    )
-    known = ['--earlier', str(first / 'results.json'), '--out', str(second)]
-    assert evaluate_policy.main([*command, *known, '--variants', 'ddim2', 'ddim4']) == 0
+    assert evaluate(bundle, first, '--episodes 1 --variants ddim2 ddim3') == 0
+    known = f'--episodes 1 --earlier {first}/results.json --variants ddim2'
+    assert evaluate(bundle, second, f'{known} ddim4') == 0
     measured = [json.loads(r) for r in (second / 'episodes.jsonl').read_text().splitlines()]
     assert [record['variant'] for record in measured] == ['ddim4']
     rows = {row['variant']: row for row in json.loads((second / 'results.json').read_text())}
     assert list(rows) == ['ddim2', 'ddim3', 'ddim4']
     assert rows['ddim2'] == json.loads((first / 'results.json').read_text())[0]
     assert 'latency_in_turns' not in rows['ddim4'] and '| ~' in (second / 'results.md').read_text()
-    assert evaluate_policy.main([*command, *known, '--variants', 'ddim2', '--latency', '1']) == 0
+    assert evaluate(bundle, second, f'{known} --latency 1') == 0
     timed = {row['variant']: row for row in json.loads((second / 'results.json').read_text())}
     assert list(timed) == list(rows)
     assert len({json.dumps(row['latency_in_turns']) for row in timed.values()}) == 1
@@ -184,9 +176,7 @@ def test_rows_of_an_earlier_page_are_taken_over_and_not_measured_again(
     page = (second / 'results.md').read_text()
     assert '| ~' not in page and 'ticks in turns on' in page
     other = grow(bundle, tmp_path / 'more', 0.6)
-    assert (
-        evaluate_policy.main([f'lift={other}', *command[1:], *known, '--variants', 'ddim2']) == 0
-    )
+    assert evaluate(other, second, known) == 0
     assert 'of other bundles' not in capsys.readouterr().err
 
 
@@ -203,8 +193,7 @@ def test_earlier_results_that_say_too_little_are_refused_in_one_line(
 ) -> None:
     earlier = tmp_path / 'results.json'
     earlier.write_text(text)
-    arguments = [f'lift={bundle}', '--out', str(tmp_path / 'out'), '--earlier', str(earlier)]
-    assert evaluate_policy.main(arguments) == 2
+    assert evaluate(bundle, tmp_path / 'out', f'--earlier {earlier}') == 2
     error = capsys.readouterr().err
     assert str(earlier) in error and error.count('\n') == 1
 

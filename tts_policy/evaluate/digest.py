@@ -29,7 +29,7 @@ DIGITS = 16
 
 
 def _described(network: PolicyNetwork) -> str:
-    """Contract and sizes, in the words that digests were made of from the first result on."""
+    """Contract and sizes in the form of the first published digests, which must stay valid."""
     sizes = {
         'camera_blocks': 0,
         'resnet': None,
@@ -85,17 +85,16 @@ class VariantDigests:
     def _constant_plan(
         self, variant: Variant, pruner: Pruner, sampler: SamplerSpec
     ) -> Mapping[str, Tensor]:
-        """What decides the plans of all ticks: where they compute, and what they reuse first.
+        """What decides the plans of all ticks: computed cells, and preferred classes elsewhere.
 
-        In which order a plan would be refined matters to other sparsities alone.
+        The order in which cells would be computed next matters only at other sparsities.
         """
         spec = pruner.spec
         tokens = torch.zeros(1, spec.obs_steps, spec.memory_width)
         gates = torch.zeros(spec.steps, spec.hidden)
+        source = LEARNED_PLANS[variant.plan](pruner, tokens)
         with torch.no_grad():
-            logits = LEARNED_PLANS[variant.plan](pruner, tokens)(gates, tokens, variant.sparsity)[
-                0
-            ]
+            logits = source(gates, tokens, variant.sparsity)[0]
         everywhere = np.ones((spec.steps, spec.blocks), bool)
         kinds, forced = self._bundle.network.denoiser.spec.stack.kinds, sampler.force_first_step
         try:
@@ -107,7 +106,7 @@ class VariantDigests:
 
 
 class ExpectedDigests:
-    """Digests of the variants of the bundles at hand, to tell their measurements from others."""
+    """Digests of the variants of the present bundles, by which their measurements are selected."""
 
     def __init__(self, bundles: Mapping[str, Bundle]) -> None:
         """Take in the bundles of the tasks that are asked for."""
@@ -124,9 +123,10 @@ class ExpectedDigests:
         return self._known[task, variant]
 
     def matching(self, measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those measured with the bundles at hand, in their order.
+        """Select the measurements of the present bundles, in their order.
 
-        Of a task that is not asked for, those as the last one of their variant.
+        A task that is not asked for has no bundle here. Of its measurements those are kept whose
+        digest equals the last one of their variant.
         """
         known = [one for one in measured if 'digest' in one]
         last = {(one['task'], one['variant']): one['digest'] for one in known}

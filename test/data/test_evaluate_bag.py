@@ -202,7 +202,7 @@ def test_a_folder_of_other_settings_is_not_mixed_into(
     bag = Recording(frames=12).write(tmp_path / 'bag')
     assert evaluate(bag)[0] == 0
     assert evaluate(bag, extra=('--seed', '1'))[0] == 2
-    assert 'with the same seed expected: choose another --out' in capsys.readouterr().err
+    assert 'with the same seed, got another: choose another --out' in capsys.readouterr().err
 
 
 def test_a_sparsity_above_the_limit_of_the_sampler_is_left_out_and_said(
@@ -250,6 +250,10 @@ def of_another_type(path: Path) -> None:
     Recording().write(path, messages)
 
 
+def of_another_topic(path: Path) -> None:
+    Recording(image_topic='/other').write(path)
+
+
 def without_images(path: Path) -> None:
     Recording().write(path, [m for m in Recording().messages() if 'image' not in m[0]])
 
@@ -278,14 +282,18 @@ def with_images_that_expand(path: Path) -> None:
 @pytest.mark.parametrize(
     ('spoil', 'ticks', 'reason'),
     [
-        (cut_off, 0, 'an mcap file with its summary at the end expected, it was cut off'),
-        (without_its_second_file, 5, "file 'second.mcap' expected, it is missing"),
-        (of_another_type, 0, 'JointState expected, got own_msgs/msg/Angle'),
-        (lambda path: Recording(image_topic='/other').write(path), 0, "'/camera/image'] expected"),
-        (without_images, 0, "topics ['/camera/image'] expected, got"),
-        (lambda path: Recording(back_after=20).write(path), 3, 'stamps that go forward expected'),
-        (lambda path: Recording(frames=0).write(path), 0, "topics ['/camera/image'] expected"),
-        (lambda path: Recording(frames=1).write(path), 0, 'ticks expected, got none: '),
+        (cut_off, 0, 'expected an mcap file with its summary at the end, got one cut off'),
+        (without_its_second_file, 5, "expected file 'second.mcap', got none"),
+        (of_another_type, 0, 'JointState, got own_msgs/msg/Angle'),
+        (
+            lambda path: Recording(image_topic='/other').write(path),
+            0,
+            "expected topics ['/camera/image']",
+        ),
+        (without_images, 0, "expected topics ['/camera/image'], got"),
+        (lambda path: Recording(back_after=20).write(path), 3, 'expected stamps that go forward'),
+        (lambda path: Recording(frames=0).write(path), 0, "expected topics ['/camera/image']"),
+        (lambda path: Recording(frames=1).write(path), 0, 'expected ticks, got none: '),
         (no_bag_but_a_database, 0, 'missing tables'),
         (with_a_chunk_that_expands, 0, 'bytes of it, got more'),
         (with_images_that_expand, 0, 'of 24 x 32 (height x width), got 8000 x 8000'),
@@ -321,12 +329,12 @@ def test_damage_is_one_line_and_what_could_be_read_is_reported(
         (('--sparsity', '0.95'), 'sparsity: expected a number in [0, 0.9]'),
         (('--sparsity', '-0.1', '0.5'), 'sparsity: expected a number in [0, 0.9]'),
         (('--sampler', 'euler'), 'sampler: expected one of'),
-        (('--topic', 'camera'), 'STREAM:=TOPIC expected'),
+        (('--topic', 'camera'), '--topic: expected STREAM:=TOPIC'),
         (('--topic', 'wrist:=/x'), "got ['wrist']"),
-        (('--processes', '0'), 'processes from 1 on'),
+        (('--processes', '0'), 'expected processes from 1 on'),
         (('--n-execute', '99'), 'n_execute up to 15'),
         (('--threads', '0'), 'threads: expected at least 1, got 0'),
-        (('--engine', 'ray'), 'the package ray expected'),
+        (('--engine', 'ray'), 'expected the package ray'),
     ],
 )
 def test_arguments_that_cannot_work_end_with_2(

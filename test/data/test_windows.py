@@ -89,12 +89,12 @@ def test_a_lost_frame_costs_its_windows_and_a_gap_ends_the_episode(tmp_path: Pat
 @pytest.mark.parametrize(
     ('change', 'reason'),
     [
-        ({'commands': False}, r"topics \['/joint_trajectory'\] expected, got"),
+        ({'commands': False}, r"expected topics \['/joint_trajectory'\], got"),
         ({'joints': JOINTS[:5]}, r"missing \['panda_joint6', 'panda_joint7', .*"),
         ({'size': 64}, 'expected an image of 96 x 96 .*got 64 x 64'),
         ({'encoding': 'yuv422'}, "expected encoding rgb8, .*got 'yuv422'"),
         ({'bad_value': float('nan')}, 'expected finite positions'),
-        ({'frames': 1}, 'windows expected, got none'),
+        ({'frames': 1}, 'expected windows, got none'),
     ],
 )
 def test_recordings_off_the_contract_are_refused(
@@ -159,5 +159,5 @@ def test_a_contract_whose_chunk_starts_at_the_newest_observation_has_no_action_b
 
 def test_the_absence_of_demonstrations_is_said(tmp_path: Path) -> None:
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(BagError, match='no rosbag2 recording'):
+    with pytest.raises(BagError, match='expected a rosbag2 recording, got none'):
         find_demonstrations([tmp_path / 'empty'], PANDA_CONTRACT, {})

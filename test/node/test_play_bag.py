@@ -120,8 +120,8 @@ def test_lockstep_play_to_a_live_node_gives_the_bits_of_evaluate_bag(
 @pytest.mark.parametrize(
     ('parameters', 'reason'),
     [
-        ({'use_sim_time': 'false'}, '/tts_policy: use_sim_time true expected, got false'),
-        ({'autostart': 'false'}, '/tts_policy: .* expected within 1 s'),
+        ({'use_sim_time': 'false'}, '/tts_policy: expected use_sim_time true, got false'),
+        ({'autostart': 'false'}, '/tts_policy: expected .* within 1 s'),
     ],
 )
 def test_lockstep_says_what_is_wrong_with_the_node(
@@ -158,7 +158,7 @@ def test_playing_begins_when_the_node_is_active(
         assert 'active, output disabled' in node.output
     else:
         assert player.wait(120) == 1
-        assert '/tts_policy: an active node expected within 5 s' in player.output
+        assert '/tts_policy: expected an active node within 5 s' in player.output
         assert 'messages published' not in player.output
 
 
@@ -257,11 +257,11 @@ def test_what_the_listening_node_said_when_recorded_is_not_said_again(
 @pytest.mark.parametrize(
     ('arguments', 'status', 'reason'),
     [
-        (['--topics', '/nothing'], 1, "play_bag: .*topic '/nothing' expected, got"),
-        (['--remap', 'x'], 1, "play_bag: remap: FROM:=TO expected, got 'x'"),
+        (['--topics', '/nothing'], 1, "play_bag: .*expected topic '/nothing', got"),
+        (['--remap', 'x'], 1, "play_bag: --remap: expected FROM:=TO, got 'x'"),
         (['--remap', '/joint_states:=a b'], 1, "play_bag: Invalid topic name: .*: 'a b'"),
         (['--lockstep', 'a b'], 1, "play_bag: Invalid topic name: .*: 'a b'"),
-        (['--rate', '0'], 2, '--rate: at least 0.001 expected, got 0.0'),
+        (['--rate', '0'], 2, '--rate: expected at least 0.001, got 0.0'),
     ],
 )
 def test_what_cannot_be_played_is_one_line(

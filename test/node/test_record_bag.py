@@ -118,7 +118,7 @@ def test_a_signal_ends_the_recording_with_its_index(
     assert publisher.wait_for_all_acked(Duration(seconds=20))
     recorder.send(number)
     assert recorder.wait(60) == 1
-    assert 'record_bag: /silence: messages expected, none came' in recorder.lines
+    assert 'record_bag: /silence: expected messages, got none' in recorder.lines
     assert 'Traceback' not in recorder.output
     assert len(by_topic(out)['/words']) == 1
     test_node.destroy_publisher(publisher)
@@ -132,9 +132,7 @@ def test_a_recording_is_never_written_over(
     before = by_topic(bag)
     recorder = start_process(RECORD, str(bag))
     assert recorder.wait(60) == 2
-    assert recorder.lines[-1] == (
-        f'record_bag: {bag}: a folder that is not there yet expected, it exists'
-    )
+    assert recorder.lines[-1] == (f'record_bag: {bag}: expected a new folder, got one that exists')
     assert by_topic(bag) == before
 
 
@@ -157,7 +155,7 @@ def test_a_recording_of_nothing_is_no_success(
     out = tmp_path / 'recorded'
     recorder = start_process(RECORD, str(out), '--topics', '/silence', '--duration', '0.5')
     assert recorder.wait(60) == 1
-    assert 'record_bag: /silence: messages expected, none came' in recorder.lines
+    assert 'record_bag: /silence: expected messages, got none' in recorder.lines
     assert BagReader(out).topics == {}
 
 

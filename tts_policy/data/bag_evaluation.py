@@ -250,7 +250,7 @@ def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
         problems = samples.problems()
         if ticks == 0:
             reason = recorded_ticks.schedule.waiting_for or 'too few messages that fit'
-            problems.append(f'{part.bag}: ticks expected, got none: {reason}')
+            problems.append(f'{part.bag}: expected ticks, got none: {reason}')
     except BagError as error:
         problems = [str(error)]
     finally:
@@ -330,7 +330,7 @@ def _run_ray(spec: EvaluationSpec, parts: list[Part], progress: Progress) -> Ite
     try:
         import ray
     except ImportError:
-        raise BagError('engine ray: the package ray expected, it is not installed') from None
+        raise BagError('engine ray: expected the package ray, got none') from None
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     remote = ray.remote(_evaluate_alone)
     pending = [remote.remote(spec, part) for part in parts]

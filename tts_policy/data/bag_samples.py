@@ -66,7 +66,7 @@ class Topics:
         cameras = {c.key: f'/{c.key}/image' for c in contract.observation.cameras}
         known = {*cameras, 'joints', 'commands', 'cut'}
         if set(remap) - known:
-            raise BagError(f'topics: {sorted(known)} expected, got {sorted(set(remap) - known)}')
+            raise BagError(f'topics: expected {sorted(known)}, got {sorted(set(remap) - known)}')
         return Topics(
             {key: remap.get(key, topic) for key, topic in cameras.items()},
             remap.get('joints', '/joint_states'),
@@ -75,13 +75,13 @@ class Topics:
         )
 
 
-def parse_pairs(pairs: Sequence[str], expected: str) -> dict[str, str]:
-    """Left to right sides; raises BagError naming what was `expected`."""
+def parse_pairs(pairs: Sequence[str], thing: str, expected: str) -> dict[str, str]:
+    """Map left to right sides of FROM:=TO; raises BagError for anything else."""
     parsed = {}
     for pair in pairs:
         left, separator, right = pair.partition(':=')
         if not separator or not left:
-            raise BagError(f'{expected} expected, got {pair!r}')
+            raise BagError(f'{thing}: expected {expected}, got {pair!r}')
         parsed[left] = right
     return parsed
 
@@ -211,22 +211,25 @@ class SampleReader:
         self._decode = make_decoder(self.bag, self._wanted)
         if self.topics.cut is not None:
             if self.topics.cut not in self.bag.topics:
-                raise BagError(f'{self.bag.path}: topic {self.topics.cut!r} expected, not there')
+                raise BagError(
+                    f'{self.bag.path}: expected topic {self.topics.cut!r}, '
+                    f'got {sorted(self.bag.topics)}'
+                )
             self._wanted.append(self.topics.cut)
 
     def _check(self, expected: dict[str, set[str]], optional: bool) -> None:
         found = self.bag.topics
         absent = sorted(set(expected) - set(found))
         if absent:
-            raise BagError(f'{self.bag.path}: topics {absent} expected, got {sorted(found)}')
+            raise BagError(f'{self.bag.path}: expected topics {absent}, got {sorted(found)}')
         for topic, types in expected.items():
             if found[topic].msgtype not in types:
                 raise BagError(
-                    f'{self.bag.path}: {topic}: {" or ".join(sorted(types))} expected, '
+                    f'{self.bag.path}: {topic}: expected {" or ".join(sorted(types))}, '
                     f'got {found[topic].msgtype}'
                 )
             if found[topic].count == 0 and not optional:
-                raise BagError(f'{self.bag.path}: {topic}: messages expected, got none')
+                raise BagError(f'{self.bag.path}: {topic}: expected messages, got none')
 
     def __iter__(self) -> Iterator[Sample]:
         """Samples in the order in which they were received; BagError where the bag is damaged."""

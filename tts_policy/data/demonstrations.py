@@ -70,7 +70,7 @@ def open_bag(
     samples = SampleReader(BagReader(path), contract, topics, fit=fit)
     if topics.commands is not None and not samples.has_commands:
         raise BagError(
-            f'{path}: topics {[topics.commands]} expected, got {sorted(samples.bag.topics)}'
+            f'{path}: expected topics {[topics.commands]}, got {sorted(samples.bag.topics)}'
         )
     return samples
 
@@ -162,11 +162,11 @@ def split_demonstrations(
         as `find_demonstrations`, and where there are too few.
 
     """
-    streams = parse_pairs(args.topic, 'topic: STREAM:=TOPIC')
+    streams = parse_pairs(args.topic, '--topic', 'STREAM:=TOPIC')
     found = find_demonstrations(args.demonstrations, contract, streams, ImageFit(args.image_fit))
     if not 1 <= args.held_out < len(found):
         raise BagError(
-            f'at least one episode held out and one more expected, got {args.held_out} of '
-            f'{len(found)}'
+            '--held-out: expected at least one episode and one left to train on, '
+            f'got {args.held_out} of {len(found)}'
         )
     return found[: args.held_out], found[args.held_out :]

@@ -71,8 +71,8 @@ def _claim(out: Path, spec: EvaluationSpec) -> None:
         differing = sorted(key for key in settings if earlier.get(key) != settings[key])
         if differing:
             raise BagError(
-                f'{out}: the folder of an evaluation with the same {", ".join(differing)} '
-                'expected: choose another --out'
+                f'{out}: expected an evaluation with the same {", ".join(differing)}, '
+                'got another: choose another --out'
             )
     path.write_text(json.dumps(settings, indent=2) + '\n')
 
@@ -147,7 +147,7 @@ def _trained_for(spec: EvaluationSpec) -> list[float | None]:
 def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]]:
     """Check everything that needs no message; raises ValueError with the reason."""
     if not (args.bundle / 'model.yaml').is_file():
-        raise BagError(f'{args.bundle}: a bundle with model.yaml expected, there is none')
+        raise BagError(f'{args.bundle}: expected a bundle with model.yaml, got none')
     policy = TestTimeSparsePolicy.from_bundle(args.bundle, args.sampler, args.device)
     sparsities = sorted({value for value in args.sparsity if value <= policy.max_sparsity})
     for value in (sparsities or args.sparsity)[:1]:
@@ -162,7 +162,7 @@ def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]
         args.bundle.resolve(),
         policy.sampler,
         tuple(sparsities),
-        parse_pairs(args.topic, 'topic: STREAM:=TOPIC'),
+        parse_pairs(args.topic, '--topic', 'STREAM:=TOPIC'),
         args.device,
         args.seed,
         args.threads,
@@ -173,8 +173,8 @@ def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]
     Topics.of(arms.contract, spec.topics)
     if args.processes < 1 or not 0 <= args.n_execute <= arms.contract.usable_actions:
         raise BagError(
-            f'processes from 1 on and n_execute up to {arms.contract.usable_actions} expected, '
-            f'got {args.processes} and {args.n_execute}'
+            'arguments: expected processes from 1 on and n_execute up to '
+            f'{arms.contract.usable_actions}, got {args.processes} and {args.n_execute}'
         )
     bags = list(dict.fromkeys(find_bags(args.bags)))
     _claim(args.out, spec)

@@ -101,7 +101,7 @@ def _package(name: str, where: Path) -> ModuleType:
         return __import__(name, fromlist=['_'])
     except ImportError:
         raise BagError(
-            f'{where}: the package {name.partition(".")[0]} expected, it is not installed: '
+            f'{where}: expected the package {name.partition(".")[0]}, got none: '
             "pip install 'tts_policy[datasets]'"
         ) from None
 
@@ -122,10 +122,12 @@ class LeRobotDataset:
             self._video_path = str(info.get('video_path') or '')
             self._chunk_size = int(info.get('chunks_size') or 1000)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BagError(f'{where}: not the description of a data set: {error!r}') from None
+            raise BagError(
+                f'{where}: expected the description of a data set, got {error!r}'
+            ) from None
         if self._version not in (2, 3) or not 0.1 <= self.fps <= 1000 or self._chunk_size < 1:
             raise BagError(
-                f'{where}: version 2 or 3 with 0.1 to 1000 frames a second expected, '
+                f'{where}: expected version 2 or 3 with 0.1 to 1000 frames a second, '
                 f'got {self._version} with {self.fps:g}'
             )
         self._video_keys = [
@@ -137,21 +139,21 @@ class LeRobotDataset:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, BagError):
                 raise
-            raise BagError(f'{root}: episodes expected, got {error!r}') from None
+            raise BagError(f'{root}: expected episodes, got {error!r}') from None
         if not self.episodes:
-            raise BagError(f'{root}: at least one episode expected, got none')
+            raise BagError(f'{root}: expected at least one episode, got none')
 
     def _file(self, template: str, **numbers: Any) -> Path:
         """File that a template of the description names; it must lie in the data set."""
         path = self.root / template.format(**numbers)
         if not path.resolve().is_relative_to(self.root.resolve()):
-            raise BagError(f'{self.root}: a file inside of it expected, got {template!r}')
+            raise BagError(f'{self.root}: expected a file inside of it, got {template!r}')
         return path
 
     def _episodes_2(self) -> list[_Episode]:
         listed = self.root / 'meta/episodes.jsonl'
         if not listed.is_file():
-            raise BagError(f'{self.root}: file {listed.name!r} expected, it is missing')
+            raise BagError(f'{self.root}: expected file {listed.name!r}, got none')
         episodes = []
         for line in filter(str.strip, listed.read_text().splitlines()):
             row = json.loads(line)
@@ -194,7 +196,7 @@ class LeRobotDataset:
     def _table(self, file: Path, columns: list[str], episode: int | None = None) -> Any:
         parquet = _package('pyarrow.parquet', self.root)
         if not file.is_file():
-            raise BagError(f'{self.root}: file {str(file)!r} expected, it is missing')
+            raise BagError(f'{self.root}: expected file {str(file)!r}, got none')
         rows = None if episode is None else [('episode_index', '=', episode)]
         try:
             return parquet.read_table(file, columns=columns, filters=rows)
@@ -204,11 +206,11 @@ class LeRobotDataset:
     def _column(self, episode: _Episode, key: str) -> Any:
         if key not in self.features or key in self._video_keys:
             known = sorted(set(self.features) - set(self._video_keys))
-            raise BagError(f'{self.root}: column {key!r} expected, got {known}')
+            raise BagError(f'{self.root}: expected column {key!r}, got {known}')
         column = self._table(episode.data, [key], episode.index).column(0)
         if not len(column) == episode.frames <= MAX_FRAMES:
             raise BagError(
-                f'{episode.data}: {episode.frames} frames of episode {episode.index} expected, '
+                f'{episode.data}: expected {episode.frames} frames of episode {episode.index}, '
                 f'got {len(column)}'
             )
         return column
@@ -238,7 +240,7 @@ class LeRobotDataset:
             return self._video_frames(episode, episode.videos[key])
         if dict(self.features.get(key) or {}).get('dtype') != 'image':
             cameras = [k for k, f in self.features.items() if f.get('dtype') in ('image', 'video')]
-            raise BagError(f'{self.root}: camera {key!r} expected, got {sorted(cameras)}')
+            raise BagError(f'{self.root}: expected camera {key!r}, got {sorted(cameras)}')
         return self._stored_frames(episode, key)
 
     def _stored_frames(self, episode: _Episode, key: str) -> Iterator[NDArray[np.uint8]]:
@@ -250,21 +252,24 @@ class LeRobotDataset:
                 pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
             if pixels is None:
                 raise BagError(
-                    f'{episode.data}: {key}: a png or jpeg of at most {MAX_SIDE} pixels a side '
-                    f'expected, got {len(data)} bytes'
+                    f'{episode.data}: {key}: expected a png or jpeg of at most {MAX_SIDE} pixels '
+                    f'a side, got {len(data)} bytes'
                 )
             yield cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
     def _video_frames(self, episode: _Episode, video: _Video) -> Iterator[NDArray[np.uint8]]:
         av = _package('av', self.root)
         if not video.file.is_file():
-            raise BagError(f'{self.root}: file {str(video.file)!r} expected, it is missing')
+            raise BagError(f'{self.root}: expected file {str(video.file)!r}, got none')
         seen = 0
         try:
             with av.open(str(video.file)) as container:
                 stream = container.streams.video[0]
                 if max(stream.height, stream.width) > MAX_SIDE:
-                    raise BagError(f'{video.file}: at most {MAX_SIDE} pixels a side expected')
+                    raise BagError(
+                        f'{video.file}: expected at most {MAX_SIDE} pixels a side, '
+                        f'got {stream.height} x {stream.width}'
+                    )
                 container.seek(int(video.start_s / stream.time_base), stream=stream)
                 for frame in container.decode(stream):
                     at = round((float(frame.pts * stream.time_base) - video.start_s) * self.fps)
@@ -278,4 +283,4 @@ class LeRobotDataset:
         except (av.FFmpegError, IndexError) as error:
             raise BagError(f'{video.file}: {" ".join(str(error).split())}') from None
         if seen < episode.frames:
-            raise BagError(f'{video.file}: {episode.frames} frames expected, got {seen}')
+            raise BagError(f'{video.file}: expected {episode.frames} frames, got {seen}')

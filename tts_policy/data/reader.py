@@ -83,7 +83,7 @@ def find_bags(paths: Sequence[Path]) -> list[Path]:
             c for c in candidates if (c / 'metadata.yaml').is_file() or c.suffix in _SUFFIXES
         ]
     if not found:
-        raise BagError(f'no rosbag2 recording in {[str(path) for path in paths]}')
+        raise BagError(f'{", ".join(map(str, paths))}: expected a rosbag2 recording, got none')
     return found
 
 
@@ -141,7 +141,7 @@ class BagReader:
             self._compression = None if mode == 'none' else mode
             scheme = data.get('compression_format')
             if self._compression is not None and scheme != 'zstd':
-                raise BagError(f'compression format zstd expected, got {scheme!r}')
+                raise BagError(f'expected compression format zstd, got {scheme!r}')
             # Old recordings name the bag's own folder before the file.
             self._files = [self.path / Path(str(p)).name for p in data['relative_file_paths']]
             self.duration_ns = int(data['duration']['nanoseconds'])
@@ -150,11 +150,13 @@ class BagReader:
                 summary = TopicSummary(str(topic['type']), int(entry['message_count']))
                 self.topics[str(topic['name'])] = summary
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-            raise BagError(f'{where}: not the metadata of a recording: {_reason(error)}') from None
+            raise BagError(
+                f'{where}: expected the metadata of a recording, got: {_reason(error)}'
+            ) from None
         if self._kind not in _STORAGES:
-            raise BagError(f'{where}: storage {list(_STORAGES)} expected, got {self._kind!r}')
+            raise BagError(f'{where}: expected storage {list(_STORAGES)}, got {self._kind!r}')
         if not self._files:
-            raise BagError(f'{where}: at least one storage file expected, got none')
+            raise BagError(f'{where}: expected at least one storage file, got none')
 
     def messages(
         self, topics: Sequence[str] | None = None, start_ns: int | None = None
@@ -195,7 +197,7 @@ class BagReader:
     def _open(self, file: Path) -> Iterator[Storage]:
         """Open one storage file, decompressed beside the system's temporary files if need be."""
         if not file.is_file():
-            raise BagError(f'{self.path}: file {file.name!r} expected, it is missing')
+            raise BagError(f'{self.path}: expected file {file.name!r}, got none')
         with TemporaryDirectory(prefix='bag_') as folder:
             try:
                 plain = file
@@ -224,26 +226,26 @@ def _is_latched(connection: Connection) -> bool:
 def _check_storage(storage: Storage) -> None:
     formats = {getattr(c.ext, 'serialization_format', 'cdr') for c in storage.connections}
     if formats - {'cdr'}:
-        raise BagError(f'messages serialised as cdr expected, got {sorted(formats)}')
+        raise BagError(f'expected messages serialised as cdr, got {sorted(formats)}')
     if isinstance(storage, McapReader) and not storage.chunks:
         statistics = storage.statistics
         if statistics is not None and statistics.chunk_count:
-            raise BagError('an index of its chunks expected, got none: `mcap recover` writes one')
+            raise BagError('expected an index of its chunks, got none: `mcap recover` writes one')
 
 
 def _check_mcap_end(path: Path) -> None:
     """Refuse a file without a summary: rosbags would unpack all of it to make one."""
     with path.open('rb') as file:
         if path.stat().st_size < len(_MCAP_MAGIC) + _MCAP_FOOTER_BYTES:
-            raise BagError('an mcap file expected, it is too short for one')
+            raise BagError('expected an mcap file, got too few bytes for one')
         if file.read(len(_MCAP_MAGIC)) != _MCAP_MAGIC:
-            raise BagError('an mcap file expected, it begins otherwise')
+            raise BagError('expected an mcap file, got another beginning')
         file.seek(-_MCAP_FOOTER_BYTES, os.SEEK_END)
         footer = file.read()
     summary_at = int.from_bytes(footer[9:17], 'little')
     if not footer.endswith(_MCAP_MAGIC) or summary_at == 0:
         raise BagError(
-            'an mcap file with its summary at the end expected, it was cut off or never closed: '
+            'expected an mcap file with its summary at the end, got one cut off or never closed: '
             '`mcap recover` may help'
         )
 

@@ -133,7 +133,7 @@ class ReplaySchedule:
         arrival = self._schedule.store(sample.key, sample.stamp_ns, sample.value, self.now_ns)
         if arrival is Arrival.BACKWARD:
             raise ValueError(
-                f'{sample.key}: stamps that go forward expected, got {sample.stamp_ns} ns after '
+                f'{sample.key}: expected stamps that go forward, got {sample.stamp_ns} ns after '
                 f'{before_ns} ns'
             )
         ticks = []

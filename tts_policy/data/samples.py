@@ -87,12 +87,12 @@ class Selection:
 
 
 def parse_selections(text: str) -> list[Selection]:
-    """Inverse of how a stream is written; raises BagError saying what was expected."""
+    """Read a stream such as `keypoint,state[:2]`; raises BagError."""
     selections = []
     for part in text.split(','):
         match = _SELECTION.fullmatch(part.strip())
         if match is None:
-            raise BagError(f'arrays such as keypoint,state[:2] expected, got {text!r}')
+            raise BagError(f'stream: expected arrays such as keypoint,state[:2], got {text!r}')
         first, last = (int(number) if number else None for number in match.group(2, 3))
         selections.append(Selection(match[1], slice(first, last)))
     return selections
@@ -118,11 +118,11 @@ def take_columns(
         values = values[:, [list(columns).index(name) for name in wanted]]
     elif named or values.shape[1] != len(wanted):
         raise BagError(
-            f'{where}: {len(wanted)} columns {list(wanted)} expected, '
+            f'{where}: expected {len(wanted)} columns {list(wanted)}, '
             f'got {values.shape[1]}{"" if columns is None else f" {list(columns)}"}'
         )
     if not np.isfinite(values).all():
-        raise BagError(f'{where}: finite numbers expected, got {values[~np.isfinite(values)][0]}')
+        raise BagError(f'{where}: expected finite numbers, got {values[~np.isfinite(values)][0]}')
     return values
 
 
@@ -146,8 +146,9 @@ class ArraySamples:
         observed, acted = self.contract.observation.joints, self.contract.action.joints
         if self.actions is None and not set(acted) <= set(observed):
             raise BagError(
-                f'{self.name}: commands expected: {sorted(set(acted) - set(observed))} are not '
-                'observed, so what was done cannot stand for them'
+                f'{self.name}: expected commands, got none, and '
+                f'{sorted(set(acted) - set(observed))} are not observed, '
+                'so measured positions cannot replace them'
             )
 
     @property
@@ -174,14 +175,14 @@ class ArraySamples:
                 image = next(frames, None)
                 if image is None:
                     raise BagError(
-                        f'{self.name}: {key}: {len(self.joints)} images expected, got {frame}'
+                        f'{self.name}: {key}: expected {len(self.joints)} images, got {frame}'
                     )
                 yield Sample(key, stamp_ns, stamp_ns, self._fitted(key, image))
 
     def _fitted(self, key: str, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         size = next((c.height, c.width) for c in self.contract.observation.cameras if c.key == key)
         if image.ndim != 3 or image.shape[2] != 3:
-            raise BagError(f'{self.name}: {key}: images [H, W, 3] expected, got {image.shape}')
+            raise BagError(f'{self.name}: {key}: expected images [H, W, 3], got {image.shape}')
         try:
             check_size((image.shape[0], image.shape[1]), *size, key, self.fit)
         except ConversionError as error:

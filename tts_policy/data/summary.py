@@ -118,7 +118,7 @@ def read_ticks(folders: Sequence[Path], worst: int = 6) -> Ticks:
             for name, value in found.items():
                 columns.setdefault(name, []).append(value)
     if not columns:
-        raise ValueError('ticks expected, got none')
+        raise ValueError('results: expected ticks, got none')
     merged = {name: np.concatenate(values) for name, values in columns.items()}
     return Ticks(worst=[item for _, item in candidates], **merged)
 

@@ -127,7 +127,7 @@ def read_episodes(samples: SampleSource, check: DataCheck | None = None) -> list
     found = [episode for episode in episodes if episode is not None]
     if not found:
         reason = recorded.schedule.waiting_for or 'no action is known for any of them'
-        raise BagError(f'{samples.name}: windows expected, got none: {reason}')
+        raise BagError(f'{samples.name}: expected windows, got none: {reason}')
     return found
 
 

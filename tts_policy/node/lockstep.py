@@ -79,7 +79,7 @@ class LockstepPlayback:
         self._state = player.create_client(GetState, f'{node}/get_state')
         settings = self._settings()
         if not settings['use_sim_time']:
-            raise LockstepError(f'{node}: use_sim_time true expected, got false')
+            raise LockstepError(f'{node}: expected use_sim_time true, got false')
         contract = read_contract(Path(settings['bundle']) / 'model.yaml')
         n_execute = settings['n_execute'] or contract.action.execute
         self._interval_ns = n_execute * seconds_to_ns(contract.observation.period_s)
@@ -91,7 +91,10 @@ class LockstepPlayback:
         self._streams = {*self._samples.topics.cameras.values(), self._samples.topics.joints}
         missing = self._streams - set(player.topic_publishers)
         if missing:
-            raise LockstepError(f'topics {sorted(missing)} expected to be played')
+            raise LockstepError(
+                f'{node}: expected to play topics {sorted(missing)}, '
+                f'got {sorted(player.topic_publishers)}'
+            )
 
     def _on_chunk(self, message: String) -> None:
         self._stamps.add(int(json.loads(message.data)['stamp_ns']))
@@ -105,7 +108,9 @@ class LockstepPlayback:
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:
         if not self._served(done, self._timeout_s):
-            raise LockstepError(f'{self._node}: {what} expected within {self._timeout_s:g} s')
+            raise LockstepError(
+                f'{self._node}: expected {what} within {self._timeout_s:g} s, got none'
+            )
 
     def _call(self, client: Any, request: Any, what: str) -> Any:
         self._wait(client.service_is_ready, f'service {client.srv_name}')
@@ -117,7 +122,9 @@ class LockstepPlayback:
         client = self._player.create_client(GetParameters, f'{self._node}/get_parameters')
         values = self._parameters(client, *_SETTINGS)
         if len(values) != len(_SETTINGS):
-            raise LockstepError(f'{self._node}: a policy node expected, it lacks its parameters')
+            raise LockstepError(
+                f'{self._node}: expected a policy node, got one without its parameters'
+            )
         # rclpy answers for an array that was never set with nothing at all.
         compressed = self._parameters(client, 'compressed_cameras')
         settings = dict(zip(_SETTINGS, values, strict=True))
@@ -131,7 +138,7 @@ class LockstepPlayback:
         """Return when the node has handled all that was published before."""
         state = self._call(self._state, GetState.Request(), 'an answer').current_state
         if state.id != State.PRIMARY_STATE_ACTIVE:
-            raise LockstepError(f'{self._node}: an active node expected, it is {state.label}')
+            raise LockstepError(f'{self._node}: expected an active node, got {state.label}')
 
     def play(self) -> None:
         """Publish every message; BagError where the recording is damaged, Stopped when asked."""
@@ -175,8 +182,8 @@ class LockstepPlayback:
             waited_s += CLOCK_AGAIN_S
             if waited_s >= self._timeout_s:
                 raise LockstepError(
-                    f'{self._node}: a chunk for stamp {stamp_ns} expected within '
-                    f'{self._timeout_s:g} s'
+                    f'{self._node}: expected a chunk for stamp {stamp_ns} within '
+                    f'{self._timeout_s:g} s, got none'
                 )
             self._player.publish_clock(now_ns)
         self._stamps.discard(stamp_ns)

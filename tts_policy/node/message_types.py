@@ -27,7 +27,7 @@ def message_class(msgtype: str) -> Any:
     """
     package, separator, name = msgtype.partition('/msg/')
     if not separator:
-        raise ImportError(f'type PACKAGE/msg/NAME expected, got {msgtype!r}')
+        raise ImportError(f'type: expected PACKAGE/msg/NAME, got {msgtype!r}')
     try:
         return getattr(importlib.import_module(f'{package}.msg'), name)
     except (AttributeError, ValueError) as error:

@@ -45,14 +45,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     for name, low in (('rate', 1e-3), ('start_offset', 0.0), ('clock', 0.0), ('timeout', 0.1)):
         value = getattr(args, name)
         if not math.isfinite(value) or value < low:
-            parser.error(f'--{name.replace("_", "-")}: at least {low:g} expected, got {value}')
+            parser.error(f'--{name.replace("_", "-")}: expected at least {low:g}, got {value}')
     return args
 
 
 def _play(args: argparse.Namespace, stopped: threading.Event) -> int:
     spec = PlayerSpec(
         None if args.topics is None else tuple(args.topics),
-        parse_pairs(args.remap, 'remap: FROM:=TO'),
+        parse_pairs(args.remap, '--remap', 'FROM:=TO'),
         args.rate,
         args.loop,
         args.start_offset,
@@ -84,7 +84,7 @@ def _begin(
     if args.after is not None:
         player.await_active(args.after, args.timeout, stopped)
     if args.lockstep is not None:
-        topics = parse_pairs(args.topic, 'topic: STREAM:=TOPIC')
+        topics = parse_pairs(args.topic, '--topic', 'STREAM:=TOPIC')
         return LockstepPlayback(player, args.lockstep, topics, args.timeout, stopped)
     player.await_listeners(stopped)
     return PacedPlayback(player, stopped)

@@ -40,10 +40,10 @@ DISCOVERY_S = 2.0
 
 @dataclass(frozen=True)
 class PlayerSpec:
-    """What is played and how: topics None plays all; remap gives other names.
+    """What is played and how: topics None plays all; remap renames topics.
 
-    start_offset_s skips the beginning; clock_hz 0 publishes no clock. What `listener`, the name of
-    a running node, said itself when it was recorded is left out.
+    start_offset_s skips the beginning; clock_hz 0 publishes no clock. `listener` names a running
+    node: topics that it publishes itself are not played.
     """
 
     topics: tuple[str, ...] | None = None
@@ -85,7 +85,7 @@ class BagPlayer(Node):
         for topic in sorted(bag.topics if spec.topics is None else spec.topics):
             self._add_publisher(topic)
         if not self.topic_publishers:
-            raise BagError(f'{bag.path}: a topic to play expected, got none')
+            raise BagError(f'{bag.path}: expected a topic to play, got none')
         self._clock = self.create_publisher(Clock, CLOCK_TOPIC, 10)
         for name, paused in (('pause', True), ('resume', False)):
             self.create_service(Trigger, f'~/{name}', self._pause_service(paused))
@@ -95,9 +95,9 @@ class BagPlayer(Node):
     def _add_publisher(self, topic: str) -> None:
         if topic not in self.bag.topics:
             raise BagError(
-                f'{self.bag.path}: topic {topic!r} expected, got {sorted(self.bag.topics)}'
+                f'{self.bag.path}: expected topic {topic!r}, got {sorted(self.bag.topics)}'
             )
-        # The clock of the recording would be a second one, and so would the voice of the listener.
+        # Two clocks would contradict each other, and the listener publishes its own topics itself.
         name = resolved_topic_name(self, self.spec.remap.get(topic, topic))
         own = self._listener is not None and name.startswith(f'{self._listener}/')
         if topic == CLOCK_TOPIC or own:
@@ -160,7 +160,9 @@ class BagPlayer(Node):
         end_s = time.monotonic() + timeout_s
         while not stopped():
             if time.monotonic() >= end_s:
-                raise TimeoutError(f'{node}: an active node expected within {timeout_s:g} s')
+                raise TimeoutError(
+                    f'{node}: expected an active node within {timeout_s:g} s, got none'
+                )
             if client.service_is_ready():
                 # A node that loads its bundle answers when it has done so.
                 future = client.call_async(GetState.Request())
@@ -190,7 +192,7 @@ class BagPlayer(Node):
 
 
 class PacedPlayback:
-    """Plays once at a rate: the clock runs while not paused, messages leave when it is theirs."""
+    """Plays once at a rate: the clock runs unless paused, and each message leaves at its time."""
 
     def __init__(self, player: BagPlayer, stopped: Callable[[], bool]) -> None:
         self._player, self._stopped = player, stopped

@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.duration > 0 or not 1 <= args.queue <= 100_000:
         parser.error(
-            f'a positive duration and a queue of 1 to 100000 expected, '
+            f'arguments: expected a positive duration and a queue of 1 to 100000, '
             f'got {args.duration} and {args.queue}'
         )
     return args

@@ -70,7 +70,7 @@ class BagRecorder(Node):
         """Begin a recording in the new folder `out`; raises BagError if there is one already."""
         super().__init__('record_bag')
         if out.exists():
-            raise BagError(f'{out}: a folder that is not there yet expected, it exists')
+            raise BagError(f'{out}: expected a new folder, got one that exists')
         self._spec, self._store = spec, get_typestore(Stores.ROS2_JAZZY)
         self._wanted = self._resolved(spec.topics)
         self._excluded = self._resolved(spec.exclude) or set()
@@ -99,7 +99,7 @@ class BagRecorder(Node):
         return not any(part.startswith('_') for part in topic.split('/'))
 
     def _discover(self) -> None:
-        """Subscribe to new topics, and anew where the publishers offer something else now."""
+        """Subscribe to new topics, and again where the publishers offer another QoS now."""
         for topic, kinds in self.get_topic_names_and_types():
             if not self._is_wanted(topic):
                 continue
@@ -128,7 +128,7 @@ class BagRecorder(Node):
     def _begin(self, topic: str, kinds: Sequence[str], offered: Sequence[QoSProfile]) -> None:
         try:
             if len(kinds) != 1:
-                raise ImportError(f'one type expected, got {sorted(kinds)}')
+                raise ImportError(f'expected one type, got {sorted(kinds)}')
             kind = message_class(kinds[0])
             typestore_with(kinds[0], self._store)
         except ImportError as error:
@@ -201,8 +201,8 @@ class BagRecorder(Node):
         ]
         for topic in sorted(self._wanted or ()):
             if topic not in self._tracks or not self._tracks[topic].messages:
-                lines.append(f'{topic}: messages expected, none came')
-        return lines if self.messages else lines or ['messages expected, none came']
+                lines.append(f'{topic}: expected messages, got none')
+        return lines if self.messages else lines or ['topics: expected messages, got none']
 
     def close(self) -> None:
         """Write the index of the recording and free the node."""

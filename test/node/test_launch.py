@@ -35,7 +35,12 @@ EXPECTED_ARGUMENTS = {
 }
 
 
-CONFIGURATIONS = ('panda_lift.yaml', 'ur5e.yaml')
+CONTRACTS = sorted(path.name for path in (REPOSITORY / 'config').glob('*.contract.yaml'))
+CONFIGURATIONS = sorted(
+    path.name
+    for path in (REPOSITORY / 'config').glob('*.yaml')
+    if path.name not in CONTRACTS and 'ros__parameters:' in path.read_text(encoding='utf-8')
+)
 
 
 def config(name: str) -> dict[str, Any]:
@@ -82,12 +87,13 @@ def test_a_configuration_moves_nothing_and_bounds_every_joint(name: str) -> None
     assert set(values.get('gripper.joints', [])) <= set(limits.joints)
 
 
-def test_the_contract_of_the_example_robot_agrees_with_its_parameters() -> None:
+@pytest.mark.parametrize('name', CONTRACTS)
+def test_the_contract_of_a_robot_agrees_with_its_parameters(name: str) -> None:
     """Adding a robot is these two files."""
-    contract = read_contract(REPOSITORY / 'config' / 'ur5e.contract.yaml')
-    values = config('ur5e.yaml')
+    contract = read_contract(REPOSITORY / 'config' / name)
+    values = config(name.replace('.contract', ''))
     assert sorted(values['limits.joints']) == sorted(contract.action.joints)
-    assert set(values['gripper.joints']) < set(contract.action.joints)
+    assert set(values.get('gripper.joints', [])) < set(contract.action.joints)
     assert values['min_points'] <= contract.usable_actions - contract.action.execute
     assert values['max_observation_age_s'] >= contract.observation.period_s
 

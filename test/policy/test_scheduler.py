@@ -13,7 +13,7 @@ from tts_policy.policy.schedulers.noise_schedule import (
     TrainingNoise,
     squared_cosine_alphas_cumprod,
 )
-from tts_policy.policy.schedulers.scheduler import SchedulerSpec
+from tts_policy.policy.schedulers.scheduler import SCHEDULERS, SchedulerSpec
 
 
 def _alphas_cumprod(t: int) -> float:
@@ -114,7 +114,7 @@ def test_dpm_solver_is_that_of_diffusers(schedule: str, prediction: str, steps: 
 @pytest.mark.parametrize(
     ('kind', 'steps', 'reason'),
     [
-        ('euler', 10, "kind: expected 'ddim' or 'ddpm' or 'dpm_solver' or 'flow', got 'euler'"),
+        ('euler', 10, f"kind: expected {' or '.join(map(repr, sorted(SCHEDULERS)))}, got 'euler'"),
         ('ddim', 0, 'steps: expected at least 1, got 0'),
         ('ddim', 101, 'steps: expected at most train_steps = 100, got 101'),
         ('dpm_solver', 100, 'steps: expected fewer than train_steps = 100, .* got 100'),

@@ -16,7 +16,7 @@ from small_training import SMALL
 from torch import Tensor
 
 from tts_policy.policy.bundle import load_bundle, save_random_bundle
-from tts_policy.policy.encoders.camera_encoder import CameraEncoderSpec
+from tts_policy.policy.encoders.camera_encoder import ENCODERS, CameraEncoderSpec
 from tts_policy.policy.encoders.cnn import CnnSpec
 from tts_policy.policy.encoders.resnet import ResNetSpec
 from tts_policy.policy.encoders.vit import ViTSpec
@@ -224,7 +224,7 @@ def test_every_camera_encoder_can_be_trained_and_its_bundle_loaded(
 @pytest.mark.parametrize(
     ('words', 'reason'),
     [
-        (['--encoder', 'lstm'], '--encoder: expected one of cnn, resnet, vit, got lstm'),
+        (['--encoder', 'lstm'], f'--encoder: expected one of {", ".join(ENCODERS)}, got lstm'),
         (['--encoder', 'resnet', 'depth=50'], 'resnet.depth: expected no field of this name'),
         (['--denoiser', 'dit', 'rotary=1'], 'dit.rotary: expected true or false, got 1'),
     ],

@@ -28,6 +28,10 @@ _FLAT = {
     'transformer': {'causal': 'causal', 'cond_layers': 'cond_layers'},
 }
 _Kind = TypeVar('_Kind', bound=Spec)
+if _TAKEN_TWICE := sorted(ENCODERS.keys() & DENOISERS.keys()):
+    raise ValueError(
+        f'NAME: expected encoders and denoisers of different names, got {_TAKEN_TWICE}'
+    )
 
 
 @checked('network')

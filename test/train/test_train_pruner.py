@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 from bags import Recording
 from small_training import SMALL
 
+from tts_policy.data import evaluate_bag
 from tts_policy.policy.bundle import load_bundle, save_bundle
 from tts_policy.policy.policy import TestTimeSparsePolicy
 from tts_policy.policy.pruner import Pruner
@@ -54,10 +56,15 @@ def _pruner(bundle: Path) -> Pruner:
 
 
 def test_a_pruner_for_every_sparsity_is_added_to_the_bundle_and_compared(
-    bags: Path, bundle: Path, tmp_path: Path
+    bags: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = Path(shutil.copytree(bundle, tmp_path / 'bundle'))
-    assert train_pruner.main(_pruner_command(bags, bundle, tmp_path)) == 0
+    topics = ['--topic', 'joints:=/joint_states', '--topic', 'camera:=/camera/image']
+    assert train_pruner.main([*_pruner_command(bags, bundle, tmp_path), *topics]) == 0
+    command, *words = shlex.split(capsys.readouterr().out.splitlines()[-1].split('next: ')[1])
+    given = evaluate_bag.parse_arguments(words)
+    assert (command, given.bags, given.bundle) == ('evaluate_bag', [bags], bundle)
+    assert given.topic == topics[1::2]
     reports = json.loads((tmp_path / 'report.json').read_text())
     for report, sparsity in zip(reports, (0.6, 0.8), strict=True):
         arms = report['l1_error']

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from tts_policy.policy.network import NetworkSpec
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.schedulers.scheduler import SchedulerSpec
 from tts_policy.sim.panda import PANDA_CONTRACT
-from tts_policy.train import train_policy
+from tts_policy.train import train_policy, train_pruner
 from tts_policy.train.training_run import StopRequest
 
 
@@ -155,11 +156,16 @@ def test_a_checkpoint_of_an_earlier_version_is_not_continued(
 
 
 def test_a_training_goes_on_for_longer_than_it_was_meant_to(
-    bags: Path, bundle: Path, tmp_path: Path
+    bags: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = Path(shutil.copytree(bundle.parent, tmp_path / 'out'))
     command = [str(bags), '--out', str(out), '--steps', '7', '--encoder-steps', '2', *SMALL]
+    capsys.readouterr()
     assert train_policy.main(command) == 0
+    said = capsys.readouterr().out
+    assert 'steps left: 1; expected time: less than a minute (threads: 1)' in said
+    words = shlex.split(said.splitlines()[-1].split('next: train_pruner ')[1])
+    assert train_pruner.parse_arguments(words).bundle == out / 'bundle'
     assert torch.load(out / 'checkpoint.pt', weights_only=True)['step'] == 7
     # The means of the log begin anew with the losses of the one step.
     rows = list(csv.DictReader((out / 'log.csv').open()))

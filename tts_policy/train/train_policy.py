@@ -41,6 +41,7 @@ from tts_policy.train.policy_trainer import PolicyTrainer, TrainingSpec
 from tts_policy.train.training_run import (
     RunLog,
     StopRequest,
+    command_on,
     duration,
     report_interruption,
     training_parser,
@@ -250,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         left = args.steps - trainer.step
         estimate = duration(trainer.seconds_left())
-        print(f'{left} steps will take about {estimate} on {args.threads} threads')
+        print(f'steps left: {left}; expected time: {estimate} (threads: {args.threads})')
         _train(trainer, held_out, args.out, args.save_every)
     except KeyboardInterrupt:
         return report_interruption('within a step that is not saved')
@@ -260,9 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
     dropped = save_bundle(bundle, args.name, trainer.averaged_network, samplers)
     if dropped:
         print(f'removed the pruners of {", ".join(dropped)}, which belonged to another policy')
-    recordings = ' '.join(map(str, args.demonstrations))
-    command = f'train_pruner {recordings} --bundle {bundle} --sampler {next(iter(samplers))}'
-    print(f'wrote {bundle}; next: {command} --out {args.out}_pruner')
+    options = ['--bundle', bundle, '--sampler', next(iter(samplers)), '--held-out', args.held_out]
+    command = command_on(args, 'train_pruner', *options, '--out', f'{args.out}_pruner')
+    print(f'wrote {bundle}; next: {command}')
     return 0
 
 

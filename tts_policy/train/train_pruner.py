@@ -40,6 +40,7 @@ from tts_policy.train.training_run import (
     INTERRUPTED,
     RunLog,
     check_settings,
+    command_on,
     digest,
     read_checkpoint,
     report_interruption,
@@ -295,8 +296,9 @@ def _finish(run: _Run, args: argparse.Namespace) -> None:
     ]
     (args.out / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
     print(json.dumps(report, indent=2))
-    evaluate = f'evaluate_policy {args.bundle} --sampler {args.sampler}'
-    print(f'wrote the pruner of {args.sampler} to {args.bundle}; next: {evaluate}')
+    options = ['--bundle', args.bundle, '--sampler', args.sampler, '--out', args.out / 'replay']
+    command = command_on(args, 'evaluate_bag', *options)
+    print(f'wrote the pruner of {args.sampler} to {args.bundle}; next: {command}')
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -150,6 +151,13 @@ def report_interruption(where: str) -> int:
     """Print where a run was interrupted and how to continue it; return the exit status."""
     print(f'interrupted {where}; next: run the same command again to continue')  # noqa: T201
     return INTERRUPTED
+
+
+def command_on(args: argparse.Namespace, command: str, *words: object) -> str:
+    """Return a command line that reads the same recordings in the same way."""
+    line = [command, *args.demonstrations, *words, '--image-fit', args.image_fit]
+    topics = [word for topic in args.topic for word in ('--topic', topic)]
+    return shlex.join(str(word) for word in (*line, *topics))
 
 
 def duration(seconds: float) -> str:

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rosbags.typesys import Stores, TypesysError, get_types_from_msg, get_typestore
@@ -14,10 +19,16 @@ from rosbags.typesys.store import Typestore
 _PRIMITIVES = {'boolean': 'bool', 'octet': 'byte', 'float': 'float32', 'double': 'float64'}
 _SEQUENCE = re.compile(r'sequence<(.+?)(?:, (\d+))?>')
 _ARRAY = re.compile(r'(.+)(\[\d+\])')
+_MESSAGE_TYPE = re.compile(r'([a-z][a-z0-9_]*)/msg/([A-Z][A-Za-z0-9]*)')
+_INDEX = 'share/ament_index/resource_index/rosidl_interfaces'
 
 
 def message_class(msgtype: str) -> Any:
     """Class of a type such as sensor_msgs/msg/Image.
+
+    Recordings and other nodes choose `msgtype`, and importing a module runs it. Only interface
+    packages that the ament index lists are imported, from the prefix that lists them, and never
+    from the working directory.
 
     Raises
     ------
@@ -25,13 +36,40 @@ def message_class(msgtype: str) -> Any:
         if its package is not installed or has no such message.
 
     """
-    package, separator, name = msgtype.partition('/msg/')
-    if not separator:
-        raise ImportError(f'type: expected PACKAGE/msg/NAME, got {msgtype!r}')
+    match = _MESSAGE_TYPE.fullmatch(msgtype)
+    if match is None:
+        raise ImportError(f'type: expected PACKAGE/msg/NAME, got {msgtype[:80]!r}')
+    package, name = match.groups()
+    with _without_working_directory():
+        spec = importlib.util.find_spec(package)
+        file = None if spec is None or spec.origin is None else Path(os.path.abspath(spec.origin))
+        if file is None or not any(map(file.is_relative_to, _interface_folders(package))):
+            raise ImportError(f'{package}: expected an installed interface package, got none')
+        try:
+            return getattr(importlib.import_module(f'{package}.msg'), name)
+        except AttributeError as error:
+            raise ImportError(str(error)) from None
+
+
+def _interface_folders(package: str) -> Iterator[Path]:
+    """Folders of Python packages of every prefix whose index lists an interface package."""
+    for prefix in (*os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep), sys.prefix):
+        if prefix and (Path(prefix) / _INDEX / package).is_file():
+            # A prefix may be a link to where its modules lie, or hold links to them.
+            for root in {Path(os.path.abspath(prefix)), Path(prefix).resolve()}:
+                yield from root.glob('lib/python3*/*-packages')
+                yield from root.glob('local/lib/python3*/*-packages')
+
+
+@contextmanager
+def _without_working_directory() -> Iterator[None]:
+    """Leave the working directory out of what modules are imported from."""
+    kept = sys.path[:]
+    sys.path[:] = [entry for entry in kept if entry and Path(entry).resolve() != Path.cwd()]
     try:
-        return getattr(importlib.import_module(f'{package}.msg'), name)
-    except (AttributeError, ValueError) as error:
-        raise ImportError(str(error)) from None
+        yield
+    finally:
+        sys.path[:] = kept
 
 
 def definition(msgtype: str) -> tuple[str, set[str]]:

@@ -75,5 +75,5 @@ def test_tables_of_a_pruner_that_looks_or_is_of_other_sizes_are_refused() -> Non
     torch.nn.init.ones_(looking.cell)
     assert looking.reads_observation
     for other in (looking, Pruner(PrunerSpec(9, 6, 8, 2, (0.5,)))):
-        with pytest.raises(ValueError, match='same sizes with constant plans'):
+        with pytest.raises(ValueError, match='expected one of the same sizes with constant plans'):
             _filled(0.8, value=1.0).with_tables_of(other)

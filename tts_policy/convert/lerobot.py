@@ -156,11 +156,6 @@ def read_lerobot(folder: Path, naming: Naming, tokens: Sequence[int]) -> Convert
         raise CheckpointError(
             '--instruction-tokens: expected what the policy is told to do, got nothing'
         )
-    weights = folder / 'model.safetensors'
-    if not weights.is_file() or weights.stat().st_size > MAX_WEIGHT_BYTES:
-        raise CheckpointError(
-            f'{weights}: expected weights of at most {MAX_WEIGHT_BYTES} bytes, got none or more'
-        )
     observed, acted = naming.joints([('state', state_dim)], action_dim)
     contract = PolicyContract(
         ObservationSpec(tuple(cameras.values()), observed, config.n_obs_steps, naming.period_s),
@@ -170,12 +165,7 @@ def read_lerobot(folder: Path, naming: Naming, tokens: Sequence[int]) -> Convert
     normalizers = read_normalizers(
         folder, {STATE: state_dim, ACTION: action_dim, **dict.fromkeys(cameras, 3)}
     )
-    try:
-        with safe_open(weights, 'pt') as file:
-            source = Source({name: name for name in file.keys()}, _Reader(file))  # noqa: SIM118
-            network = _build(config, contract, source, tokens)
-    except SafetensorError as error:
-        raise CheckpointError(f'{weights}: {" ".join(str(error).split())[:200]}') from error
+    network = _read_network(folder / 'model.safetensors', config, contract, tokens)
     load_state(network.joint_normalizer, normalizers[STATE])
     load_state(network.action_normalizer, normalizers[ACTION])
     for feature, camera in cameras.items():
@@ -188,6 +178,22 @@ def read_lerobot(folder: Path, naming: Naming, tokens: Sequence[int]) -> Convert
     if config.integration_method != 'euler':
         remarks.append('Euler steps, where LeRobot integrates by the Runge-Kutta method')
     return ConvertedPolicy(f'LeRobot {KIND}', network, samplers, tuple(remarks))
+
+
+def _read_network(
+    weights: Path, config: _Config, contract: PolicyContract, tokens: Sequence[int]
+) -> PolicyNetwork:
+    """Network with the weights of a file; normalisers as they are new."""
+    if not weights.is_file() or weights.stat().st_size > MAX_WEIGHT_BYTES:
+        raise CheckpointError(
+            f'{weights}: expected weights of at most {MAX_WEIGHT_BYTES} bytes, got none or more'
+        )
+    try:
+        with safe_open(weights, 'pt') as file:
+            source = Source({name: name for name in file.keys()}, _Reader(file))  # noqa: SIM118
+            return _build(config, contract, source, tokens)
+    except SafetensorError as error:
+        raise CheckpointError(f'{weights}: {" ".join(str(error).split())[:200]}') from error
 
 
 class _Reader:

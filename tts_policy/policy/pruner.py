@@ -166,7 +166,9 @@ class Pruner(PlanPruner):
         """
         sizes = [replace(pruner.spec, sparsities=(0.0,)) for pruner in (self, other)]
         if sizes[0] != sizes[1] or self.reads_observation or other.reads_observation:
-            raise ValueError('a pruner of the same sizes with constant plans expected')
+            raise ValueError(
+                'pruner: expected one of the same sizes with constant plans, got another'
+            )
         known = sorted({*self.sparsities, *other.sparsities})
         joined = Pruner(replace(self.spec, sparsities=tuple(known)))
         state = {name: value for name, value in self.state_dict().items() if name != 'tables'}

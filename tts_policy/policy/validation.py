@@ -83,7 +83,10 @@ class Mismatch(ValueError):
 def quoted(value: object) -> str:
     """A value as a message quotes it: in one line of at most 80 characters."""
     # Unlike repr, this neither builds nor walks the whole of a huge or deeply nested value.
-    return _short.repr(value)[:_LONGEST]
+    try:
+        return _short.repr(value)[:_LONGEST]
+    except ValueError:  # Python refuses to write integers of more than 4300 digits
+        return f'a huge {type(value).__name__}'
 
 
 def mismatch(error: ValidationError, thing: str = '', arguments: Sequence[str] = ()) -> Mismatch:

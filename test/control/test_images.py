@@ -44,6 +44,26 @@ def test_png_is_exact_and_jpeg_is_close() -> None:
     assert np.abs(got.astype(int) - PIXELS)[:, [2, 28]].max() < 12
 
 
+@pytest.mark.parametrize(
+    ('form', 'red_first'),
+    [
+        ('rgb8; jpeg compressed bgr8', False),
+        ('bgr8; jpeg compressed bgr8', False),
+        ('rgb8; jpeg compressed rgb8', True),
+        ('rgb8; png compressed rgb8', True),
+        ('bayer_rggb8; jpeg compressed rgb8', False),
+        ('jpeg', False),
+        ('', False),
+    ],
+)
+def test_the_order_of_colours_is_what_image_transport_says_it_is(
+    form: str, red_first: bool
+) -> None:
+    message = compressed(PIXELS[..., ::-1] if red_first else PIXELS, 'png')
+    message.format = form
+    assert np.array_equal(compressed_to_rgb(message, 24, 32, 't'), PIXELS)
+
+
 def test_gray_becomes_rgb() -> None:
     gray = PIXELS[..., 0]
     got = compressed_to_rgb(compressed(gray, 'png'), 24, 32, 't')

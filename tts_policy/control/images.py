@@ -176,9 +176,24 @@ def compressed_to_rgb(
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     if channels not in (1, 3, 4):
         raise ConversionError(f'{topic}: expected 1, 3 or 4 channels, got {channels}')
-    # imdecode gives blue first, whatever the file holds.
+    # imdecode takes the file for one that holds blue first, as cv2 encodes it.
     to_rgb = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}[channels]
-    return fit_image(cv2.cvtColor(pixels, to_rgb), height, width, fit)
+    if channels > 1 and _encoded_red_first(msg.format):
+        pixels = pixels[..., :3]
+    else:
+        pixels = cv2.cvtColor(pixels, to_rgb)
+    return fit_image(np.ascontiguousarray(pixels), height, width, fit)
+
+
+def _encoded_red_first(form: str) -> bool:
+    """Whether colours were encoded in the order red, green, blue, as a format string says.
+
+    `ORIGINAL; jpeg compressed STORED` is written by image_transport, whose subscriber takes STORED
+    for red first unless it begins with bgr, if ORIGINAL is a colour. Other strings do not say.
+    """
+    original, separator, stored = form.partition(';')
+    colour = original.strip().lower().startswith(('rgb', 'bgr'))
+    return bool(separator) and colour and 'compressed bgr' not in stored
 
 
 def check_size(size: tuple[int, int], height: int, width: int, topic: str, fit: ImageFit) -> None:

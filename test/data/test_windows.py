@@ -104,6 +104,24 @@ def test_recordings_off_the_contract_are_refused(
         _read(tmp_path, replace(GOOD, **change))
 
 
+@pytest.mark.parametrize('names', [('left_finger', 'right_finger'), JOINTS])
+def test_joint_states_that_hold_no_position_of_ours_are_not_ours(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """Those of a gripper on the same topic, or those that give velocities alone."""
+    recording = replace(GOOD, foreign_states=names)
+    (episode,) = _episodes(recording.write(tmp_path / 'bag'))
+    (plain,) = _episodes(GOOD.write(tmp_path / 'plain'))
+    assert np.array_equal(episode.joints, plain.joints)
+
+
+def test_a_recording_of_foreign_joint_states_alone_is_refused_by_their_names(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(BagError, match=r"expected positions of \['panda_joint1'.* of \['finger'"):
+        _read(tmp_path, replace(GOOD, joints=('finger', 'thumb')))
+
+
 def test_windows_of_several_episodes_hold_their_own_last_action(tmp_path: Path) -> None:
     episode = _read(tmp_path, GOOD)
     windows = Windows([episode, episode], PANDA_CONTRACT)

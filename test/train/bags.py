@@ -36,6 +36,8 @@ class Recording:
     pause_after: int | None = None
     bad_value: float | None = None
     commands: bool = True
+    # Joint states of these names come as well; those of our own joints have no positions.
+    foreign_states: tuple[str, ...] = ()
 
     def value(self, joint: str, stamp_ns: int) -> float:
         """Ground truth of a joint."""
@@ -53,6 +55,8 @@ class Recording:
             for index in range(length // self.state_ns + 1):
                 stamp = start + index * self.state_ns + self.joint_offset_ns
                 self._put('/joint_states', stamp, self._state(stamp))
+                if self.foreign_states:
+                    self._put('/joint_states', stamp, self._foreign(stamp))
             for frame in range(self.frames):
                 stamp = start + frame * self.period_ns
                 if self.pause_after is not None and frame > self.pause_after:
@@ -82,6 +86,13 @@ class Recording:
         nothing = np.zeros(0)
         return TYPES['sensor_msgs/msg/JointState'](
             self._header(stamp_ns), list(self.joints), values, nothing, nothing
+        )
+
+    def _foreign(self, stamp_ns: int) -> Any:
+        names, nothing = list(self.foreign_states), np.zeros(0)
+        positions = nothing if set(names) & set(JOINTS) else np.ones(len(names))
+        return TYPES['sensor_msgs/msg/JointState'](
+            self._header(stamp_ns), names, positions, np.ones(len(names)), nothing
         )
 
     def _image(self, stamp_ns: int, frame: int) -> Any:

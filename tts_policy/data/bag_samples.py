@@ -193,6 +193,8 @@ class SampleReader:
 
     def __post_init__(self) -> None:
         """Check topics and types, and prepare decoding."""
+        self._joints_seen = False
+        self._foreign: Refusals | None = None
         observation = self.contract.observation
         self._camera_of = {topic: key for key, topic in self.topics.cameras.items()}
         self._size = {c.key: (c.height, c.width) for c in observation.cameras}
@@ -244,14 +246,20 @@ class SampleReader:
         return str(self.bag.path)
 
     def problems(self) -> list[str]:
-        """Messages that did not fit, a line for every topic."""
+        """Messages that did not fit, a line for every topic.
+
+        Joint states of other devices are no problem, unless there were no others.
+        """
+        refused = list(self.refused.values())
+        if self._foreign is not None and not self._joints_seen:
+            refused.append(self._foreign)
         return [
-            f'{self.name}: {refused.count} messages do not fit, the first: {refused.reason}'
-            for refused in self.refused.values()
+            f'{self.name}: {one.count} messages do not fit, the first: {one.reason}'
+            for one in refused
         ]
 
     def convert(self, raw: RawMessage) -> Sample | None:
-        """Sample of one message; None, counted and with its reason kept, if it does not fit."""
+        """Sample of one message; None if it does not fit, which is counted, or is not ours."""
         try:
             return self._convert(raw)
         except ConversionError as error:
@@ -259,7 +267,7 @@ class SampleReader:
             refusals.count += 1
             return None
 
-    def _convert(self, raw: RawMessage) -> Sample:
+    def _convert(self, raw: RawMessage) -> Sample | None:
         topic = raw.topic
         if topic == self.topics.cut:
             return Sample('cut', raw.received_ns, raw.received_ns)
@@ -271,6 +279,15 @@ class SampleReader:
             image = convert(msg, *self._size[key], topic, self.fit)
             return Sample(key, stamp_ns, raw.received_ns, image)
         if topic == self.topics.joints:
+            if not len(msg.position) or not set(msg.name) & set(self._names):
+                # A gripper, say, that publishes its joints on the same topic.
+                self._foreign = self._foreign or Refusals(
+                    f'{topic}: expected positions of {list(self._names)}, got '
+                    f'{len(msg.position)} of {list(msg.name)}'
+                )
+                self._foreign.count += 1
+                return None
+            self._joints_seen = True
             values = joint_positions(msg, self._names, topic)
             observed = values[: len(self.contract.observation.joints)]
             return Sample('joints', stamp_ns, raw.received_ns, observed, values[self._acted])

@@ -26,6 +26,8 @@ from rosbags.interfaces import Connection, QosDurability
 from rosbags.rosbag2.storage_mcap import ChunkInfo, McapReader, msgsrc
 from rosbags.rosbag2.storage_sqlite3 import Sqlite3Reader
 
+from tts_policy.policy.yaml_file import read_yaml
+
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
@@ -135,7 +137,7 @@ class BagReader:
     def _read_metadata(self) -> None:
         where = self.path / 'metadata.yaml'
         try:
-            data = yaml.safe_load(where.read_text())['rosbag2_bagfile_information']
+            data = read_yaml(where)['rosbag2_bagfile_information']
             self._kind = str(data['storage_identifier'])
             mode = str(data.get('compression_mode') or 'none').lower()
             self._compression = None if mode == 'none' else mode

@@ -36,6 +36,7 @@ from tts_policy.policy.pruner import Pruner, PrunerSpec
 from tts_policy.policy.query_pruner import QueryPruner, QueryPrunerSpec
 from tts_policy.policy.sampler import SamplerSpec
 from tts_policy.policy.validation import WRITTEN_IF_SET, Mismatch, Text, checked, one_of, quoted
+from tts_policy.policy.yaml_file import parse_yaml
 
 __all__ = [
     'MODEL_FILE',
@@ -123,7 +124,7 @@ def _load(folder: Path, text: str) -> Bundle:
 def _parsed(folder: Path, text: str) -> dict[str, Any]:
     path = folder / MODEL_FILE
     with malformed(f'{path}: not YAML'):
-        data = yaml.safe_load(text)
+        data = parse_yaml(text)
     if not isinstance(data, dict) or data.get('format') != FORMAT:
         found = data.get('format') if isinstance(data, dict) else data
         raise BundleError(f'{path}: format: expected {FORMAT}, got {quoted(found)}')

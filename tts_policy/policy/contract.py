@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field, Strict, StringConstraints, model_val
 from typing_extensions import Self
 
 from tts_policy.policy.validation import WRITTEN_IF_SET, Flag, Integer, Mismatch, Spec, checked
+from tts_policy.policy.yaml_file import read_yaml
 
 # Lies beside recordings and says what a policy that is trained on them sees and commands.
 CONTRACT_FILE = 'contract.yaml'
@@ -133,7 +134,7 @@ def read_contract(path: Path) -> PolicyContract:
 
     """
     try:
-        return PolicyContract.from_dict(yaml.safe_load(path.read_text()))
+        return PolicyContract.from_dict(read_yaml(path))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f'{path}: {" ".join(str(error).split())}') from None
 

@@ -54,6 +54,16 @@ def test_saving_what_was_loaded_gives_the_same_bundle(bundle: Path, tmp_path: Pa
         assert (copy / file).read_bytes() == (bundle / file).read_bytes(), file
 
 
+@pytest.mark.parametrize('name', ['panda_can', 'panda_stack'])
+def test_a_published_bundle_is_saved_with_the_text_it_has(name: str, tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2] / 'models' / name
+    loaded = load_bundle(folder)
+    samplers = {key: spec for key, (spec, _) in loaded.samplers.items()}
+    pruners = {key: pruner for key, (_, pruner) in loaded.samplers.items() if pruner}
+    save_bundle(tmp_path, loaded.name, loaded.network, samplers, pruners)
+    assert (tmp_path / MODEL_FILE).read_text() == (folder / MODEL_FILE).read_text()
+
+
 def test_a_sampler_without_a_pruner_runs_dense_only(bundle: Path) -> None:
     from tts_policy.policy.policy import TestTimeSparsePolicy
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -46,6 +46,10 @@ class SamplerSpec(Spec):
         computes nothing would not depend on the observation.
         """
         return 1.0 - 1.0 / self.scheduler.steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as they stand in model.yaml; of the scheduler what is not default."""
+        return {**super().to_dict(), 'scheduler': self.scheduler.to_dict()}
 
 
 # Samplers of a policy that is trained here, by the objective it is trained for.

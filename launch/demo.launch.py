@@ -89,7 +89,7 @@ def generate_launch_description() -> LaunchDescription:
             'task',
             default_value='lift',
             choices=list(PANDA_TASKS),
-            description='Task of the robot; the bundle has to be one for it.',
+            description='Task of the robot; the bundle must be trained for it.',
         ),
     ]
     arguments += [
@@ -108,7 +108,7 @@ def generate_launch_description() -> LaunchDescription:
             default_value=IfElseSubstitution(
                 EqualsSubstitution(LaunchConfiguration('clock'), 'lockstep'), 'true', 'false'
             ),
-            description='Time of the policy from /clock; follows the clock unless given.',
+            description='Whether the policy uses /clock; by default it does in lockstep.',
         ),
         DeclareLaunchArgument(
             'seed', default_value='1000', description='Seed of the first episode.'

@@ -78,7 +78,7 @@ ARGUMENTS = [
     DeclareLaunchArgument(
         'realtime_priority',
         default_value='0',
-        description='Priority 1 to 99 of the node under SCHED_FIFO (chrt); 0: as everything else.',
+        description='Priority 1 to 99 of the node under SCHED_FIFO (chrt); 0: no priority.',
     ),
     DeclareLaunchArgument(
         'log_level', default_value='info', description='Level of the node: debug to fatal.'

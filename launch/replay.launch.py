@@ -4,9 +4,9 @@
     ros2 launch tts_policy replay.launch.py bag:=/path/to/bag
 
 In lockstep the recording waits for every chunk, and the ticks are those of evaluate_bag. Paced, it
-begins when the policy is active; player:=ros2 is `ros2 bag play`, which waits for nobody and so
-begins after delay:=. Only what the policy subscribes to is played, and the clock. Other topics are
-played if they are named with topics:=, below /recorded, where no controller listens.
+begins when the policy is active; player:=ros2 is `ros2 bag play`, which cannot wait for the policy
+and begins after delay:=. Only what the policy subscribes to is played, and the clock. Other topics
+are played if they are named with topics:=, below /recorded, where no controller listens.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def generate_launch_description() -> LaunchDescription:
             choices=['lockstep', 'paced', 'ros2'],
             description='play_bag waiting for the policy, play_bag at a rate, or ros2 bag play.',
         ),
-        DeclareLaunchArgument('rate', default_value='1.0', description='Rate of the paced ones.'),
+        DeclareLaunchArgument('rate', default_value='1.0', description='Speed of paced and ros2.'),
         DeclareLaunchArgument(
-            'delay', default_value='10', description='Seconds that ros2 bag play gives the policy.'
+            'delay', default_value='10', description='Seconds before ros2 bag play begins.'
         ),
         DeclareLaunchArgument(
             'topics',

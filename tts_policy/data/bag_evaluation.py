@@ -91,7 +91,7 @@ class PartOutcome:
     problems: list[str]
 
 
-class Arms:
+class SparsityVariants:
     """The dense reference and one policy per sparsity, in this order."""
 
     def __init__(self, spec: EvaluationSpec) -> None:
@@ -216,7 +216,7 @@ class _EpisodeFiles:
         self._segment = _Segment()
 
 
-def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
+def evaluate_part(variants: SparsityVariants, part: Part, progress: Progress) -> PartOutcome:
     """Evaluate the episodes of a part that are not there yet, and write them to its folder.
 
     `progress` is told the recorded seconds that went by.
@@ -226,14 +226,14 @@ def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
         kept = json.loads(done.read_text())
         progress(kept['recorded_s'])
         return PartOutcome(part.bag, kept['ticks'], [])
-    spec, files, problems = arms.spec, _EpisodeFiles(part.folder), []
+    spec, files, problems = variants.spec, _EpisodeFiles(part.folder), []
     ticks, end_ns, complete = 0, None, False
     start_ns = 0
     try:
         samples = SampleReader(
             BagReader(part.bag, spec.limits),
-            arms.contract,
-            Topics.of(arms.contract, spec.topics),
+            variants.contract,
+            Topics.of(variants.contract, spec.topics),
             ImageFit(spec.image_fit),
         )
         recorded_ticks = _recorded_ticks(samples, spec)
@@ -245,7 +245,7 @@ def evaluate_part(arms: Arms, part: Part, progress: Progress) -> PartOutcome:
             end_ns, ticks = stamp_ns, ticks + 1
             episode = recorded.scheduled.episode
             if episode % part.of == part.index and not files.has(episode):
-                files.add(recorded, arms.act(recorded), camera)
+                files.add(recorded, variants.act(recorded), camera)
         complete = True
         problems = samples.problems()
         if ticks == 0:
@@ -284,9 +284,9 @@ def run_parts(
     if engine == 'ray':
         yield from _run_ray(spec, parts, progress)
     elif processes == 1:
-        arms = Arms(spec)
+        variants = SparsityVariants(spec)
         for part in parts:
-            yield evaluate_part(arms, part, progress)
+            yield evaluate_part(variants, part, progress)
     else:
         yield from _run_pool(spec, parts, processes, progress)
 
@@ -294,19 +294,19 @@ def run_parts(
 class _Worker:
     """One process: policies made once; the seconds that went by in each part are shared."""
 
-    arms: Arms
+    variants: SparsityVariants
     seconds: MutableSequence[float]
 
     @classmethod
     def start(cls, spec: EvaluationSpec, seconds: MutableSequence[float]) -> None:
-        cls.arms, cls.seconds = Arms(spec), seconds
+        cls.variants, cls.seconds = SparsityVariants(spec), seconds
 
     @classmethod
     def run(cls, number: int, part: Part) -> PartOutcome:
         def progress(seconds: float) -> None:
             cls.seconds[number] += seconds
 
-        return evaluate_part(cls.arms, part, progress)
+        return evaluate_part(cls.variants, part, progress)
 
 
 def _run_pool(
@@ -343,5 +343,5 @@ def _run_ray(spec: EvaluationSpec, parts: list[Part], progress: Progress) -> Ite
 
 def _evaluate_alone(spec: EvaluationSpec, part: Part) -> tuple[PartOutcome, float]:
     seconds: list[float] = []
-    outcome = evaluate_part(Arms(spec), part, seconds.append)
+    outcome = evaluate_part(SparsityVariants(spec), part, seconds.append)
     return outcome, sum(seconds)

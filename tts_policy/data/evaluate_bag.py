@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from tts_policy.data.bag_evaluation import (
     ENGINES,
-    Arms,
     EvaluationSpec,
     Part,
     PartOutcome,
+    SparsityVariants,
     run_parts,
 )
 from tts_policy.data.bag_samples import (
@@ -144,7 +144,7 @@ def _trained_for(spec: EvaluationSpec) -> list[float | None]:
     ]
 
 
-def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]]:
+def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, SparsityVariants, list[Part]]:
     """Check everything that needs no message; raises ValueError with the reason."""
     if not (args.bundle / 'model.yaml').is_file():
         raise BagError(f'{args.bundle}: expected a bundle with model.yaml, got none')
@@ -169,23 +169,23 @@ def _prepare(args: argparse.Namespace) -> tuple[EvaluationSpec, Arms, list[Part]
         args.n_execute,
         args.image_fit,
     )
-    arms = Arms(spec)
-    Topics.of(arms.contract, spec.topics)
-    if args.processes < 1 or not 0 <= args.n_execute <= arms.contract.usable_actions:
+    variants = SparsityVariants(spec)
+    Topics.of(variants.contract, spec.topics)
+    if args.processes < 1 or not 0 <= args.n_execute <= variants.contract.usable_actions:
         raise BagError(
             'arguments: expected processes from 1 on and n_execute up to '
-            f'{arms.contract.usable_actions}, got {args.processes} and {args.n_execute}'
+            f'{variants.contract.usable_actions}, got {args.processes} and {args.n_execute}'
         )
     bags = list(dict.fromkeys(find_bags(args.bags)))
     _claim(args.out, spec)
-    return spec, arms, make_parts(bags, args.out, args.processes)
+    return spec, variants, make_parts(bags, args.out, args.processes)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate what is missing and write the report; returns the exit status."""
     args = parse_arguments(arguments)
     try:
-        spec, arms, parts = _prepare(args)
+        spec, variants, parts = _prepare(args)
         problems = _evaluate(spec, parts, args)
     except (ValueError, OSError) as error:
         print(f'evaluate_bag: {error}', file=sys.stderr)
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f'evaluate_bag: nothing to report: {error}', file=sys.stderr)
         return 2
-    joints = arms.contract.action.joints
+    joints = variants.contract.action.joints
     report = summarise(ticks, spec.sparsities, joints, args.tolerance)
     for row, trained_for in zip(report['sparsity'].values(), _trained_for(spec), strict=True):
         row['trained_for'] = trained_for
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     write_json(args.out / 'report.json', report)
     write_csv(args.out / 'ticks.csv', ticks, spec.sparsities, report['bags'], joints)
-    write_report(args.out, report, ticks, folders, arms.contract)
+    write_report(args.out, report, ticks, folders, variants.contract)
     knee = report['knee']
     print(
         f'{report["ticks"]} ticks; recommended sparsity '

@@ -33,7 +33,7 @@ class WorstTick:
 
 @dataclass(frozen=True)
 class Ticks:
-    """Metrics of n ticks under s sparsities; arms are the dense reference and the sparsities.
+    """Metrics of n ticks under s sparsities; 1 + s counts the dense reference too.
 
     l1, maximum [n, s, A] against dense; recorded_l1, recorded_max [n, 1 + s, A] against the
     recorded future, NaN where there is none; the others [n, 1 + s] but mix [n, 1 + s, 4].

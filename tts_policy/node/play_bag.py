@@ -80,7 +80,7 @@ def _play(args: argparse.Namespace, stopped: threading.Event) -> int:
 def _begin(
     player: BagPlayer, args: argparse.Namespace, stopped: Callable[[], bool]
 ) -> PacedPlayback | LockstepPlayback:
-    """Wait for those who are to hear it."""
+    """Wait until the policy node or, without one, any listener is there."""
     if args.after is not None:
         player.await_active(args.after, args.timeout, stopped)
     if args.lockstep is not None:

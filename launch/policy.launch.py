@@ -101,6 +101,9 @@ def _policy_node(context: LaunchContext) -> list[LifecycleNode]:
     ):
         if LaunchConfiguration(name).perform(context):
             overrides[name] = ParameterValue(LaunchConfiguration(name), value_type=kind)
+    params_file = Path(LaunchConfiguration('params_file').perform(context))
+    if not params_file.is_file():
+        raise RuntimeError(f'params_file: expected a file, got {str(params_file)!r}')
     remap = LaunchConfiguration('remap').perform(context).split()
     priority = LaunchConfiguration('realtime_priority').perform(context)
     if not priority.isdecimal() or int(priority) > 99:

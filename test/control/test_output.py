@@ -148,6 +148,14 @@ def test_nothing_is_committed_that_the_arm_does_not_follow() -> None:
     assert bench.output.committed(T0 + PERIOD, 0, True, soft=False) is None
 
 
+@pytest.mark.fault
+def test_a_chunk_that_is_stamped_ahead_of_the_clock_is_refused() -> None:
+    bench = Bench()
+    with pytest.raises(TrajectoryRefused, match=r'ahead of the clock, got one stamped 0\.050 s'):
+        bench.output.send(RAMP, T0 + PERIOD, T0, enabled=True)
+    assert not bench.command.sent
+
+
 def test_a_late_chunk_is_refused_and_the_old_one_stays_in_force() -> None:
     bench = Bench(min_points=4)
     bench.output.send(RAMP, T0, T0, enabled=True)

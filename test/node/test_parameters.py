@@ -130,3 +130,29 @@ def test_off_without_quotes_is_refused_by_name(ros: None) -> None:
     with pytest.raises(parameters.ParameterError, match=r'limits\.urdf: .* quote it'):
         parameters.declare(node)
     node.destroy_node()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ('given', 'nearest'),
+    [
+        ('emergency_stop_timout_s:=0.3', 'emergency_stop_timeout_s'),
+        ('limts.velocity:=[1.0]', 'limits.velocity'),
+    ],
+)
+def test_a_misspelt_override_is_refused_with_the_nearest_name(
+    ros: None, given: str, nearest: str
+) -> None:
+    node = rclpy.create_node('misspelt', cli_args=['--ros-args', '-p', given])
+    name = given.partition(':=')[0]
+    with pytest.raises(parameters.ParameterError, match=f"'{name}': .* nearest is '{nearest}'"):
+        parameters.declare(node)
+    node.destroy_node()
+
+
+def test_overrides_that_rclpy_declares_itself_are_no_mistake(ros: None) -> None:
+    given = ['--ros-args', '-p', 'use_sim_time:=true', '-p', 'sparsity:=0.5']
+    node = rclpy.create_node('known', cli_args=given)
+    parameters.declare(node)
+    assert parameters.read(node)['sparsity'] == 0.5
+    node.destroy_node()

@@ -111,6 +111,8 @@ def test_parameters_reset_gate_and_lifecycle_of_a_running_node(
     assert 'n_execute: expected at most the 15' in feeder.set(n_execute=16)
     assert 'fixed while the node is configured' in feeder.set(bundle='/elsewhere')
     assert feeder.set(autostart=False) != ''
+    assert 'use_sim_time: expected an unconfigured node' in feeder.set(use_sim_time=True)
+    assert feeder.set(use_sim_time=False) == ''
     description = feeder.describe('max_observation_age_s')
     assert '[s]' in description.description
     assert description.floating_point_range[0].to_value == 60.0

@@ -20,6 +20,9 @@ from cell import moving, reported
 from feeder import HEIGHT, JOINT_PERIOD_S, Feeder
 from spoilers import cut, delay, every, freeze, set_field, shift_stamp, shrink, swap, without_elbow
 
+from tts_policy.control.conversions import time_to_ns
+from tts_policy.node.messages import ns_to_time
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -58,14 +61,25 @@ def test_a_bad_camera_stops_the_arm_and_is_named(
     [
         (lambda message: None, 'joints: nothing for'),
         (without_elbow, "missing ['elbow']"),
-        (set_field(position=[0.1, 9.0, np.nan, 0.3]), "expected finite positions, got {'elbow'"),
+        (set_field(position=[0.1, 9.0, np.nan, 0.3]), "at most 1e+06, got {'elbow': nan"),
+        (set_field(position=[0.1, 9.0, 1e39, 0.3]), "at most 1e+06, got {'elbow': 1e+39"),
         (set_field(position=[0.1, 9.0, 0.3]), 'got 4 names and 3 positions'),
         (set_field(name=['finger', 'elbow', 'elbow', 'shoulder']), 'expected each joint once'),
         (set_field(name=['finger', 'spare', 'Elbow', 'shoulder']), "missing ['elbow']"),
         (shift_stamp(-10), 'joints: nothing for 10'),
         (shift_stamp(60), 'joint_states: message is future'),
     ],
-    ids=['stop', 'missing one', 'NaN', 'too short', 'repeated', 'other name', 'behind', 'ahead'],
+    ids=[
+        'stop',
+        'missing one',
+        'NaN',
+        '1e39',
+        'too short',
+        'repeated',
+        'other name',
+        'behind',
+        'ahead',
+    ],
 )
 def test_bad_joint_states_stop_the_arm_and_are_named(
     arm: Feeder, spoil: Callable[[JointState], Any], reason: str
@@ -103,6 +117,19 @@ def test_joints_too_far_from_the_frame_are_not_used(arm: Feeder) -> None:
     arm.spoil_joints = every(12)
     reported(arm, 'joints: expected a sample within')
     arm.commands.clear()
+
+
+def test_a_robot_whose_clock_is_a_little_ahead_is_told_and_gets_no_points_that_are_past(
+    arm: Feeder,
+) -> None:
+    def ahead(message: Any) -> Any:
+        message.header.stamp = ns_to_time(time_to_ns(message.header.stamp) + 80_000_000)
+        return message
+
+    arm.spoil_image = arm.spoil_joints = ahead
+    reported(arm, 'clock: expected stamps of sensors that are not ahead, got 0.0')
+    moving(arm)
+    assert all(tick['observation_age_s'] >= 0.0 for tick in arm.ticks)
 
 
 def test_publishers_at_ten_times_their_rate_do_no_harm(arm: Feeder) -> None:

@@ -337,3 +337,32 @@ def test_without_a_controller_or_limits_the_policy_keeps_its_episode(bench: Benc
     bench.frames(2, 9)
     bench.wait(2)
     assert bench.delivered[0].refused and bench.resets == ['activate']
+
+
+@pytest.mark.fault
+def test_commands_to_a_robot_whose_clock_is_ahead_have_no_points_that_are_past(
+    bench: Bench,
+) -> None:
+    ahead_ns = 80_000_000  # less than what counts as a message of the future
+    for frame in range(2):
+        stamp_ns = T0 + frame * PERIOD
+        bench.now_ns = stamp_ns - ahead_ns
+        bench.worker.store('joints', stamp_ns, np.array(frame), measured=np.zeros(3))
+        bench.worker.store('camera', stamp_ns, np.array(frame))
+    bench.wait(1)
+    (report,) = bench.delivered
+    assert report.age_s == 0.0 and report.sent is not None
+    assert bench.worker.clock_ahead_s == pytest.approx(0.08)
+    # Half a period of inference: the robot's clock decides what is past.
+    bench.policy.go.clear()
+    bench.now_ns += INTERVAL
+    for key in ('joints', 'camera'):
+        bench.worker.store(key, bench.now_ns + ahead_ns - PERIOD, np.array(8), np.zeros(3))
+        bench.worker.store(key, bench.now_ns + ahead_ns, np.array(9), np.zeros(3))
+    wait_until(lambda: bench.policy.calls[-1:] == ['act'], 5, 'a tick in flight')
+    bench.now_ns += 3 * PERIOD // 2
+    bench.policy.go.set()
+    bench.wait(2)
+    sent = bench.delivered[1].sent
+    assert sent is not None and sent.trajectory.dropped == 1
+    assert bench.delivered[1].age_s == pytest.approx(0.075)

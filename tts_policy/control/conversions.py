@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NS_PER_S = 1_000_000_000
+# No joint is further out, in rad or m; what does not fit float32 is above it by far.
+LARGEST_POSITION = 1e6
 
 
 class Stamp(Protocol):
@@ -47,7 +49,9 @@ def time_to_ns(stamp: Stamp) -> int:
     return int(stamp.sec) * NS_PER_S + int(stamp.nanosec)
 
 
-def joint_positions(msg: JointStateMessage, names: Sequence[str], topic: str) -> np.ndarray:
+def joint_positions(
+    msg: JointStateMessage, names: Sequence[str], topic: str, largest: float = LARGEST_POSITION
+) -> np.ndarray:
     """Positions of the named joints, in the order of `names`, whatever order they came in.
 
     Parameters
@@ -67,7 +71,8 @@ def joint_positions(msg: JointStateMessage, names: Sequence[str], topic: str) ->
     Raises
     ------
     ConversionError
-        for a missing or repeated joint, positions that do not pair with names, NaN or infinity.
+        for a missing or repeated joint, positions that do not pair with names, NaN, infinity, or
+        more than `largest` in size.
 
     """
     if len(msg.name) != len(msg.position):
@@ -85,7 +90,10 @@ def joint_positions(msg: JointStateMessage, names: Sequence[str], topic: str) ->
         repeated = sorted({name for name in msg.name if list(msg.name).count(name) > 1})
         raise ConversionError(f'{topic}: expected each joint once, got {repeated} repeatedly')
     values = np.array([msg.position[index[name]] for name in names], dtype=np.float64)
-    if not np.isfinite(values).all():
-        bad = {n: float(v) for n, v in zip(names, values, strict=True) if not np.isfinite(v)}
-        raise ConversionError(f'{topic}: expected finite positions, got {bad}')
+    plausible = np.abs(values) <= largest
+    if not plausible.all():
+        bad = {n: float(v) for n, v in zip(names, values, strict=True) if not abs(v) <= largest}
+        raise ConversionError(
+            f'{topic}: expected finite positions of at most {largest:g}, got {bad}'
+        )
     return values

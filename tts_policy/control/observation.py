@@ -232,17 +232,20 @@ class ObservationWindow:
         buffer.trim(stamp_ns - self.spec.span_ns, self.spec.capacity)
         return arrival
 
-    def tick_stamp(self, due_ns: int | None) -> int | None:
+    def tick_stamp(self, due_ns: int | None, now_ns: int | None = None) -> int | None:
         """Stamp of the tick to make now, None when there is none yet.
 
         It is the newest sample of the reference key that is due (half a period early counts: a
-        camera is never quite on time) and for which no other key is still behind.
+        camera is never quite on time) and for which no other key is still behind. A sample after
+        `now_ns` waits: the clock of a simulation may lag behind its sensors.
         """
         earliest = None if due_ns is None else due_ns - self.spec.period_ns // 2
         others = [self._buffers[key].newest for key in self.spec.keys[1:]]
         for stamp_ns in reversed(self._buffers[self.spec.keys[0]].stamps):
             if earliest is not None and stamp_ns < earliest:
                 return None
+            if now_ns is not None and stamp_ns > now_ns:
+                continue
             if all(newest is not None and newest >= stamp_ns for newest in others):
                 return stamp_ns
         return None

@@ -150,6 +150,11 @@ class CommandOutput:
         """
         if not enabled:
             self.hold(now_ns)
+        if stamp_ns > now_ns:
+            raise NotReady(
+                'chunk: expected an observation that is not ahead of the clock, '
+                f'got one stamped {(stamp_ns - now_ns) * 1e-9:.3f} s ahead'
+            )
         timing = self._timing
         trajectory = plan_trajectory(
             actions,
@@ -162,7 +167,6 @@ class CommandOutput:
             timing.min_points,
         )
         measured = self._measured_at(now_ns)
-        now_ns = max(now_ns, stamp_ns)
         old = self._old(now_ns, enabled)
         old_at = None if old is None else old.positions_at
         if self.blend_ns > 0:

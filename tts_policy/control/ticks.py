@@ -76,7 +76,7 @@ class TickSchedule:
 
     def take(self, now_ns: int, interval_ns: int) -> ScheduledTick | None:
         """Take the tick to make now, if its window is complete; `waiting_for` says why not."""
-        stamp_ns = self.window.tick_stamp(self._due_ns)
+        stamp_ns = self.window.tick_stamp(self._due_ns, now_ns)
         if stamp_ns is None:
             return None
         try:

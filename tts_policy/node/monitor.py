@@ -39,6 +39,7 @@ ERROR = DiagnosticStatus.ERROR
 # window.
 WAITS_BEFORE_WARNING = 8
 DISCOVERY_S = 0.5
+CLOCK_AHEAD_S = 0.005
 
 
 class Monitor:
@@ -138,6 +139,12 @@ class Monitor:
         _, stale, waiting_for = worker.inspect()
         if stale and time.monotonic() - self._active_since_s > DISCOVERY_S + max_age_s:
             self.error('stale', f'no chunk: {"; ".join(stale)}')
+        if worker.clock_ahead_s > CLOCK_AHEAD_S:
+            self.warn(
+                'clock',
+                'clock: expected stamps of sensors that are not ahead, got '
+                f'{worker.clock_ahead_s:.3f} s; ages and commands are timed by the sensors',
+            )
         self._waits = self._waits + 1 if waiting_for else 0
         if not stale and self._waits >= WAITS_BEFORE_WARNING:
             self.warn('window', f'no chunk: {waiting_for}')
@@ -161,6 +168,7 @@ class Monitor:
             with self._lock:
                 table |= self._statistics.values()
             table['discarded_chunks'] = worker.discarded
+            table['clock_ahead_s'] = round(worker.clock_ahead_s, 4)
         self._publisher.publish(
             status_report(
                 node_name=self._node.get_fully_qualified_name().lstrip('/'),

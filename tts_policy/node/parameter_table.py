@@ -124,6 +124,8 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
           'Factor on limits.velocity, limits.acceleration and limits.first_point.', 0.01, 1.0),
     _fixed('max_observation_age_s', Type.DOUBLE, 0.25, 's',
            'Input that is older than this gives no chunk.', 0.001, 60.0),
+    _fixed('max_position', Type.DOUBLE, 1e6, 'rad or m',
+           'A joint state that is further out is refused as not plausible.', 0.001, 1e6),
     _fixed('sample_tolerance_s', Type.DOUBLE, 0.0, 's',
            'How far a sample may be from the time it stands for. 0 takes half a period.',
            0.0, 10.0),

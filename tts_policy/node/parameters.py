@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def declare(node: Node) -> None:
     Raises
     ------
     ParameterError
-        for an override of a wrong type or out of range.
+        for an override of a wrong type, out of range, or of an unknown name.
 
     """
     for spec in PARAMETERS:
@@ -82,6 +83,25 @@ def declare(node: Node) -> None:
         if declared.type_ is Parameter.Type.NOT_SET:
             # Left unset, one array would keep `ros2 param dump` from getting any value at all.
             node.set_parameters([Parameter(spec.name, spec.type, [])])
+    _refuse_unknown(node)
+
+
+def _refuse_unknown(node: Node) -> None:
+    """Refuse a misspelt override, which would be a limit or a switch that is not there.
+
+    Raises
+    ------
+    ParameterError
+        for the first override that is no parameter, with the nearest one that is.
+
+    """
+    for name in node._parameter_overrides:  # rclpy offers no other way to undeclared ones
+        if not node.has_parameter(name) and not name.startswith('qos_overrides.'):
+            near = get_close_matches(name, _BY_NAME, 1, 0.0)[0]
+            raise ParameterError(
+                f'{name[:80]!r}: expected a parameter of the node, got an unknown name; '
+                f'the nearest is {near!r}'
+            )
 
 
 def read(node: Node) -> Settings:
@@ -118,13 +138,19 @@ def refusal(
     configured: bool,
     policy: TestTimeSparsePolicy | None,
     latency_s: float = 0.0,
+    simulated: bool = False,
 ) -> str | None:
-    """Why a set of changes is refused, None when it is not; `latency_s` is what a chunk takes.
+    """Why a set of changes is refused, None when it is not.
+
+    `latency_s` is what a chunk takes; `simulated` says whether use_sim_time is true.
 
     Type and range of the table are checked by rclpy before; here are the rules that depend on the
     state of the node and on the policy it runs.
     """
     for change in changes:
+        if change.name == 'use_sim_time' and configured and change.value != simulated:
+            # Stamps of one clock would be compared with the other one.
+            return 'use_sim_time: expected an unconfigured node: clean up, set it, configure again'
         spec = _BY_NAME.get(change.name)
         if spec is None:
             continue
@@ -269,6 +295,7 @@ def sensor_options(settings: Settings) -> SensorOptions:
         reliable=settings['reliable_sensors'],
         compressed=frozenset(settings['compressed_cameras'] or ()),
         fit=ImageFit(settings['image_fit']),
+        max_position=settings['max_position'],
     )
 
 

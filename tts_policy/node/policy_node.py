@@ -236,7 +236,8 @@ class PolicyNode(LifecycleNode):
         settings, contract = self._settings, policy.contract
         joints = contract.action.joints
         parameters.check_with_policy(policy, settings.values)
-        if self.get_parameter('use_sim_time').value:
+        worker.simulated = bool(self.get_parameter('use_sim_time').value)
+        if worker.simulated:
             # Simulated time may stand still during inference.
             worker.warm_latency_s = 0.0
         if settings['check_latency']:
@@ -310,7 +311,8 @@ class PolicyNode(LifecycleNode):
         latency_s = 0.0
         if worker is not None and self._settings['check_latency']:
             latency_s = worker.latency_s()
-        reason = parameters.refusal(changes, worker is not None, policy, latency_s)
+        simulated = bool(self.get_parameter('use_sim_time').value)
+        reason = parameters.refusal(changes, worker is not None, policy, latency_s, simulated)
         if reason is None and worker is not None and self._gate.barred is not None:
             enables = any(c.name == 'enable_output' and c.value for c in changes)
             reason = f'enable_output: {self._gate.barred}' if enables else None

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tts_policy.control.conversions import ConversionError, joint_positions, time_to_ns
+from tts_policy.control.conversions import (
+    LARGEST_POSITION,
+    ConversionError,
+    joint_positions,
+    time_to_ns,
+)
 from tts_policy.control.images import ImageFit, compressed_to_rgb, raw_to_rgb
 from tts_policy.control.observation import Arrival
 from tts_policy.node.interface import (
@@ -38,11 +43,15 @@ JOINT_TOPIC = JOINT_STATES.name
 
 @dataclass(frozen=True)
 class SensorOptions:
-    """How the sensors come: which cameras compressed, of which size, with which QoS."""
+    """How the sensors come: which cameras compressed, of which size, with which QoS.
+
+    A joint further out than `max_position` (rad or m) is not plausible.
+    """
 
     reliable: bool = False
     compressed: frozenset[str] = frozenset()
     fit: ImageFit = ImageFit.EXACT
+    max_position: float = LARGEST_POSITION
 
 
 class Sensors:
@@ -73,6 +82,7 @@ class Sensors:
             )
         self._node = node
         self._fit = options.fit
+        self._max_position = options.max_position
         self._worker = worker
         self._monitor = monitor
         self._observed = len(contract.observation.joints)
@@ -113,7 +123,7 @@ class Sensors:
 
     def _on_joint_state(self, msg: JointState) -> None:
         try:
-            values = joint_positions(msg, self._names, JOINT_TOPIC)
+            values = joint_positions(msg, self._names, JOINT_TOPIC, self._max_position)
         except ConversionError as error:
             self._refuse(JOINT_TOPIC, error)
             return

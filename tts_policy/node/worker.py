@@ -26,6 +26,7 @@ import numpy as np
 
 from tts_policy.control.conversions import seconds_to_ns
 from tts_policy.control.latency_budget import SparsityGovernor
+from tts_policy.control.observation import Arrival
 from tts_policy.control.ticks import ScheduledTick, TickSchedule
 from tts_policy.control.trajectory import ChunkTooLate, NotReady, TrajectoryRefused
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tts_policy.control.gate import OutputGate
-    from tts_policy.control.observation import Arrival, ObservationWindow
+    from tts_policy.control.observation import ObservationWindow
     from tts_policy.control.output import CommandOutput, Sent
     from tts_policy.policy.contract import CommittedActions
     from tts_policy.policy.policy import Chunk, TestTimeSparsePolicy
@@ -45,6 +46,8 @@ CHUNK_REFUSED = 'chunk refused'
 _LOOK_S = 0.05
 # How long a hold may take to go out after the inference thread has failed.
 _HOLD_TIMEOUT_S = 0.5
+# Samples by which the lead of the sensors' clock is known: a second or two of joint states.
+_AHEAD_SAMPLES = 256
 # Ticks before a measured latency replaces the one measured while warming up.
 _ENOUGH_TICKS = 20
 
@@ -138,12 +141,14 @@ class InferenceWorker:
         self.discarded = 0
         self.settings = TickSettings()
         self.warm_latency_s = 0.0
+        self.simulated = False
         self._load = load
         self._now_ns = now_ns
         self._reports = reports
         self._seed = seed
         self._limit_s = limit_s
         self._ages_s: deque[float] = deque(maxlen=256)
+        self._ahead_ns: deque[int] = deque([0], maxlen=_AHEAD_SAMPLES)
         self._condition = threading.Condition()
         self._loaded = threading.Event()
         self._active = False
@@ -188,6 +193,11 @@ class InferenceWorker:
         """Sparsity of the next tick: as requested, or raised to keep the latency budget."""
         return self._governor.choose(self.settings.sparsity)
 
+    @property
+    def clock_ahead_s(self) -> float:
+        """By how much the clock that stamps the sensors is ahead of ours, at least."""
+        return max(self._ahead_ns) * 1e-9
+
     def latency_s(self) -> float:
         """Time from an observation to its chunk: measured p95 (ROS clock), first as warmed up."""
         with self.exclusive():
@@ -230,6 +240,8 @@ class InferenceWorker:
             self._active = True
             self._generation += 1
             self._ticks.begin('activate')
+            self._ahead_ns.clear()
+            self._ahead_ns.append(0)
             self._condition.notify_all()
 
     def deactivate(self) -> None:
@@ -259,9 +271,11 @@ class InferenceWorker:
             if not held or not self._active:
                 return None
             now_ns = self._now_ns()
-            if measured is not None:
-                self._output.measured(stamp_ns, measured, now_ns)
             arrival = self._ticks.store(key, stamp_ns, value, now_ns)
+            if arrival is not Arrival.FUTURE:
+                self._ahead_ns.append(0 if self.simulated else max(0, stamp_ns - now_ns))
+            if measured is not None:
+                self._output.measured(stamp_ns, measured, self._clock_ns())
             self._generation += arrival.breaks_continuity
             self._advance(now_ns)
             return arrival
@@ -286,10 +300,12 @@ class InferenceWorker:
         if self.fault() is None:
             with self.exclusive() as held:
                 if held:
-                    return self._output.hold(self._now_ns())
+                    return self._output.hold(self._clock_ns())
         sent: list[bool] = []
         thread = threading.Thread(
-            target=lambda: sent.append(self._output.hold(self._now_ns())), name='hold', daemon=True
+            target=lambda: sent.append(self._output.hold(self._clock_ns())),
+            name='hold',
+            daemon=True,
         )
         thread.start()
         thread.join(_HOLD_TIMEOUT_S)
@@ -317,8 +333,15 @@ class InferenceWorker:
     def inspect(self) -> tuple[dict[str, float | None], list[str], str]:
         """Ages of the newest samples in s, a reason per stale key, what the next tick lacks."""
         with self.exclusive():
-            window, now_ns = self._ticks.window, self._now_ns()
+            window, now_ns = self._ticks.window, self._clock_ns()
             return window.ages_s(now_ns), window.stale(now_ns), self._ticks.waiting_for
+
+    def _clock_ns(self) -> int:
+        """Now by the clock that stamps the sensors, of which no sample is ahead.
+
+        The robot times commands by its clock too. Simulated time is waited for instead.
+        """
+        return self._now_ns() + max(self._ahead_ns)
 
     def _acquire(self) -> bool:
         """Wait for the condition until the tick that holds it takes too long."""
@@ -387,7 +410,7 @@ class InferenceWorker:
         if not self._active or self._stopping:
             return None
         settings = self.settings
-        scheduled = self._ticks.take(self._now_ns(), settings.interval_ns)
+        scheduled = self._ticks.take(self._clock_ns(), settings.interval_ns)
         if scheduled is None:
             return None
         committed = None
@@ -412,7 +435,7 @@ class InferenceWorker:
 
     def _deliver(self, tick: Tick, chunk: Chunk) -> None:
         """Command or propose a chunk, and report the tick."""
-        now_ns, latency_s = self._now_ns(), time.perf_counter() - tick.began_s
+        now_ns, latency_s = self._clock_ns(), time.perf_counter() - tick.began_s
         sent, refused, too_late = None, None, False
         try:
             sent = self._output.send(

@@ -164,6 +164,7 @@ def start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
         # The pictures are noise, so chunks begin far from the position that the robot reports.
         'limits.first_point_default': 1000.0,
         'limits.allow_unbounded': True,
+        'frozen_joints_s': 0.0,
     }
     command = [sys.executable, '-m', 'tts_policy.node.policy_node', '--ros-args']
     if args.realtime_priority:

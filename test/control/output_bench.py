@@ -48,6 +48,7 @@ class Bench:
         command: Any = None,
         hold_ns: int = 100,
         upper: float = np.inf,
+        frozen_ns: int = 0,
     ) -> None:
         self.command, self.proposed = Recorder(), Recorder()
         base = JointLimits.unbounded(JOINTS)
@@ -62,7 +63,7 @@ class Bench:
         self.output = CommandOutput(
             ChunkTiming(JOINTS, PERIOD, 1, 0, min_points),
             LimitSource(limits, 'off'),
-            HoldRule(hold_ns, ('grip',), 250_000_000),
+            HoldRule(hold_ns, ('grip',), 250_000_000, frozen_ns),
             command or self.command,
             self.proposed,
         )

@@ -225,6 +225,34 @@ def test_a_stop_takes_as_long_as_the_acceleration_asks_for() -> None:
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize('noise', [0.0, 1e-7])
+def test_states_that_stand_still_while_the_arm_is_commanded_to_move_stop_it(noise: float) -> None:
+    bench = Bench(velocity=1.0, hold_ns=HOLD, frozen_ns=300_000_000)
+    bench.output.send(RAMP, T0, T0, enabled=True)
+    for step in range(1, 11):
+        now = T0 + step * PERIOD
+        bench.output.measured(now, REST + noise * (step % 2), now)
+    # 0.4 rad/s: 0.02 rad are commanded after 0.05 s, and 0.3 s later none of it was seen.
+    assert len(bench.command.finished) == (noise == 0.0)
+    if noise == 0.0:
+        with pytest.raises(TrajectoryRefused, match='expected motion as commanded, got the same'):
+            bench.output.send(RAMP, now, now, enabled=True)
+        assert bench.command.finished[0].positions[0, 1] < -0.05  # where the arm may well be
+        later = now + 4 * PERIOD
+        bench.output.measured(later, REST + 1e-7, later)
+        assert bench.output.send(RAMP, later, later, enabled=True)
+
+
+def test_an_arm_that_is_commanded_to_rest_may_stand_still() -> None:
+    bench = Bench(hold_ns=HOLD, frozen_ns=300_000_000)
+    for step in range(0, 40, 8):
+        now = T0 + step * PERIOD
+        bench.output.measured(now, REST, now)
+        bench.output.send(np.repeat(REST[None], 15, axis=0), now, now, enabled=True)
+    assert not bench.command.finished
+
+
+@pytest.mark.fault
 def test_the_cubic_between_two_points_stays_within_the_position_bounds() -> None:
     """The points keep the bound; what a controller interpolates between them has to as well."""
     bench = Bench(upper=0.5)

@@ -41,6 +41,7 @@ SPOILED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     'fast': lambda actions: actions + np.arange(len(actions))[:, None] * [0, 0.0512, 0],
     'jump': lambda actions: actions + [0.3, 0.0, 0.0],
     'zigzag': _zigzag,
+    'sweep': lambda actions: actions + np.arange(1, len(actions) + 1)[:, None] * [0.005, 0, 0],
     'columns': lambda actions: actions[:, :2],
     'empty': lambda actions: actions[:0],
 }

@@ -31,7 +31,7 @@ def node_process(small_bundle: Path) -> Iterator[RosProcess]:
     """Start one unconfigured node for all tests of this module."""
     # An untrained policy starts anywhere.
     values = ['enable_output:=true', 'limits.first_point_default:=9.0']
-    values.append('limits.allow_unbounded:=true')
+    values += ['limits.allow_unbounded:=true', 'frozen_joints_s:=0.0']
     arguments = [item for value in values for item in ('-p', value)]
     process = RosProcess('tts_policy.node.policy_node', '--ros-args', *arguments)
     yield process

@@ -41,6 +41,7 @@ def start(bundle: Path, namespace: str, **values: Any) -> RosProcess:
     """Start an active node; an untrained policy starts anywhere."""
     arguments = ['--ros-args', '-r', f'__ns:={namespace}']
     free = {'limits.first_point_default': 9.0, 'limits.allow_unbounded': 'true'}
+    free['frozen_joints_s'] = 0.0  # the scripted robot does not move
     given = {'bundle': bundle, 'autostart': 'true', **free, **values}
     for name, value in given.items():
         arguments += ['-p', f'{name}:={value}']

@@ -33,7 +33,8 @@ INTERVAL_NS = 8 * PERIOD_NS
 def parameter_arguments(**values: object) -> list[str]:
     """Return --ros-args for parameters; an untrained policy starts anywhere."""
     arguments = ['--ros-args', '-p', 'limits.first_point_default:=9.0']
-    arguments += ['-p', 'limits.allow_unbounded:=true']
+    # Nor does the scripted robot move.
+    arguments += ['-p', 'limits.allow_unbounded:=true', '-p', 'frozen_joints_s:=0.0']
     for name, value in values.items():
         arguments += ['-p', f'{name.replace("__", ".")}:={value}']
     return arguments

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip('rclpy', reason='rclpy is not installed')
 pytest.importorskip('torch', reason='torch is not installed')
 
-from cell import moving, reported
+from cell import held, moving, reported
 from feeder import HEIGHT, JOINT_PERIOD_S, Feeder
 from spoilers import cut, delay, every, freeze, set_field, shift_stamp, shrink, swap, without_elbow
 
@@ -130,6 +130,19 @@ def test_a_robot_whose_clock_is_a_little_ahead_is_told_and_gets_no_points_that_a
     reported(arm, 'clock: expected stamps of sensors that are not ahead, got 0.0')
     moving(arm)
     assert all(tick['observation_age_s'] >= 0.0 for tick in arm.ticks)
+
+
+def test_a_driver_that_repeats_its_last_state_while_the_arm_moves_is_found_out(
+    arm: Feeder,
+) -> None:
+    arm.inject('sweep')
+    reported(arm, 'joint_states: expected motion as commanded, got the same positions for 0.3')
+    held(arm)
+    arm.silent()
+    # A state that differs by the noise of an encoder is a live one.
+    arm.inject('')
+    arm.spoil_joints = set_field(position=[0.1, 9.0, 0.2, 0.3 + 1e-6])
+    moving(arm)
 
 
 def test_publishers_at_ten_times_their_rate_do_no_harm(arm: Feeder) -> None:

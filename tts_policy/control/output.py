@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from tts_policy.control.continuity import Continuity, blend, measure
+from tts_policy.control.motion_watch import MotionWatch
 from tts_policy.control.trajectory import (
     NotReady,
     Origin,
@@ -69,11 +70,13 @@ class HoldRule:
     """How to hold: within `delay_ns`; `last_command` joints (a gripper) keep their set-point.
 
     A measured state older than `max_age_ns` is not used, neither for a hold nor for a chunk.
+    States that stand still for `frozen_ns` of commanded motion are not true (0: not looked at).
     """
 
     delay_ns: int
     last_command: Sequence[str]
     max_age_ns: int
+    frozen_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class CommandOutput:
         self._command = command
         self._proposed = proposed
         self._measured: Measured | None = None
+        self._watch = MotionWatch(hold_rule.frozen_ns)
         # The newest trajectories sent to the robot, a hold included, and as a proposal.
         self._commanded: Trajectory | None = None
         self._proposal: Trajectory | None = None
@@ -123,10 +127,13 @@ class CommandOutput:
     def begin(self) -> None:
         """Forget the measured state and the last command: nothing was commanded yet."""
         self._measured = self._commanded = self._proposal = None
+        self._watch.begin()
         self._holding = True
 
     def measured(self, stamp_ns: int, positions: np.ndarray, now_ns: int) -> None:
         """Measured positions [A] of the joints; what comes out of order is passed over.
+
+        The arm is held if they stand still although it was commanded to move.
 
         A stamp that is far older is that of a clock which was set back. Nothing is older than one
         that is ahead of the clock, `now_ns`: such a stamp is wrong.
@@ -136,6 +143,11 @@ class CommandOutput:
             if 0 < behind_ns <= self._hold_rule.max_age_ns:
                 return
         self._measured = Measured(stamp_ns, now_ns, positions)
+        commanded = self._commanded
+        moving = None if commanded is None or self._holding else commanded.position_at(now_ns)
+        self._watch.look(positions, moving, now_ns)
+        if self._watch.frozen is not None:
+            self.hold(now_ns)
 
     def send(self, actions: np.ndarray, stamp_ns: int, now_ns: int, enabled: bool) -> Sent:
         """Publish the points of a chunk that are still to come.
@@ -228,7 +240,11 @@ class CommandOutput:
         rule, joints = self._hold_rule, self._timing.joints
         position, velocity = self._commanded.state_at(now_ns)
         wanted = None
-        if self._measured is not None and self._measured.age_ns(now_ns) <= rule.max_age_ns:
+        if (
+            self._measured is not None
+            and self._measured.age_ns(now_ns) <= rule.max_age_ns
+            and self._watch.frozen is None
+        ):
             keep = [name in rule.last_command for name in joints]
             wanted = np.where(keep, np.nan, self._measured.positions)
         target, seconds = self._limits.known.stop(position, velocity, rule.delay_ns * 1e-9, wanted)
@@ -245,6 +261,8 @@ class CommandOutput:
         """Measured positions [A]; raises NotReady where there are none, or old ones."""
         if self._measured is None:
             raise NotReady('chunk: expected a measured joint state, got none yet')
+        if self._watch.frozen is not None:
+            raise NotReady(self._watch.frozen)
         age_ns, limit_ns = self._measured.age_ns(now_ns), self._hold_rule.max_age_ns
         if age_ns > limit_ns:
             raise NotReady(

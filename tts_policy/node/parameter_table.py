@@ -126,6 +126,9 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
            'Input that is older than this gives no chunk.', 0.001, 60.0),
     _fixed('max_position', Type.DOUBLE, 1e6, 'rad or m',
            'A joint state that is further out is refused as not plausible.', 0.001, 1e6),
+    _fixed('frozen_joints_s', Type.DOUBLE, 0.3, 's',
+           'If all joint states are equal for so long while the arm is commanded to move, it is '
+           'held until they differ. 0 does not look.', 0.0, 60.0),
     _fixed('sample_tolerance_s', Type.DOUBLE, 0.0, 's',
            'How far a sample may be from the time it stands for. 0 takes half a period.',
            0.0, 10.0),

@@ -318,6 +318,7 @@ def hold_rule(settings: Settings, joints: Sequence[str]) -> HoldRule:
         delay_ns=settings.ns('hold_delay_s'),
         last_command=last_command,
         max_age_ns=settings.ns('max_observation_age_s'),
+        frozen_ns=settings.ns('frozen_joints_s'),
     )
 
 

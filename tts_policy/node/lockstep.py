@@ -39,6 +39,7 @@ _SETTINGS = (
     'gap_limit_s',
     'future_limit_s',
     'max_skew_s',
+    'max_position',
     'image_fit',
     'reliable_sensors',
 )

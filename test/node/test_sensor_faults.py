@@ -136,7 +136,7 @@ def test_a_driver_that_repeats_its_last_state_while_the_arm_moves_is_found_out(
     arm: Feeder,
 ) -> None:
     arm.inject('sweep')
-    reported(arm, 'joint_states: expected motion as commanded, got the same positions for 0.3')
+    reported(arm, 'joint_states: expected motion as commanded, got the same positions for 0.')
     held(arm)
     arm.silent()
     # A state that differs by the noise of an encoder is a live one.

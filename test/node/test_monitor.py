@@ -14,7 +14,7 @@ pytest.importorskip('rclpy', reason='rclpy is not installed')
 from tts_policy.control.ticks import ScheduledTick
 from tts_policy.node import monitor
 from tts_policy.node.monitor import Faults, TickStatistics, chunk_report, status_report
-from tts_policy.node.worker import Tick, TickReport
+from tts_policy.node.tick_report import Tick, TickReport
 from tts_policy.policy.denoisers.blocks import FEED_FORWARD, SELF_ATTENTION, BlockSpec, BlockStack
 
 INTERVAL_NS = 400_000_000

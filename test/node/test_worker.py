@@ -19,13 +19,8 @@ from processes import BUSY_FACTOR, wait_until
 
 from tts_policy.control.gate import OutputGate
 from tts_policy.control.observation import ObservationWindow, WindowSpec
-from tts_policy.node.worker import (
-    InferenceFailed,
-    InferenceWorker,
-    TickReport,
-    TickSettings,
-    load_policy,
-)
+from tts_policy.node.tick_report import TickReport, TickSettings
+from tts_policy.node.worker import InferenceFailed, InferenceWorker, load_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,14 +21,15 @@ from std_msgs.msg import String
 
 from tts_policy.node.interface import CHUNK_STATS, DIAGNOSTICS, PLAN_IMAGE
 from tts_policy.node.messages import ns_to_time, plan_image
-from tts_policy.node.worker import CHUNK_REFUSED
+from tts_policy.node.tick_report import CHUNK_REFUSED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rclpy.lifecycle import LifecycleNode
 
-    from tts_policy.node.worker import InferenceWorker, TickReport
+    from tts_policy.node.tick_report import TickReport
+    from tts_policy.node.worker import InferenceWorker
     from tts_policy.policy.denoisers.blocks import BlockStack
     from tts_policy.policy.policy import ChunkStats
 

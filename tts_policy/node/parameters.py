@@ -20,7 +20,7 @@ from tts_policy.control.output import ChunkTiming, HoldRule
 from tts_policy.control.trajectory import due_times_ns
 from tts_policy.node.parameter_table import PARAMETERS, Change, ParameterSpec, Type
 from tts_policy.node.sensors import SensorOptions
-from tts_policy.node.worker import TickSettings
+from tts_policy.node.tick_report import TickSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -125,6 +125,24 @@ def test_a_signal_ends_the_recording_with_its_index(
 
 
 @pytest.mark.fault
+def test_a_killed_recorder_leaves_what_it_heard_until_a_second_before(
+    tmp_path: Path, test_node: Node, start_process: Callable[..., RosProcess]
+) -> None:
+    publisher = test_node.create_publisher(String, '/words', RELIABLE)
+    out = tmp_path / 'recorded'
+    recorder = start_process(RECORD, str(out), '--topics', '/words')
+    wait_until(matched([publisher]), 30, 'the recorder')
+    publisher.publish(String(data='heard in time'))
+    assert publisher.wait_for_all_acked(Duration(seconds=20))
+    file = out / 'recorded.mcap'
+    wait_until(lambda: b'heard in time' in file.read_bytes(), 5, 'the message in the file')
+    recorder.send(signal.SIGKILL)
+    recorder.wait(60)
+    assert b'heard in time' in file.read_bytes()
+    test_node.destroy_publisher(publisher)
+
+
+@pytest.mark.fault
 def test_a_recording_is_never_written_over(
     tmp_path: Path, start_process: Callable[..., RosProcess]
 ) -> None:

@@ -3,7 +3,8 @@
 
 A topic is asked for as its publishers offer it: best effort as soon as one of them does. Messages
 are stamped with the time at which they arrived, or with /clock under use_sim_time. Memory is
-bounded: the middleware keeps `queue` messages a topic, the writer one chunk of a megabyte.
+bounded: the middleware keeps `queue` messages a topic, the writer one chunk of a megabyte. Chunks
+end every second at least, so that a killed recorder leaves what `mcap recover` can read.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rosbags.interfaces import (
     QosTime,
 )
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
+from rosbags.rosbag2.storage_mcap import McapWriter
 from rosbags.typesys import Stores, get_typestore
 
 from tts_policy.data.reader import BagError
@@ -38,6 +40,8 @@ from tts_policy.node.player import resolved_topic_name
 DISCOVERY_S = 0.1
 # At the end, what has arrived is still written, for so long at most.
 DRAIN_S = 2.0
+# What is recorded reaches the file after this time, so that a kill loses no more.
+FLUSH_S = 1.0
 _FOREVER = QosTime(2**31 - 1, 2**32 - 1)
 
 
@@ -182,8 +186,12 @@ class BagRecorder(Node):
             if the recording cannot be written.
 
         """
+        flushed_s = time.monotonic()
         while not stopped():
             self._executor.spin_once(timeout_sec=DISCOVERY_S)
+            if time.monotonic() >= flushed_s + FLUSH_S:
+                self._flush()
+                flushed_s = time.monotonic()
             progress()
         end_s = time.monotonic() + DRAIN_S
         before = -1
@@ -191,6 +199,13 @@ class BagRecorder(Node):
             before = self.messages
             for _ in range(2 * len(self._tracks) + 2):
                 self._executor.spin_once(timeout_sec=0.0)
+
+    def _flush(self) -> None:
+        """End the chunk that is being filled and hand it to the operating system."""
+        storage = self._writer.storage
+        if isinstance(storage, McapWriter) and storage.chunk.msgs:
+            storage.close_chunk()
+            storage.bio.flush()
 
     def shortcomings(self) -> list[str]:
         """One line for every topic that was asked for and not heard, or lost messages."""

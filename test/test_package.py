@@ -146,6 +146,14 @@ def test_templates_are_installed_with_the_modules_that_use_them(
         assert any(path.match(pattern) for pattern in patterns), f'{path} is not installed'
 
 
+def test_templates_are_installed_with_the_package(distribution: Distribution) -> None:
+    patterns = distribution.package_data['']
+    kept = {path for path in (ROOT / 'tts_policy').rglob('*') if path.is_file()}
+    data = {path for path in kept if path.suffix not in ('.py', '.pyc')}
+    assert data
+    assert all(any(path.match(pattern) for pattern in patterns) for path in data), data
+
+
 def test_every_python_file_begins_with_the_licence_line() -> None:
     without = [
         str(path.relative_to(ROOT))

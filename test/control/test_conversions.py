@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,17 @@ def test_joint_states_that_do_not_fit_are_refused(
         joint_positions(
             SimpleNamespace(name=names, position=positions), ('a', 'b'), 'joint_states'
         )
+
+
+def test_thousands_of_names_are_refused_in_a_short_line_and_in_linear_time() -> None:
+    names = [f'joint_{n % 20_000}' for n in range(100_000)]
+    msg = SimpleNamespace(name=names, position=[0.0] * len(names))
+    began_s = time.process_time()
+    with pytest.raises(ConversionError, match=r'and 19988 more repeatedly') as refused:
+        joint_positions(msg, ('joint_1', 'joint_2'), 'joint_states')
+    # Counting every name anew takes minutes.
+    assert time.process_time() - began_s < 5.0
+    assert len(str(refused.value)) < 400
 
 
 def test_seconds_are_rounded_to_whole_nanoseconds() -> None:

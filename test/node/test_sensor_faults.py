@@ -7,6 +7,7 @@ each command that left the node, whatever else the test looks at. One node survi
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ pytest.importorskip('torch', reason='torch is not installed')
 
 from cell import held, moving, reported
 from feeder import HEIGHT, JOINT_PERIOD_S, Feeder
+from processes import wait_until
 from spoilers import cut, delay, every, freeze, set_field, shift_stamp, shrink, swap, without_elbow
 
 from tts_policy.control.conversions import time_to_ns
@@ -111,6 +113,26 @@ def test_what_can_be_put_right_does_not_stop_the_arm(
     time.sleep(0.3)
     moving(arm)
     assert not any(tick['reset'] for tick in arm.ticks)
+
+
+@pytest.mark.parametrize(
+    'foreign',
+    [
+        set_field(name=['left_pad', 'right_pad'], position=[0.0, 0.0]),
+        set_field(position=[], velocity=[0.0, 0.0, 0.0, 0.0]),
+    ],
+    ids=['other joints', 'velocities alone'],
+)
+def test_joint_states_of_another_device_on_the_topic_are_no_fault(
+    arm: Feeder, foreign: Callable[[JointState], Any]
+) -> None:
+    arm.spoil_joints = lambda message: [foreign(copy.deepcopy(message)), message]
+    time.sleep(1.5)
+    moving(arm)
+    assert not any(tick['reset'] for tick in arm.ticks)
+    arm.forget()
+    wait_until(lambda: arm.status is not None, 4, 'a report')
+    assert arm.status.level == b'\x00', arm.status.message
 
 
 def test_joints_too_far_from_the_frame_are_not_used(arm: Feeder) -> None:

@@ -9,6 +9,7 @@ serve alike and ROS is not imported.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 NS_PER_S = 1_000_000_000
 # No joint is further out, in rad or m; what does not fit float32 is above it by far.
 LARGEST_POSITION = 1e6
+# Names that an error quotes.
+_SHOWN = 12
 
 
 class Stamp(Protocol):
@@ -47,6 +50,15 @@ def seconds_to_ns(seconds: float) -> int:
 def time_to_ns(stamp: Stamp) -> int:
     """Nanoseconds of a time, of the clock it was taken from, or of a duration."""
     return int(stamp.sec) * NS_PER_S + int(stamp.nanosec)
+
+
+def holds_positions_of_any(msg: JointStateMessage, names: Sequence[str]) -> bool:
+    """Whether a joint state is about any of these joints, or only of other devices.
+
+    A gripper may publish its joints on the same topic, and some drivers send velocities alone:
+    such messages are not ours, and no fault either.
+    """
+    return len(msg.position) > 0 and not set(names).isdisjoint(msg.name)
 
 
 def joint_positions(
@@ -84,11 +96,13 @@ def joint_positions(
     missing = [name for name in names if name not in index]
     if missing:
         raise ConversionError(
-            f'{topic}: expected joints {list(names)}, missing {missing}, got {list(msg.name)}'
+            f'{topic}: expected joints {list(names)}, missing {missing}, got {_shown(msg.name)}'
         )
     if len(index) != len(msg.name):
-        repeated = sorted({name for name in msg.name if list(msg.name).count(name) > 1})
-        raise ConversionError(f'{topic}: expected each joint once, got {repeated} repeatedly')
+        repeated = sorted(name for name, count in Counter(msg.name).items() if count > 1)
+        raise ConversionError(
+            f'{topic}: expected each joint once, got {_shown(repeated)} repeatedly'
+        )
     values = np.array([msg.position[index[name]] for name in names], dtype=np.float64)
     plausible = np.abs(values) <= largest
     if not plausible.all():
@@ -97,3 +111,9 @@ def joint_positions(
             f'{topic}: expected finite positions of at most {largest:g}, got {bad}'
         )
     return values
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Names as a list of bounded length: anybody may publish thousands of them."""
+    shown = [name[:40] for name in names[:_SHOWN]]
+    return f'{shown}' if len(names) <= _SHOWN else f'{shown} and {len(names) - _SHOWN} more'

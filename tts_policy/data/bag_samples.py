@@ -25,7 +25,12 @@ from rosbags.typesys import (
     get_typestore,
 )
 
-from tts_policy.control.conversions import ConversionError, joint_positions, time_to_ns
+from tts_policy.control.conversions import (
+    ConversionError,
+    holds_positions_of_any,
+    joint_positions,
+    time_to_ns,
+)
 from tts_policy.control.images import ImageFit, compressed_to_rgb, raw_to_rgb
 from tts_policy.data.reader import BagError, BagReader, RawMessage
 from tts_policy.data.samples import Command, Sample
@@ -279,8 +284,7 @@ class SampleReader:
             image = convert(msg, *self._size[key], topic, self.fit)
             return Sample(key, stamp_ns, raw.received_ns, image)
         if topic == self.topics.joints:
-            if not len(msg.position) or not set(msg.name) & set(self._names):
-                # A gripper, say, that publishes its joints on the same topic.
+            if not holds_positions_of_any(msg, self._names):
                 self._foreign = self._foreign or Refusals(
                     f'{topic}: expected positions of {list(self._names)}, got '
                     f'{len(msg.position)} of {list(msg.name)}'

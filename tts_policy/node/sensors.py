@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tts_policy.control.conversions import (
     LARGEST_POSITION,
     ConversionError,
+    holds_positions_of_any,
     joint_positions,
     time_to_ns,
 )
@@ -122,6 +123,8 @@ class Sensors:
         self._store(camera.key, topic, msg, image)
 
     def _on_joint_state(self, msg: JointState) -> None:
+        if not holds_positions_of_any(msg, self._names):
+            return
         try:
             values = joint_positions(msg, self._names, JOINT_TOPIC, self._max_position)
         except ConversionError as error:

@@ -23,7 +23,7 @@ pytest.importorskip('torch', reason='torch is not installed')
 from processes import BUSY_FACTOR, END_LIMIT_S, child_environment, wait_until
 
 from tts_policy.policy.sampler import DIFFUSION_SAMPLERS
-from tts_policy.sim.panda import PANDA_CONTRACT
+from tts_policy.sim.panda import FINGER_OPEN_M, HOME_RAD, PANDA_CONTRACT
 
 pytestmark = pytest.mark.slow
 
@@ -36,13 +36,23 @@ VARIANTS = ('sparse', 'dense', 'sparse_ddpm100')
 
 @pytest.fixture(scope='module')
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write an untrained bundle for the simulated robot, small enough to be quick."""
-    from tts_policy.policy.bundle import save_random_bundle
+    """Write an untrained bundle for the simulated robot, small enough to be quick.
+
+    Its actions stay near the pose at the start, as the limits of the demo ask.
+    """
+    import torch
+
+    from tts_policy.policy.bundle import load_bundle, save_bundle, save_random_bundle
     from tts_policy.policy.network import NetworkSpec
 
     folder = tmp_path_factory.mktemp('lift_bundle')
     network = NetworkSpec(width=32, layers=2, heads=2)
     save_random_bundle(folder, PANDA_CONTRACT, DIFFUSION_SAMPLERS, network)
+    made = load_bundle(folder)
+    start = torch.tensor([*HOME_RAD, FINGER_OPEN_M / 2])
+    made.network.action_normalizer.fit(start - 0.01, start + 0.01)
+    pruners = {name: pruner for name in made.samplers if (pruner := made.sampler(name)[1])}
+    save_bundle(folder, 'near_home', made.network, DIFFUSION_SAMPLERS, pruners)
     return folder
 
 
@@ -221,7 +231,7 @@ def test_a_bundle_the_node_refuses_ends_the_demo_with_its_reason(
 ) -> None:
     for file in bundle.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = tmp_path / 'policy.safetensors'
+    (weights,) = tmp_path.glob('policy*.safetensors')
     weights.write_bytes(weights.read_bytes()[:-1] + b'?')
     run = start_demo('--bundle', tmp_path)
     status, _, errors = run.finish(120)

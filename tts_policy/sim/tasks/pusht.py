@@ -119,7 +119,7 @@ class PushTTask(Task):
     """
 
     def __init__(self) -> None:
-        super().__init__('pusht', (*BLOCK_AXES, *AGENT_AXES), AGENT_AXES, 'pusht_lowdim')
+        super().__init__('pusht', (*BLOCK_AXES, *AGENT_AXES), AGENT_AXES, 'pusht')
         self._world: PushTWorld | None = None
         self._shown: list[NDArray[np.float64]] = []
 

@@ -46,8 +46,8 @@ class NetworkSpec(Spec):
     layers: Size = 8
     heads: Size = 4
     train_steps: Annotated[Integer, Field(ge=1, le=10_000)] = 100
-    encoder: InstanceOf[CameraEncoderSpec] = CnnSpec()  # noqa: RUF009: it is frozen
-    denoiser: InstanceOf[DenoiserOptions] = TransformerOptions()  # noqa: RUF009: so is this
+    encoder: InstanceOf[CameraEncoderSpec] = CnnSpec()
+    denoiser: InstanceOf[DenoiserOptions] = TransformerOptions()
     objective: Annotated[Text, one_of(*OBJECTIVES)] = 'diffusion'
 
     def denoiser_spec(self, contract: PolicyContract, obs_features: int) -> DenoiserSpec:

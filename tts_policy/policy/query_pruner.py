@@ -21,7 +21,7 @@ from tts_policy.policy.denoisers.attention import merge_heads, sinusoidal_embedd
 from tts_policy.policy.denoisers.transformer import CrossAttention, SelfAttention
 from tts_policy.policy.plan import Reuse
 from tts_policy.policy.pruner import PlanPruner
-from tts_policy.policy.validation import Mismatch, Size, Spec, checked
+from tts_policy.policy.validation import Size, Spec, check_heads, checked
 
 
 @checked('pruner')
@@ -38,9 +38,7 @@ class QueryPrunerSpec(Spec):
 
     @model_validator(mode='after')
     def _check_heads(self) -> Self:
-        if self.width % (2 * self.heads):
-            multiple = f'a multiple of 2 x heads = {2 * self.heads}'
-            raise Mismatch('width', multiple, str(self.width))
+        check_heads(self.width, self.heads)
         return self
 
     @property

@@ -159,3 +159,9 @@ def checked(
         return result
 
     return decorate
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raise Mismatch unless every head has an even number of components of the width."""
+    if width % (2 * heads):
+        raise Mismatch('width', f'a multiple of 2 x heads = {2 * heads}', str(width))

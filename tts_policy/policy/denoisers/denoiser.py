@@ -40,7 +40,7 @@ from typing_extensions import Self
 
 from tts_policy.policy.denoisers.blocks import BlockStack
 from tts_policy.policy.plan import Plan, Reuse
-from tts_policy.policy.validation import Mismatch, Size, Spec, checked
+from tts_policy.policy.validation import Size, Spec, check_heads, checked
 
 _Options = TypeVar('_Options', bound='type[DenoiserOptions]')
 
@@ -67,9 +67,7 @@ class DenoiserSpec(Spec, ABC):
 
     @model_validator(mode='after')
     def _check_heads(self) -> Self:
-        if self.width % (2 * self.heads):
-            multiple = f'a multiple of 2 x heads = {2 * self.heads}'
-            raise Mismatch('width', multiple, str(self.width))
+        check_heads(self.width, self.heads)
         return self
 
     @abstractmethod
